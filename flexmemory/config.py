@@ -1,0 +1,214 @@
+"""Configuration: ml_collections at the border, checked once, frozen dataclasses inside.
+
+The dataclasses below are the only list of fields and defaults. A config file's ``get_config(arg)`` starts from
+:func:`default_config`, sets what differs and returns the ConfigDict; :func:`from_dict` turns it into a :class:`Config`.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import typing
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from flexmemory.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    pattern: str = "dense*4"  # layer kinds from input to output, e.g. "dense*8 memoryllm*16"
+    vocab_size: int = 0  # V; 0 takes the vocabulary of the data
+    d_model: int = 128  # D
+    n_heads: int = 4  # N
+    n_kv_heads: int = 0  # K; 0 means N (plain multi-head attention)
+    head_dim: int = 0  # H; 0 means D / N
+    d_ff: int = 344  # F, width of a dense FFN; flex splits it, stem rows have it
+    beta: str = "3"  # flex: FFN-C share in h^2, one number in 0..8 or one per flex layer ("3 2 1")
+    ffn_c_kind: str = "swiglu"  # flex: swiglu | square (beta square D x D matrices)
+    ffn_c_input: str = "post_attn"  # flex: post_attn | parallel (reads X_L beside attention)
+    x0_norm: str = "rmsnorm"  # norm on X_0 before the rows: rmsnorm | layernorm
+    x0_norm_shared: bool = False  # one norm for all memory layers instead of one each
+    detach_x0: bool = False  # stop the gradient from rows into the token embedding
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied_head: bool = False
+    init_std: float = 0.02
+    compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
+    attention: str = "auto"  # auto (cudnn on GPU in bfloat16) | xla | cudnn
+    scan_layers: bool = True  # scan over the repeating unit; False unrolls, same numbers
+    remat: bool = False  # recompute each layer's activations in the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str = ""  # directory written by `flexmemory prepare`
+    seq_len: int = 128  # T
+    batch_size: int = 16  # B, sequences per optimiser step over all hosts
+    document_mask: bool = False  # attend inside a document only
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 200
+    seed: int = 0  # parameters and data order
+    accum_steps: int = 1  # micro-batches per step
+    z_loss: float = 1e-6  # weight of mean(logsumexp^2)
+    log_every: int = 10
+    eval_every: int = 0  # 0: only at the end
+    eval_tokens: int = 65_536  # validation tokens per evaluation; 0: all
+    checkpoint_every: int = 0  # 0: only at the end
+    keep_checkpoints: int = 2
+    tensorboard: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 20
+    schedule: str = "cosine"  # cosine | wsd | constant
+    decay_fraction: float = 0.2  # wsd: last share of the steps, linear to min_lr
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices; norms never decay
+    clip_norm: float = 1.0  # global norm over all parameters that have no clip of their own; 0 off
+    table_lr: float = 1.0  # multiple of lr for learned tables
+    table_weight_decay: float = 0.0  # the papers use 0.1: see docs/numerics.md
+    table_clip_norm: float = 0.0  # own norm for learned tables; 0 counts them into clip_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+CHOICES = {
+    "model.ffn_c_kind": ("swiglu", "square"),
+    "model.ffn_c_input": ("post_attn", "parallel"),
+    "model.x0_norm": ("rmsnorm", "layernorm"),
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "optimizer.schedule": ("cosine", "wsd", "constant"),
+}
+POSITIVE = ("model.d_model", "model.n_heads", "model.d_ff", "data.seq_len", "data.batch_size", "train.accum_steps",
+            "train.log_every", "train.keep_checkpoints", "optimizer.lr", "optimizer.eps", "model.rope_base", "model.norm_eps")
+NOT_NEGATIVE = ("model.vocab_size", "model.n_kv_heads", "model.head_dim", "model.init_std", "train.steps", "train.z_loss", "train.eval_every",
+                "train.seed", "train.eval_tokens", "train.checkpoint_every", "optimizer.min_lr", "optimizer.warmup_steps",
+                "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.table_lr", "optimizer.table_weight_decay",
+                "optimizer.table_clip_norm")
+
+
+def default_config() -> ConfigDict:
+    """The defaults as a ConfigDict: unknown fields and wrong types raise when set."""
+    return ConfigDict(dataclasses.asdict(Config()))
+
+
+def nearest(word: str, known) -> str:
+    """", did you mean 'x'?" or the list of what there is."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
+
+
+def _build(cls, values, prefix: str):
+    if not isinstance(values, dict):
+        raise UserError(f"config {prefix or 'root'}: {values!r} is not a section with fields")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    made = {}
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if name not in fields:
+            raise UserError(f"config {path}: no such field; {nearest(name, fields)}")
+        kind = types[name]
+        if dataclasses.is_dataclass(kind):
+            made[name] = _build(kind, value, path + ".")
+            continue
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kind:
+            raise UserError(f"config {path}: {value!r} is a {type(value).__name__}, give a {kind.__name__}")
+        if kind is float and not math.isfinite(value):
+            raise UserError(f"config {path}: {value!r} is not a finite number")
+        made[name] = value
+    return cls(**made)
+
+
+def get(config: Config, path: str):
+    """Value of a dotted field, e.g. ``get(config, "model.d_ff")``."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def from_dict(values: ConfigDict | dict) -> Config:
+    """Checks a ConfigDict (or plain nested dict) and freezes it. Raises UserError naming the field."""
+    config = _build(Config, values.to_dict() if isinstance(values, ConfigDict) else values, "")
+    for path, choices in CHOICES.items():
+        if (value := get(config, path)) not in choices:
+            raise UserError(f"config {path}: {value!r} is not one of {', '.join(choices)}")
+    for path in POSITIVE:
+        if (value := get(config, path)) <= 0:
+            raise UserError(f"config {path}: {value!r} must be above 0")
+    for path in NOT_NEGATIVE:
+        if (value := get(config, path)) < 0:
+            raise UserError(f"config {path}: {value!r} must not be negative")
+    check_model(config.model)
+    if config.data.batch_size % config.train.accum_steps:
+        raise UserError(f"config train.accum_steps: {config.train.accum_steps} does not divide data.batch_size {config.data.batch_size}")
+    return config
+
+
+def check_model(model: ModelConfig) -> None:
+    """Shape rules of a model. Raises UserError."""
+    from flexmemory.models.blocks import layer_specs  # late: the pattern's words are the block kinds, which need ModelConfig
+
+    if not model.head_dim and model.d_model % model.n_heads:
+        raise UserError(f"config model.n_heads: {model.n_heads} does not divide d_model {model.d_model}; set model.head_dim or another count")
+    if model.n_heads % (model.n_kv_heads or model.n_heads):
+        raise UserError(f"config model.n_kv_heads: {model.n_kv_heads} does not divide n_heads {model.n_heads}")
+    if (model.head_dim or model.d_model // model.n_heads) % 2:
+        raise UserError(f"config model.head_dim: {model.head_dim or model.d_model // model.n_heads} is odd; RoPE needs an even width")
+    layer_specs(model)
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def load_json(path: Path) -> Config:
+    """Reads a run folder's config.json."""
+    try:
+        return from_dict(json.loads(Path(path).read_text()))
+    except FileNotFoundError:
+        raise UserError(f"no {path}: give the folder of a run that `flexmemory train` wrote") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def parse_arg(arg: str | None, sizes: dict[str, dict], **defaults) -> tuple[dict, dict]:
+    """Splits a config argument such as ``"1b,beta=3"``.
+
+    Returns (settings of the chosen size, values of the named options). ``sizes`` maps a bare word to settings; its
+    first entry is the default. ``defaults`` lists the options; a value is converted to its default's type.
+    """
+    size, options = next(iter(sizes)), dict(defaults)
+    for word in filter(None, (arg or "").split(",")):
+        name, equals, value = word.partition("=")
+        if not equals:
+            if name not in sizes:
+                raise UserError(f"config argument {name!r}: no such size; {nearest(name, sizes)}")
+            size = name
+        elif name not in defaults:
+            raise UserError(f"config argument {name!r}: no such option; {nearest(name, defaults or ['none'])}")
+        else:
+            try:
+                options[name] = type(defaults[name])(value)
+            except ValueError:
+                raise UserError(f"config argument {name}: {value!r} is not a {type(defaults[name]).__name__}") from None
+    return dict(sizes[size]), options

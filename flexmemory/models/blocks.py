@@ -1,0 +1,187 @@
+"""The layer kinds. A block takes the residual stream and, where it has a memory, this layer's row of every token.
+
+One class is one variant: ``spec`` resolves its widths, ``source`` makes its rows, ``__call__`` is its equation.
+x is the residual stream X_L, h its norm, row the value that the memory hands in.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flexmemory.config import ModelConfig
+from flexmemory.errors import UserError
+from flexmemory.models.attention import Attention, Context
+from flexmemory.models.ffn import RMSNorm, Square, SwiGLU
+from flexmemory.models.memory import FFNRows, TableRows
+from flexmemory.models.patterns import LayerSpec, flex_widths, parse_betas, parse_pattern
+
+
+class AttnOnly(nnx.Module):
+    """Control: x + Attn(norm x), a MemoryLLM layer whose row is zero. Every other kind starts from this one."""
+
+    source = None
+
+    @staticmethod
+    def spec(cfg: ModelConfig, beta: float) -> LayerSpec:
+        return LayerSpec("attn_only")
+
+    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attn = Attention(cfg, rngs)
+
+    def attend(self, x_BTD, ctx: Context, cache):
+        """(Attn(norm x), cache)"""
+        return self.attn(self.attn_norm(x_BTD), ctx, cache)
+
+    def __call__(self, x_BTD: jax.Array, row_BTW: jax.Array | None, ctx: Context, cache=None):
+        attn, cache = self.attend(x_BTD, ctx, cache)
+        return x_BTD + attn, cache
+
+
+class Dense(AttnOnly):
+    """C layer: A = x + Attn(norm x); x' = A + SwiGLU(norm A) (MemoryLLM Eq 2.1-2.3)."""
+
+    @staticmethod
+    def spec(cfg, beta):
+        return LayerSpec("dense", d_ffn=cfg.d_ff)
+
+    def __init__(self, cfg, layer, rngs):
+        super().__init__(cfg, layer, rngs)
+        self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.ffn = SwiGLU(cfg, layer.d_ffn, rngs)
+
+    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
+        attn, cache = self.attend(x_BTD, ctx, cache)
+        a_BTD = x_BTD + attn
+        return a_BTD + ctx.scaled(self.ffn(self.ffn_norm(a_BTD))), cache
+
+
+class Parallel(Dense):
+    """Control: x' = x + Attn(norm x) + SwiGLU(norm' x), parallel like MemoryLLM but the FFN reads the context."""
+
+    @staticmethod
+    def spec(cfg, beta):
+        return LayerSpec("parallel", d_ffn=cfg.d_ff)
+
+    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
+        attn, cache = self.attend(x_BTD, ctx, cache)
+        return x_BTD + attn + ctx.scaled(self.ffn(self.ffn_norm(x_BTD))), cache
+
+
+class MemoryLLM(AttnOnly):
+    """M layer: x' = x + Attn(norm x) + row, row = SwiGLU_l(norm_l(E[id])) (MemoryLLM Eq 2.4-2.6). W = D."""
+
+    source = FFNRows
+
+    @staticmethod
+    def spec(cfg, beta):
+        return LayerSpec("memoryllm", d_memory=cfg.d_ff, row_width=cfg.d_model, replaces=3 * cfg.d_model * cfg.d_ff)
+
+    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
+        attn, cache = self.attend(x_BTD, ctx, cache)
+        return x_BTD + attn + ctx.scaled(row_BTW), cache
+
+
+class Flex(AttnOnly):
+    """A = x + Attn(norm x); x' = A + FFN-C(norm A) + row, row = FFN-M_l(norm_l(E[id])) (MemoryLLM section 4.2). W = D.
+
+    The paper gives no equation: docs/variants.md says which switch covers which reading. beta = 0 is memoryllm.
+    """
+
+    source = FFNRows
+
+    @staticmethod
+    def spec(cfg, beta):
+        if not beta:
+            return MemoryLLM.spec(cfg, 0.0)
+        d_ffn, d_memory = flex_widths(cfg.d_model, cfg.d_ff, beta)
+        square = 0
+        if cfg.ffn_c_kind == "square":
+            if beta not in (1, 2, 3):
+                raise UserError(f"config model.beta: {beta:g} with ffn_c_kind=square; square matrices need beta 1, 2 or 3")
+            square, d_ffn = int(beta), cfg.d_model
+        if not d_memory or not d_ffn:
+            raise UserError(f"config model.beta: {beta:g} leaves FFN-{'M' if not d_memory else 'C'} of d_ff {cfg.d_ff} without a unit; "
+                            "use dense or memoryllm for that layer")
+        return LayerSpec("flex", d_ffn=d_ffn, d_memory=d_memory, row_width=cfg.d_model, square=square,
+                         replaces=3 * cfg.d_model * d_memory)
+
+    def __init__(self, cfg, layer, rngs):
+        super().__init__(cfg, layer, rngs)
+        self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.ffn = Square(cfg, layer.square, rngs) if layer.square else SwiGLU(cfg, layer.d_ffn, rngs)
+        self.parallel = cfg.ffn_c_input == "parallel"
+
+    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
+        attn, cache = self.attend(x_BTD, ctx, cache)
+        a_BTD = x_BTD + attn
+        ffn_c = self.ffn(self.ffn_norm(x_BTD if self.parallel else a_BTD))
+        return a_BTD + ffn_c + ctx.scaled(row_BTW), cache
+
+
+class Stem(AttnOnly):
+    """A = x + Attn(norm x); x' = A + W_down(SiLU(W_gate h) * row), h = norm A, row = U_l[id] (STEM section 1.1). W = F."""
+
+    source = TableRows
+    context_maps = ("gate",)  # the projections of h that stay
+
+    @classmethod
+    def spec(cls, cfg, beta):
+        return LayerSpec(cls.__name__.lower().replace("stem", "stem-").rstrip("-"), d_ffn=cfg.d_ff, row_width=cfg.d_ff,
+                         replaces=(2 - len(cls.context_maps)) * cfg.d_model * cfg.d_ff)
+
+    def __init__(self, cfg, layer, rngs):
+        super().__init__(cfg, layer, rngs)
+        self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        init = nnx.initializers.normal(cfg.init_std)
+        for name in self.context_maps:
+            setattr(self, name, nnx.Param(init(rngs.params(), (cfg.d_model, layer.d_ffn), jnp.float32)))
+        self.down = nnx.Param(init(rngs.params(), (layer.d_ffn, cfg.d_model), jnp.float32))
+
+    def inner(self, h_BTD, row_BTF):
+        return jax.nn.silu(h_BTD @ self.gate.astype(h_BTD.dtype)) * row_BTF
+
+    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
+        attn, cache = self.attend(x_BTD, ctx, cache)
+        a_BTD = x_BTD + attn
+        inner_BTF = self.inner(self.ffn_norm(a_BTD), row_BTW)
+        return a_BTD + ctx.scaled(inner_BTF @ self.down.astype(inner_BTF.dtype)), cache
+
+
+class StemGate(Stem):
+    """The row replaces the gate: W_down(SiLU(row) * (W_up h)). SiLU on the row is assumed: the paper does not say."""
+
+    context_maps = ("up",)
+
+    def inner(self, h_BTD, row_BTF):
+        return jax.nn.silu(row_BTF) * (h_BTD @ self.up.astype(h_BTD.dtype))
+
+
+class StemDagger(Stem):
+    """The row is added to the up-projection: W_down(SiLU(W_gate h) * (W_up h + row)) (STEM Eq 5)."""
+
+    context_maps = ("gate", "up")
+
+    def inner(self, h_BTD, row_BTF):
+        gate, up = h_BTD @ self.gate.astype(h_BTD.dtype), h_BTD @ self.up.astype(h_BTD.dtype)
+        return jax.nn.silu(gate) * (up + row_BTF)
+
+
+KINDS = {
+    "dense": Dense,
+    "memoryllm": MemoryLLM,
+    "flex": Flex,
+    "stem": Stem,
+    "stem-gate": StemGate,
+    "stem-dagger": StemDagger,
+    "parallel": Parallel,
+    "attn_only": AttnOnly,
+}
+
+
+def layer_specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
+    """The resolved layers of a model, from input to output. Raises UserError on a bad pattern or beta."""
+    kinds = parse_pattern(model.pattern, KINDS)
+    n_flex = kinds.count("flex")
+    betas = iter(parse_betas(model.beta, n_flex) if n_flex else ())
+    return tuple(KINDS[kind].spec(model, next(betas) if kind == "flex" else 0.0) for kind in kinds)

@@ -1,0 +1,141 @@
+"""The seam: a token memory is a function from addresses to rows, and nothing else knows where a row came from.
+
+``TokenMemory(ids_R, e_RD)`` gives the rows of all memory layers for R addresses. The same values come from the live
+weights (training), from a fold over every address (export) or from a TKV store (serving); the blocks cannot tell.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flexmemory.config import ModelConfig
+from flexmemory.models.ffn import LayerNorm, RMSNorm, SwiGLU
+from flexmemory.models.patterns import LayerSpec
+
+Rows = dict[str, jax.Array]  # group name -> rows_LRW of the group's memory layers, in layer order
+
+
+@jax.custom_vjp
+def gather_rows(rows_RW: jax.Array, inverse_BT: jax.Array) -> jax.Array:
+    """rows_BTW = rows_RW[inverse_BT]; the gradient is summed in float32 whatever the rows' dtype.
+
+    ``inverse_BT`` must lie in 0..R-1 (out of range is clipped).
+    """
+    return jnp.take(rows_RW, inverse_BT, axis=0, mode="clip")
+
+
+def _gather_forward(rows_RW, inverse_BT):
+    return gather_rows(rows_RW, inverse_BT), (inverse_BT, rows_RW)
+
+
+def _gather_backward(residuals, grad_BTW):
+    inverse_BT, rows_RW = residuals  # rows only for their shape and dtype
+    grad_RW = jnp.zeros(rows_RW.shape, jnp.float32).at[inverse_BT].add(grad_BTW.astype(jnp.float32), mode="clip")
+    return grad_RW.astype(rows_RW.dtype), np.zeros(inverse_BT.shape, jax.dtypes.float0)
+
+
+gather_rows.defvjp(_gather_forward, _gather_backward)
+
+
+class FFNRows(nnx.Module):
+    """Live row of one layer: a SwiGLU of the normed token embedding (MemoryLLM Eq 2.4-2.5). W = D."""
+
+    stacking = "scan"  # one layer at a time keeps the [R, F] activations of one layer alive
+
+    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
+        self.norm = None if cfg.x0_norm_shared else x0_norm(cfg)
+        self.ffn = SwiGLU(cfg, layer.d_memory, rngs)
+
+    def __call__(self, ids_R: jax.Array, e_RD: jax.Array) -> jax.Array:
+        return self.ffn(e_RD if self.norm is None else self.norm(e_RD))
+
+
+class TableRows(nnx.Module):
+    """Learned row of one layer: table [V, W] float32, Xavier-normal as the STEM code initialises it."""
+
+    stacking = "vmap"  # a gather from [L, V, W]; scanning would copy whole tables
+
+    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
+        std = (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
+        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (cfg.vocab_size, layer.row_width), jnp.float32))
+
+    def __call__(self, ids_R: jax.Array, e_RD: jax.Array) -> jax.Array:
+        return self.table[ids_R].astype(e_RD.dtype)
+
+
+def x0_norm(cfg: ModelConfig) -> nnx.Module:
+    return (LayerNorm if cfg.x0_norm == "layernorm" else RMSNorm)(cfg.d_model, cfg.norm_eps)
+
+
+def apply_stack(body: Callable, carry, xs, length: int, scan: bool):
+    """``lax.scan(body, carry, xs)``, or the same as an unrolled Python loop."""
+    if scan and length > 1:
+        return jax.lax.scan(body, carry, xs)
+    ys = []
+    for i in range(length):
+        carry, y = body(carry, jax.tree.map(lambda a: a[i], xs))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *ys)
+
+
+def row_groups(specs: tuple[LayerSpec, ...]) -> dict[str, list[int]]:
+    """Group name -> indices of its memory layers. A group is one array of rows of one width."""
+    groups: dict[str, list[int]] = {}
+    for index, spec in enumerate(specs):
+        if spec.row_width:
+            groups.setdefault(f"w{spec.row_width}", []).append(index)
+    return groups
+
+
+class TokenMemory(nnx.Module):
+    """The row sources of all memory layers. Layers with equal specs share one stack of parameters [n, ...]."""
+
+    def __init__(self, cfg: ModelConfig, specs: tuple[LayerSpec, ...], rngs: nnx.Rngs):
+        from flexmemory.models.blocks import KINDS
+
+        self.norm = x0_norm(cfg) if cfg.x0_norm_shared else None
+        self.detach, self.scan, self.dtype = cfg.detach_x0, cfg.scan_layers, jnp.dtype(cfg.compute_dtype)
+        self.remat = cfg.remat
+        groups, stacks, places = row_groups(specs), {}, {}
+        for name, layers in groups.items():
+            for index in layers:
+                places.setdefault((name, specs[index]), []).append(index)
+        order: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in groups}
+        for number, ((name, spec), layers) in enumerate(places.items()):
+            source = KINDS[spec.kind].source
+            stacks[f"stack{number}"] = jax.vmap(lambda key: source(cfg, spec, key))(rngs.split(len(layers)))
+            order[name].append((f"stack{number}", layers))
+        self.stacks = nnx.Dict(stacks)
+        # static: which stack fills which places of a group's layer axis
+        self.order = tuple((name, tuple((stack, tuple(groups[name].index(i) for i in layers)) for stack, layers in parts))
+                           for name, parts in order.items())
+
+    def __call__(self, ids_R: jax.Array, e_RD: jax.Array) -> Rows:
+        """Rows of the addresses ids_R (int32) whose token embeddings are e_RD. Returns rows_LRW by group."""
+        e_RD = e_RD.astype(self.dtype)
+        if self.detach:
+            e_RD = jax.lax.stop_gradient(e_RD)
+        if self.norm is not None:
+            e_RD = self.norm(e_RD)
+        rows = {}
+        for name, parts in self.order:
+            made, places = [], []
+            for stack, where in parts:
+                made.append(self._stack_rows(self.stacks[stack], ids_R, e_RD, len(where)))
+                places.extend(where)
+            rows_LRW = made[0] if len(made) == 1 else jnp.concatenate(made)
+            rows[name] = rows_LRW if places == sorted(places) else rows_LRW[np.argsort(places)]
+        return rows
+
+    def _stack_rows(self, stack, ids_R, e_RD, length: int) -> jax.Array:
+        if stack.stacking == "vmap":
+            return jax.vmap(lambda source: source(ids_R, e_RD))(stack)
+
+        def body(carry, source):
+            return carry, source(ids_R, e_RD)
+
+        body = jax.checkpoint(body, prevent_cse=False) if self.remat else body
+        return apply_stack(body, None, stack, length, self.scan)[1]

@@ -1,0 +1,146 @@
+"""The decoder: embedding, memory rows, a stack scanned over its repeating units, head.
+
+Two calls make a forward pass: ``rows = model.rows(unique_ids)`` and ``model(ids, rows, inverse)``. Serving leaves the
+first one out and hands in rows read from a TKV store.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flexmemory.config import ModelConfig
+from flexmemory.models.attention import Context
+from flexmemory.models.blocks import KINDS, layer_specs
+from flexmemory.models.ffn import RMSNorm
+from flexmemory.models.memory import Rows, TokenMemory, apply_stack, gather_rows, row_groups
+from flexmemory.models.patterns import segments
+
+
+class Transformer(nnx.Module):
+    """Llama-style decoder. Parameters float32; the residual stream has ``cfg.compute_dtype``; logits are float32.
+
+    Parameters: embed [V, D]; head [D, V] unless tied; norm; blocks.s<i>.u<j>.* stacked over the repeats of segment i;
+    memory.* (only with ``with_memory``): everything that a fold makes superfluous.
+    """
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, with_memory: bool = True):
+        init = nnx.initializers.normal(cfg.init_std)
+        self.specs = layer_specs(cfg)
+        self.cfg = cfg
+        self.embed = nnx.Param(init(rngs.params(), (cfg.vocab_size, cfg.d_model), jnp.float32))
+        self.head = None if cfg.tied_head else nnx.Param(init(rngs.params(), (cfg.d_model, cfg.vocab_size), jnp.float32))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.blocks = nnx.Dict({
+            f"s{i}": nnx.Dict({f"u{j}": jax.vmap(lambda key, spec=spec: KINDS[spec.kind](cfg, spec, key))(rngs.split(repeats))
+                               for j, spec in enumerate(unit)})
+            for i, (unit, repeats) in enumerate(segments(self.specs))})
+        self.memory = TokenMemory(cfg, self.specs, rngs) if with_memory and row_groups(self.specs) else None
+
+    def rows(self, ids_R: jax.Array) -> Rows:
+        """Live rows of the addresses ids_R, int32: {group: rows_LRW in compute dtype}; {} for a model without memory."""
+        return {} if self.memory is None else self.memory(ids_R, self.embed[ids_R])
+
+    def hidden(self, ids_BT, rows: Rows, inverse_BT, *, positions_BT=None, segments_BT=None, cache=None, ffn_scale=1.0):
+        """Final normed states.
+
+        ids_BT int32; rows as from :meth:`rows`; inverse_BT int32 places each token's row: rows[:, inverse_BT].
+        positions_BT defaults to 0..T-1. segments_BT int32 document numbers or None. cache as from :func:`empty_cache`.
+        Returns (x_BTD in compute dtype, updated cache or None).
+        """
+        cfg = self.cfg
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+        ctx = Context(positions_BT, segments_BT, ffn_scale, attention_implementation(cfg))
+        x_BTD = self.embed[ids_BT].astype(cfg.compute_dtype)
+        taken = dict.fromkeys(rows, 0)
+        new_cache = {}
+        for i, (unit, repeats) in enumerate(segments(self.specs)):
+            widths = [f"w{spec.row_width}" if spec.row_width else None for spec in unit]
+            per_unit = {}
+            for group in {w for w in widths if w}:  # this segment's share of the layer axis, [repeats, layers per unit, R, W]
+                k = widths.count(group)
+                part = rows[group][taken[group] : taken[group] + k * repeats]
+                per_unit[group] = part.reshape(repeats, k, *part.shape[1:])
+                taken[group] += k * repeats
+            unit_rows = {f"u{j}": per_unit[w][:, widths[:j].count(w)] for j, w in enumerate(widths) if w}
+
+            def body(x_BTD, layer, unit=unit):
+                blocks, layer_rows, layer_cache = layer
+                made = {}
+                for j, spec in enumerate(unit):
+                    u = f"u{j}"
+                    row_BTW = gather_rows(layer_rows[u], inverse_BT) if spec.row_width else None
+                    x_BTD, made[u] = blocks[u](x_BTD, row_BTW, ctx, layer_cache and layer_cache[u])
+                return x_BTD, made if layer_cache is not None else None
+
+            body = jax.checkpoint(body, prevent_cse=not cfg.scan_layers) if cfg.remat else body
+            xs = (self.blocks[f"s{i}"], unit_rows, cache and cache[f"s{i}"])
+            x_BTD, new_cache[f"s{i}"] = apply_stack(body, x_BTD, xs, repeats, cfg.scan_layers)
+        return self.norm(x_BTD), new_cache if cache is not None else None
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """logits_BTV float32 of final states x_BTD."""
+        head_DV = self.embed.T if self.head is None else self.head
+        return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+
+    def __call__(self, ids_BT, rows: Rows, inverse_BT, **kwargs) -> jax.Array:
+        """logits_BTV float32; arguments as for :meth:`hidden`."""
+        return self.logits(self.hidden(ids_BT, rows, inverse_BT, **kwargs)[0])
+
+
+def attention_implementation(cfg: ModelConfig) -> str:
+    if cfg.attention == "auto":
+        return "cudnn" if jax.default_backend() == "gpu" and cfg.compute_dtype == "bfloat16" else "xla"
+    return cfg.attention
+
+
+def init_params(cfg: ModelConfig, seed: int, with_memory: bool = True) -> dict:
+    """Fresh parameters as a nested dict of float32 arrays, a pure function of (cfg, seed)."""
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed), with_memory))))()
+
+
+def abstract_params(cfg: ModelConfig, with_memory: bool = True) -> dict:
+    """Shapes and dtypes of the parameters, without computing them."""
+    return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(0), with_memory))))
+
+
+def build(cfg: ModelConfig, with_memory: bool = True):
+    """Returns ``merge(params) -> Transformer``, cheap, for use inside jit; outside, parameters stay plain dicts."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), with_memory)))
+    return lambda params: nnx.merge(graph, params)
+
+
+def empty_cache(cfg: ModelConfig, batch: int, length: int) -> dict:
+    """KV cache for ``batch`` sequences of up to ``length`` tokens: {segment: {unit: {"k", "v"}}}, each [repeats, B, S, K, H]."""
+    n = cfg.n_kv_heads or cfg.n_heads
+    shape = (batch, length, n, cfg.head_dim or cfg.d_model // cfg.n_heads)
+    return {f"s{i}": {f"u{j}": {"k": jnp.zeros((repeats, *shape), cfg.compute_dtype), "v": jnp.zeros((repeats, *shape), cfg.compute_dtype)}
+                      for j in range(len(unit))}
+            for i, (unit, repeats) in enumerate(segments(layer_specs(cfg)))}
+
+
+def served(cfg: ModelConfig) -> ModelConfig:
+    """The config under which a model is served: layers unrolled, nothing recomputed."""
+    return dataclasses.replace(cfg, scan_layers=False, remat=False)
+
+
+def per_layer(params: dict, specs) -> list[dict]:
+    """Views of the block parameters by layer, from input to output: [{"attn": {"q": ...}, ...}]."""
+    made = []
+    for i, (unit, repeats) in enumerate(segments(specs)):
+        for r in range(repeats):
+            for j in range(len(unit)):
+                made.append(jax.tree.map(lambda a, r=r: a[r], params["blocks"][f"s{i}"][f"u{j}"]))
+    return made
+
+
+def stack_layers(layers: list[dict], specs) -> dict:
+    """Inverse of :func:`per_layer`: the value of ``params["blocks"]``."""
+    made, start = {}, 0
+    for i, (unit, repeats) in enumerate(segments(specs)):
+        made[f"s{i}"] = {f"u{j}": jax.tree.map(lambda *a: jnp.stack(a), *layers[start + j : start + repeats * len(unit) : len(unit)])
+                         for j in range(len(unit))}
+        start += len(unit) * repeats
+    return made
