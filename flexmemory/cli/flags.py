@@ -1,0 +1,59 @@
+"""Command lines that carry a config: --config=FILE[:ARG] with --config.section.field=value, beside plain flags."""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from flexmemory.config import Config, default_config, from_dict, nearest
+from flexmemory.errors import UserError
+
+
+def parse(argv: list[str], define, usage: str, config_required: bool = True) -> flags.FlagValues:
+    """Parses ``argv`` with own flag values (nothing global). ``define(values)`` adds the command's flags.
+
+    Returns the values; ``values.config`` is the ConfigDict, see :func:`config_of`. Raises UserError on any mistake.
+    """
+    values = flags.FlagValues()
+    full = ["flexmemory", *argv]
+    if config_required:
+        config_flags.DEFINE_config_file("config", None, "config file, FILE or FILE:ARG", flag_values=values, sys_argv=full)
+    define(values)
+    if {"-h", "--help", "-help"} & set(argv):
+        print(usage + "\n" + values.get_help())
+        raise SystemExit(0)
+    given = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
+    if given and not Path(given.partition(":")[0]).is_file():
+        raise UserError(f"--config: no file {given.partition(':')[0]!r}")
+    for word in argv:
+        if word.startswith("--config."):
+            check_override(word[len("--config."):])
+    try:
+        rest = values(full)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # ml_collections repeats a config file's error with its traceback; the last line is the message
+        message = str(error).strip().splitlines()[-1]
+        raise UserError(message.removeprefix("flexmemory.errors.UserError: ").removeprefix("flag ")) from error
+    if config_required and values.config is None:
+        raise UserError(f"--config: missing; {usage}")
+    if len(rest) > 1:
+        raise UserError(f"argument {rest[1]!r}: not understood; flags are given as --name=value")
+    return values
+
+
+def check_override(word: str) -> None:
+    """Field names of --config.x.y=z are checked before any config file runs, so that the message names the nearest field."""
+    name, equals, _ = word.partition("=")
+    if not equals:
+        raise UserError(f"--config.{name}: give a value, --config.{name}=VALUE")
+    at = default_config().to_dict()
+    for part in name.split("."):
+        if not isinstance(at, dict) or part not in at:
+            known = at if isinstance(at, dict) else []
+            raise UserError(f"config {name}: no such field {part!r}; {nearest(part, known or ['a plain value, no fields'])}")
+        at = at[part]
+
+
+def config_of(values: flags.FlagValues) -> Config:
+    """The checked, frozen config."""
+    return from_dict(values.config)

@@ -1,0 +1,52 @@
+"""The ``flexmemory`` command: finds the subcommand, turns a user's mistake into one line and exit code 2."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+COMMANDS = {
+    "prepare": "text to token shards",
+    "train": "train or resume a run",
+    "eval": "loss, bits per byte, recall and reasoning of a run, as JSON",
+    "export": "fold a run into a TKV store",
+    "verify": "prove a store equal to its run",
+    "generate": "write text with rows read from a store",
+    "params": "parameters, FLOPs and bytes of a config",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: flexmemory COMMAND [options]\n")
+        print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
+        return 0 if argv else 2
+    from flexmemory.config import nearest
+    from flexmemory.errors import UserError
+
+    if argv[0] not in COMMANDS:
+        print(f"error: command {argv[0]!r}: {nearest(argv[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    compilation_cache()
+    try:
+        return importlib.import_module(f"flexmemory.cli.{argv[0]}").run(argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def compilation_cache() -> None:
+    """Keeps compiled programs between runs, where JAX_COMPILATION_CACHE_DIR or the user's cache folder says."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "flexmemory" / "xla"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""flexmemory prepare: text to token shards."""
+
+from __future__ import annotations
+
+import argparse
+
+import rich.box
+import rich.console
+import rich.table
+
+from flexmemory.data import sources
+from flexmemory.data.prepare import SHARD_TOKENS, prepare
+from flexmemory.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command with its arguments, program and subcommand left out; returns the exit code.
+
+    Raises:
+      UserError: bad arguments or bad text.
+    """
+    args = _parser().parse_args(argv)
+    index = prepare(
+        args.source,
+        args.tokenizer,
+        args.out,
+        val_fraction=args.val_fraction,
+        workers=args.workers,
+        shard_tokens=args.shard_tokens,
+        seed=args.seed,
+    )
+    table = rich.table.Table("split", box=rich.box.SIMPLE_HEAD, title=f"{args.out}: vocabulary {index['vocab_size']}, questions {index['questions']}")
+    for name in ("tokens", "documents", "bytes", "bytes/token", "shards"):
+        table.add_column(name, justify="right")
+    for split, entry in index["splits"].items():
+        density = f"{entry['bytes'] / entry['tokens']:.2f}" if entry["tokens"] else "-"
+        table.add_row(split, *(f"{entry[key]:,}" for key in ("tokens", "documents", "bytes")), density, str(len(entry["shards"])))
+    rich.console.Console().print(table)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="flexmemory prepare",
+        description="Turn text into token shards. Run the same command again to go on after an interruption.",
+        epilog=sources.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--source", required=True, help="where the text comes from; see below")
+    parser.add_argument("--tokenizer", required=True, help="byte, bpe:SIZE, a tokenizer.json, or hf:NAME")
+    parser.add_argument("--out", required=True, help="directory of the dataset")
+    parser.add_argument("--val_fraction", type=float, default=0.02, help="share of the documents for validation (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=None, help="threads that tokenise (default: every core)")
+    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens in a shard, at most (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the train/validation split (default %(default)s)")
+    return parser

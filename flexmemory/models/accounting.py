@@ -1,0 +1,108 @@
+"""Parameters, FLOPs and bytes of a model, derived from its abstract parameters, so that a new kind is counted by itself.
+
+Two counting conventions exist in the papers: MemoryLLM's Table 5 leaves embeddings and head out of total and active
+(``total``, ``active``); STEM counts both in, and does not subtract the up-projections that its tables replace
+(``paper_total`` for stem patterns). ``total_all`` and ``active_all`` are what the model really holds.
+"""
+
+import math
+
+import jax
+
+from flexmemory.config import ModelConfig
+from flexmemory.models.blocks import layer_specs
+from flexmemory.models.memory import row_groups
+from flexmemory.models.transformer import abstract_params
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}  # rows only, without scales
+
+
+def size(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def matmul_weights(tree) -> int:
+    """Weights that multiply a token's activations: every stacked block tensor but the norm scales."""
+    return sum(math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if "norm" not in jax.tree_util.keystr(path))
+
+
+def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
+    """The numbers of docs/variants.md for one model.
+
+    total, active: without embedding and head; active leaves out what the rows replace (live FFNs, tables). embed: embedding
+    and head. flops_per_token: forward, rows handed in, averaged over a causal sequence of ``seq_len``, head included.
+    memory_flops_per_row: forward FLOPs that make one address's rows live (0 for tables). row_bytes_per_token and
+    table_bytes: by row dtype. table_over_ffn: values of the folded table over the FFN weights that it replaces.
+    """
+    specs, params = layer_specs(cfg), abstract_params(cfg)
+    memory = params.get("memory") or {}
+    embed = size(params["embed"]) + size(params.get("head", {}))
+    blocks = size(params["blocks"]) + size(params["norm"])
+    total, active = blocks + size(memory), blocks
+    heads, width = cfg.n_heads, cfg.head_dim or cfg.d_model // cfg.n_heads
+    attention = 4 * heads * width * (seq_len + 1) / 2 * len(specs)  # q k^T and p v over the causal half
+    flops = 2 * matmul_weights(params["blocks"]) + attention + 2 * cfg.d_model * cfg.vocab_size
+    live = sum(3 * cfg.d_model * spec.d_memory for spec in specs)
+    row_values = sum(spec.row_width for spec in specs)
+    replaced = sum(spec.replaces for spec in specs)
+    stem = [spec for spec in specs if spec.kind.startswith("stem")]
+    return {
+        "pattern": cfg.pattern,
+        "layers": len(specs),
+        "total": total,
+        "active": active,
+        "embed": embed,
+        "total_all": total + embed,
+        "active_all": active + embed,
+        "paper_total": total + embed + sum(spec.replaces for spec in stem) if stem else total,
+        "paper_active": active + embed if stem else active,
+        "flops_per_token": flops,
+        "memory_flops_per_row": 2 * live,
+        "row_bytes_per_token": {name: row_values * n for name, n in DTYPE_BYTES.items()},
+        "table_bytes": {name: cfg.vocab_size * row_values * n for name, n in DTYPE_BYTES.items()},
+        "table_over_ffn": cfg.vocab_size * row_values / replaced if replaced else None,
+        "ffn_widths": [[spec.d_ffn, spec.d_memory] for spec in specs],
+        "residual": residual(cfg, specs),
+    }
+
+
+def residual(cfg: ModelConfig, specs) -> dict:
+    """How far rounding moves a MemoryLLM-family layer stack from the nominal sizes, in weights.
+
+    total: FFN weights minus 8 D^2 per layer (the paper's nominal share); active: FFN-C weights minus beta D^2 summed as the
+    paper rounds. Both relative to 12 D^2 per layer.
+    """
+    nominal = 12 * cfg.d_model**2 * len(specs)
+    ffn = sum(3 * cfg.d_model * spec.d_memory + (spec.square * cfg.d_model**2 if spec.square else 3 * cfg.d_model * spec.d_ffn)
+              for spec in specs)
+    return {"ffn_weights": ffn, "nominal": 8 * cfg.d_model**2 * len(specs),
+            "relative": (ffn - 8 * cfg.d_model**2 * len(specs)) / nominal}
+
+
+def train_flops_per_token(account_: dict, rows_per_token: float) -> float:
+    """Forward and backward FLOPs per trained token, counting the work really done: ``rows_per_token`` = R / (B T)."""
+    return 3 * (account_["flops_per_token"] + account_["memory_flops_per_row"] * rows_per_token)
+
+
+def table(numbers: dict) -> str:
+    """The numbers as an aligned text table."""
+
+    def count(n):
+        return f"{n / 1e9:.3f} B" if n >= 1e9 else f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n:,}"
+
+    def bytes_(n):
+        return f"{n / 1e9:.3f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB" if n >= 1e6 else f"{n / 1e3:.2f} kB"
+
+    lines = [f"{'pattern':<34}{numbers['pattern']}  ({numbers['layers']} layers)"]
+    for key, what in (("total", "total, no embeddings or head"), ("active", "active, no embeddings or head"), ("embed", "embedding + head"),
+                      ("total_all", "total, all"), ("active_all", "active, all"),
+                      ("paper_total", "total as the paper counts"), ("paper_active", "active as the paper counts")):
+        lines.append(f"{what:<34}{count(numbers[key]):>12}")
+    lines.append(f"{'forward FLOPs per token':<34}{numbers['flops_per_token'] / 1e9:>9.3f} G")
+    for dtype in ("float32", "bfloat16", "int8", "int4"):
+        row, whole = numbers["row_bytes_per_token"][dtype], numbers["table_bytes"][dtype]
+        lines.append(f"{'rows ' + dtype:<34}{bytes_(row):>12} read per token, table {bytes_(whole)}")
+    over = numbers["table_over_ffn"]
+    lines.append(f"{'table over replaced FFN (values)':<34}{'-' if over is None else f'{over:.2f}x':>12}")
+    lines.append(f"{'FFN weights against nominal 8h^2':<34}{100 * numbers['residual']['relative']:>+11.3f}% of 12h^2")
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""One progress line for long work: a live bar on a terminal, a line about every 20 seconds elsewhere; always on stderr."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+def eta(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class ProgressLine:
+    """``with ProgressLine("train", total, "steps") as line: line.update(done, "loss 3.2")``. ``total`` may be 0: unknown."""
+
+    def __init__(self, label: str, total: float, unit: str, enabled: bool = True, every: float = 20.0, start: float = 0):
+        self.label, self.total, self.unit, self.every = label, total, unit, every
+        self.done = self.first = start
+        self.enabled, self.live = enabled, enabled and sys.stderr.isatty()
+        self.began = self.printed = time.perf_counter()
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[note]}"),
+                            console=Console(stderr=True)) if self.live else None
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+            self.task = self.bar.add_task(self.label, total=self.total or None, completed=self.done, note="")
+        return self
+
+    def __exit__(self, *exc):
+        if self.bar:
+            self.bar.stop()
+        elif self.enabled and self.printed > self.began:  # something was printed: close it with the end state
+            self._line("")
+
+    def note(self, text: str) -> str:
+        spent = time.perf_counter() - self.began
+        rate = (self.done - self.first) / spent if spent else 0.0
+        parts = [f"{self.done:,.0f}/{self.total:,.0f}" if self.total else f"{self.done:,.0f}", f"{rate:,.1f} {self.unit}/s"]
+        if self.total and rate:
+            parts.append(f"ETA {eta((self.total - self.done) / rate)}")
+        return "  ".join(parts + [text] if text else parts)
+
+    def update(self, done: float, text: str = "") -> None:
+        """``done`` is the absolute count so far."""
+        self.done = done
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=self.note(text))
+        elif self.enabled and time.perf_counter() - self.printed >= self.every:
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        self.printed = time.perf_counter()
+        print(f"{self.label}: {self.note(text)}", file=sys.stderr, flush=True)

@@ -1,0 +1,69 @@
+"""Checkpoints through Orbax: items params, optimizer, data; written asynchronously, complete or not there at all."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from flexmemory.config import Config, load_json
+from flexmemory.errors import UserError
+from flexmemory.models.transformer import abstract_params
+from flexmemory.train.optimizer import make_optimizer
+
+
+def open_checkpoints(workdir: Path, keep: int) -> ocp.training.Checkpointer:
+    """The run's checkpoints, ``workdir/checkpoints/<step>``; leftovers of an interrupted save are removed."""
+    logging.set_verbosity(logging.ERROR)  # orbax logs every save at INFO and WARNING
+    return ocp.training.Checkpointer(
+        (Path(workdir) / "checkpoints").absolute(), cleanup_tmp_directories=True,
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+
+
+def save(checkpoints, step: int, state: dict, tokens: int) -> None:
+    """Starts an asynchronous save of ``state`` (see step.init_state) after ``step`` steps."""
+    checkpoints.save_checkpointables_async(step, {
+        "params": state["params"],
+        "optimizer": state["optimizer"],
+        "data": {"step": np.asarray(step), "tokens": np.asarray(tokens)},
+    })
+
+
+def restore(checkpoints, workdir: Path, cfg: Config) -> dict | None:
+    """The latest full state, or None when there is no checkpoint. Raises UserError on a damaged one."""
+    if checkpoints.latest is None:
+        return None
+    step, params = checkpoints.latest.step, abstract_params(cfg.model)
+    optimizer = jax.eval_shape(make_optimizer(cfg.optimizer, cfg.train.steps).init, params)
+    return {**_load(workdir, step, {"params": params, "optimizer": optimizer}), "step": jnp.asarray(step, jnp.int32)}
+
+
+def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict, int]:
+    """(config, params, step) of a run folder, the latest checkpoint by default. Raises UserError when it is missing or damaged."""
+    cfg = load_json(Path(workdir) / "config.json")
+    steps = complete_steps(workdir)
+    if not steps:
+        raise UserError(f"{workdir}: no finished checkpoint in checkpoints/; train it first (`flexmemory train --workdir={workdir}`)")
+    if step is not None and step not in steps:
+        raise UserError(f"--step: no checkpoint {step} in {workdir}; there are {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    return cfg, _load(workdir, step, {"params": abstract_params(cfg.model)})["params"], step
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """Steps of the finished checkpoints, ascending; an unfinished save has another name until it is whole."""
+    return sorted(int(p.name) for p in (Path(workdir) / "checkpoints").glob("*") if p.name.isdecimal())
+
+
+def _load(workdir: Path, step: int, abstract: dict) -> dict:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
+    try:
+        return ocp.load_checkpointables((Path(workdir) / "checkpoints" / str(step)).absolute(), abstract)
+    except Exception as error:  # orbax and tensorstore raise many types for files that are cut or gone
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"checkpoint {step} in {workdir} is damaged or of another model ({reason}); "
+                        f"delete checkpoints/{step} to go on from an earlier one") from error

@@ -1,0 +1,96 @@
+"""AdamW with a label for every parameter: clipping by true global norm, warm-up schedules, own settings for tables."""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flexmemory.config import OptimizerConfig
+
+# first match wins; a parameter that matches nothing raises
+LABELS = (
+    ("table", r"^memory\..*\.table$"),
+    ("norm", r"(^|\.)\w*norm\.(scale|bias)$"),
+    ("embed", r"^embed$"),
+    ("head", r"^head$"),
+    ("attention", r"\.attn\.(q|k|v|o)$"),
+    ("memory", r"^memory\..*\.(gate|up|down)$"),
+    ("ffn", r"^blocks\..*\.(gate|up|down)$"),
+)
+
+
+def path_name(path) -> str:
+    """Dotted name of a key path, e.g. blocks.s0.u0.attn.q"""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def label_params(params: dict) -> dict:
+    """A tree of labels shaped like ``params``. Raises ValueError naming a parameter without a label."""
+
+    def label(path, _):
+        name = path_name(path)
+        for word, pattern in LABELS:
+            if re.search(pattern, name):
+                return word
+        raise ValueError(f"parameter {name} has no label: add a row to flexmemory.train.optimizer.LABELS")
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def schedule(cfg: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate at a step: linear warm-up from 0, then cosine, wsd (constant, then linear) or constant, ending at min_lr."""
+    warmup = min(cfg.warmup_steps, steps)
+    rest = max(steps - warmup, 1)
+    if cfg.schedule == "cosine":
+        after = optax.cosine_decay_schedule(cfg.lr, rest, alpha=cfg.min_lr / cfg.lr)
+    elif cfg.schedule == "wsd":
+        decay = max(int(rest * cfg.decay_fraction), 1)
+        after = optax.join_schedules([optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, cfg.min_lr, decay)], [rest - decay])
+    else:
+        after = optax.constant_schedule(cfg.lr)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(cfg.lr / warmup, cfg.lr, max(warmup - 1, 1)), after], [warmup])
+
+
+def group_norms(grads: dict) -> dict[str, jax.Array]:
+    """Global norm of the gradient of each label, float32 scalars."""
+    labels = label_params(grads)
+    groups: dict[str, list] = {}
+    for label, grad in zip(jax.tree.leaves(labels), jax.tree.leaves(grads), strict=True):
+        groups.setdefault(label, []).append(grad)
+    return {label: optax.global_norm(parts) for label, parts in groups.items()}
+
+
+def clip(grads: dict, norms: dict[str, jax.Array], cfg: OptimizerConfig) -> dict:
+    """Scales gradients so that the norm over all labels (tables apart when they have their own clip) is at most clip_norm."""
+
+    def factor(names, limit):
+        norm = jnp.sqrt(sum(norms[n] ** 2 for n in names))
+        return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30))
+
+    tables = ["table"] if cfg.table_clip_norm and "table" in norms else []
+    shared = [n for n in norms if n not in tables]
+    factors = {n: factor(shared, cfg.clip_norm) if cfg.clip_norm else 1.0 for n in shared}
+    factors |= {n: factor(tables, cfg.table_clip_norm) for n in tables}
+    return jax.tree.map(lambda grad, label: grad * factors[label], grads, label_params(grads))
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW (decoupled decay) on clipped gradients; norms do not decay, tables take table_lr and table_weight_decay."""
+
+    def decay(updates, params):
+        rate = {"table": cfg.table_weight_decay, "norm": 0.0}
+        return jax.tree.map(lambda u, p, label: u + rate.get(label, cfg.weight_decay) * p, updates, params, label_params(params))
+
+    def table_lr(updates, params):
+        return jax.tree.map(lambda u, label: u * cfg.table_lr if label == "table" else u, updates, label_params(updates))
+
+    return optax.chain(
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.stateless(decay),
+        optax.stateless(table_lr),
+        optax.scale_by_learning_rate(schedule(cfg, steps)),
+    )
