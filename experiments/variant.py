@@ -1,0 +1,90 @@
+"""One run of a sweep from training to proof: train, fold, verify, generate, time decoding; written to variant.json when all is done."""
+
+import importlib
+import json
+import time
+from pathlib import Path
+
+import jax
+
+from flexmemory.config import Config, default_config, from_dict
+from flexmemory.data.shards import read_index
+from flexmemory.errors import UserError
+from flexmemory.models.accounting import account
+from flexmemory.runtime.engine import Engine
+from flexmemory.tkv.export import export
+from flexmemory.tkv.verify import verify
+from flexmemory.train.loop import train
+from flexmemory.train.run import write_atomic
+
+DECODE_TOKENS = 48
+RAM_BUDGET_SHARE = 0.25  # of the table, so that decoding really reads from disk
+
+
+def config_with(sets: dict) -> Config:
+    """The default config with dotted fields set; an unknown one raises UserError."""
+    values = default_config().to_dict()
+    for path, value in sets.items():
+        section, _, name = path.partition(".")
+        if name not in values.get(section, {}):
+            raise UserError(f"sweep sets {path!r}: no such config field")
+        values[section][name] = value
+    return from_dict(values)
+
+
+def run_variant(out: Path, spec: dict, row: dict) -> dict:
+    """All stages of one run, each skipped or resumed where it was already done. Returns and writes what the report needs."""
+    workdir, data = out / row["name"], out / "data"
+    cfg = config_with(row["sets"] | {"data.path": str(data), "model.vocab_size": read_index(data)["vocab_size"]})
+    cfg = importlib.import_module(f"experiments.{spec['experiment']}").fit(cfg, row["axis"])
+    seconds = {}
+
+    def timed(stage: str, function, *args, **kwargs):
+        began = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds[stage] = time.perf_counter() - began
+        return result
+
+    final = timed("train", finished_or_train, cfg, workdir)
+    exported = timed("export", export, workdir, workdir / "store")
+    proof = timed("verify", verify, workdir / "store", workdir)
+    numbers = account(cfg.model, cfg.data.seq_len)
+    budget = int(numbers["table_bytes"]["float32"] * RAM_BUDGET_SHARE)
+    resident, _ = decode_rate(Engine.from_run(workdir), spec["prompt"])
+    offloaded_engine = Engine.from_store(workdir / "store", ram_budget=budget)
+    offloaded, sample = decode_rate(offloaded_engine, spec["prompt"])
+    stats = offloaded_engine.stats
+    result = {
+        "name": row["name"], "axis": row["axis"], "pattern": row["pattern"], "beta": row["beta"], "c_fraction": row["c_fraction"],
+        "seed": row["seed"], "status": "done", "d_ff": cfg.model.d_ff,
+        **{key: numbers[key] for key in ("total", "active", "total_all", "active_all", "flops_per_token", "table_over_ffn")},
+        "row_bytes_per_token": numbers["row_bytes_per_token"]["float32"], "table_bytes": numbers["table_bytes"]["float32"],
+        **{key: final.get(key) for key in ("val_loss", "val_bits_per_byte", "recall_acc", "recall_chance", "reasoning_acc",
+                                           "reasoning_chance", "kinds", "train_tokens_per_s", "mfu", "rows_per_token", "tokens")},
+        "steps": final["step"], "export_s": exported["seconds"],
+        **{key: proof[key] for key in ("rows_max_abs_diff", "logits_max_abs_diff", "logits_max_rel_diff", "greedy_equal")},
+        "decode_tps_resident": resident, "decode_tps_offloaded": offloaded,
+        "cache_hit_rate": stats["hits"] / max(stats["hits"] + stats["misses"], 1),
+        "prompt": spec["prompt"], "sample": sample, "seconds": seconds, "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+    }
+    if not proof["ok"]:
+        raise RuntimeError(f"{row['name']}: the store is not equal to the run: {proof}")
+    write_atomic(workdir / "variant.json", json.dumps(result, indent=2))
+    return result
+
+
+def finished_or_train(cfg: Config, workdir: Path) -> dict:
+    """final_result.json of a finished run, else training (or its resumption)."""
+    path = workdir / "final_result.json"
+    if path.exists() and (result := json.loads(path.read_text()))["step"] == cfg.train.steps:
+        return result
+    return train(cfg, workdir)
+
+
+def decode_rate(engine: Engine, prompt: str) -> tuple[float, str]:
+    """(decoded tokens per second after a warm-up, the greedy text)."""
+    engine.generate([prompt], max_tokens=4, stop_at_eos=False)  # compiles both steps
+    began = time.perf_counter()
+    made = engine.generate([prompt], max_tokens=DECODE_TOKENS, stop_at_eos=False)[0]
+    return DECODE_TOKENS / (time.perf_counter() - began), made.text
