@@ -18,7 +18,7 @@ from flexmemory.models.accounting import account
 # data: prepare's arguments; layers, sets: the model and the run; seeds: paired over all variants
 SCALES = {
     "smoke": dict(
-        data=dict(source="facts:people=4,docs=4+tasks:n=60,eval=12", tokenizer="bpe:300", val_fraction=0.1), layers=2, seeds=(0,),
+        data=dict(source="facts:people=4,docs=6+tasks:n=60,eval=12,length=4,pairs=3", tokenizer="bpe:400", val_fraction=0.1), layers=2, seeds=(0,),
         sets={"model.d_model": 32, "model.n_heads": 4, "model.d_ff": 88, "model.init_std": 0.08, "data.seq_len": 96,
               "data.batch_size": 4, "train.steps": 4, "train.log_every": 2, "train.eval_tokens": 512, "optimizer.warmup_steps": 1}),
     "quickstart": dict(

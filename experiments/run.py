@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     compilation_cache()
     from flexmemory.data.prepare import prepare
 
-    prepare(out=out / "data", **spec["data"])
+    prepare(out=out / "data", progress=not args.only, **spec["data"])
     if args.only:
         from experiments.variant import run_variant
 

@@ -37,23 +37,16 @@ def run_variant(out: Path, spec: dict, row: dict) -> dict:
     workdir, data = out / row["name"], out / "data"
     cfg = config_with(row["sets"] | {"data.path": str(data), "model.vocab_size": read_index(data)["vocab_size"]})
     cfg = importlib.import_module(f"experiments.{spec['experiment']}").fit(cfg, row["axis"])
-    seconds = {}
-
-    def timed(stage: str, function, *args, **kwargs):
-        began = time.perf_counter()
-        result = function(*args, **kwargs)
-        seconds[stage] = time.perf_counter() - began
-        return result
-
-    final = timed("train", finished_or_train, cfg, workdir)
-    exported = timed("export", export, workdir, workdir / "store")
-    proof = timed("verify", verify, workdir / "store", workdir)
+    final, train_s = stage(workdir, "train", lambda: train(cfg, workdir))
+    exported, export_s = stage(workdir, "export", lambda: export(workdir, workdir / "store"))
+    proof, verify_s = stage(workdir, "verify", lambda: verify(workdir / "store", workdir))
+    if not proof["ok"]:
+        raise RuntimeError(f"{row['name']}: the store is not equal to the run: {proof}")
     numbers = account(cfg.model, cfg.data.seq_len)
     budget = int(numbers["table_bytes"]["float32"] * RAM_BUDGET_SHARE)
-    resident, _ = decode_rate(Engine.from_run(workdir), spec["prompt"])
-    offloaded_engine = Engine.from_store(workdir / "store", ram_budget=budget)
-    offloaded, sample = decode_rate(offloaded_engine, spec["prompt"])
-    stats = offloaded_engine.stats
+    decoded, decode_s = stage(workdir, "decode", lambda: {
+        "resident": decode(Engine.from_run(workdir), spec["prompt"]),
+        "offloaded": decode(Engine.from_store(workdir / "store", ram_budget=budget), spec["prompt"])})
     result = {
         "name": row["name"], "axis": row["axis"], "pattern": row["pattern"], "beta": row["beta"], "c_fraction": row["c_fraction"],
         "seed": row["seed"], "status": "done", "d_ff": cfg.model.d_ff,
@@ -63,28 +56,28 @@ def run_variant(out: Path, spec: dict, row: dict) -> dict:
                                            "reasoning_chance", "kinds", "train_tokens_per_s", "mfu", "rows_per_token", "tokens")},
         "steps": final["step"], "export_s": exported["seconds"],
         **{key: proof[key] for key in ("rows_max_abs_diff", "logits_max_abs_diff", "logits_max_rel_diff", "greedy_equal")},
-        "decode_tps_resident": resident, "decode_tps_offloaded": offloaded,
-        "cache_hit_rate": stats["hits"] / max(stats["hits"] + stats["misses"], 1),
-        "prompt": spec["prompt"], "sample": sample, "seconds": seconds, "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
+        "decode_tps_resident": decoded["resident"]["tokens_per_s"], "decode_tps_offloaded": decoded["offloaded"]["tokens_per_s"],
+        "cache_hit_rate": decoded["offloaded"]["rows"].get("hit_rate"), "prompt": spec["prompt"], "sample": decoded["offloaded"]["text"],
+        "seconds": {"train": train_s, "export": export_s, "verify": verify_s, "decode": decode_s},
+        "device": jax.devices()[0].device_kind, "platform": jax.default_backend(),
     }
-    if not proof["ok"]:
-        raise RuntimeError(f"{row['name']}: the store is not equal to the run: {proof}")
     write_atomic(workdir / "variant.json", json.dumps(result, indent=2))
     return result
 
 
-def finished_or_train(cfg: Config, workdir: Path) -> dict:
-    """final_result.json of a finished run, else training (or its resumption)."""
-    path = workdir / "final_result.json"
-    if path.exists() and (result := json.loads(path.read_text()))["step"] == cfg.train.steps:
-        return result
-    return train(cfg, workdir)
+def stage(workdir: Path, name: str, function) -> tuple[dict, float]:
+    """(result, seconds) of one stage, from stages/<name>.json when it was finished before."""
+    path = workdir / "stages" / f"{name}.json"
+    if not path.exists():
+        began = time.perf_counter()
+        result = function()
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps({"seconds": time.perf_counter() - began, "result": result}, indent=2))
+    known = json.loads(path.read_text())
+    return known["result"], known["seconds"]
 
 
-def decode_rate(engine: Engine, prompt: str) -> tuple[float, str]:
-    """(decoded tokens per second after a warm-up, the greedy text)."""
-    engine.generate([prompt], max_tokens=4, stop_at_eos=False)  # compiles both steps
-    began = time.perf_counter()
-    made = engine.generate([prompt], max_tokens=DECODE_TOKENS, stop_at_eos=False)[0]
-    return DECODE_TOKENS / (time.perf_counter() - began), made.text
+def decode(engine: Engine, prompt: str) -> dict:
+    """{"text" greedy, "tokens_per_s" with compilation and prefill left out, "rows" counters of the row source}."""
+    text = engine.generate([prompt], max_tokens=DECODE_TOKENS, stop_at_eos=False)[0].text
+    return {"text": text, "tokens_per_s": engine.stats["decode_tokens_per_s"], "rows": engine.source.stats()}

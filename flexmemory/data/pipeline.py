@@ -1,0 +1,240 @@
+"""Batches from token shards: batch k is a pure function of (seed, k), with its unique ids ready for the memory layers.
+
+Letters: A accumulation steps, b rows of this host per accumulation step, T tokens, R unique ids (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from flexmemory.data.shards import TokenShards
+from flexmemory.errors import UserError
+
+Batch = dict[str, np.ndarray]
+SAMPLES = 32  # batches that row_sizes looks at
+
+
+class Batches:
+    """An endless sequence of batches; `batches[k]` needs nothing but k. Made by `make_batches`.
+
+    A batch is a dict of
+      ids        int32 [A, b, T]
+      targets    int32 [A, b, T], the next tokens
+      unique_ids int32 [A, R], the ids of the accumulation step over all hosts, ascending, then padded with id 0
+      inverse    int32 [A, b, T], unique_ids[a][inverse[a]] == ids[a]; never refers to padding
+      segments   int32 [A, b, T], number of the document within the row; only when asked for
+
+    R is one of `row_sizes`, the smallest that holds the batch, so that a compiled step meets few shapes. Where R >= V, unique_ids is 0..V-1.
+    unique_ids and R are the same on every host.
+
+    Attributes:
+      row_sizes: the possible R, ascending.
+      steps_per_epoch: whole batches in one pass over the split, at least 1.
+      tokens_per_batch: A * b * T over all hosts.
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int, shape: tuple[int, int, int], host_index: int, seed: int, segments: bool, shuffle: bool):
+        self._shards, self._seq_len, self._segments = shards, seq_len, segments
+        self._accum, self._hosts, self._rows = shape  # a global batch is A x hosts x b windows
+        self._host_index = host_index
+        self.batch_size = self._accum * self._hosts * self._rows
+        n_windows = shards.num_windows(seq_len)
+        order = grain.MapDataset.range(n_windows).seed(seed)
+        # Reshuffled in each epoch, and still addressable: the order is computed from (seed, epoch), never stored.
+        self._order = (order.shuffle() if shuffle else order).repeat(None)
+        self.steps_per_epoch = max(1, n_windows // self.batch_size)
+        self.tokens_per_batch = self.batch_size * seq_len
+        self.row_sizes: tuple[int, ...] = (min(shards.vocab_size, self._hosts * self._rows * seq_len),)
+
+    def window_numbers(self, k: int) -> np.ndarray:
+        """Windows of global batch k, int64 [A, hosts, b]."""
+        if k < 0:
+            raise IndexError(f"batch {k} is below 0")
+        first = k * self.batch_size
+        numbers = [self._order[i] for i in range(first, first + self.batch_size)]
+        return np.array(numbers, np.int64).reshape(self._accum, self._hosts, self._rows)
+
+    def __getitem__(self, k: int) -> Batch:
+        numbers_AHb = self.window_numbers(k)
+        tokens_AHbT = self._tokens(numbers_AHb)
+        own_AbT = tokens_AHbT[:, self._host_index]
+        # Every host reads the whole batch: only so do all agree on unique_ids and R without talking.
+        everybody_AN = tokens_AHbT[..., :-1].reshape(self._accum, -1)
+        batch = {"ids": own_AbT[..., :-1].copy(), "targets": own_AbT[..., 1:].copy()}
+        batch |= unique_rows(everybody_AN, batch["ids"], self._shards.vocab_size, self.row_sizes)
+        if self._segments:
+            rows = [[self._shards.segments(int(i), self._seq_len)[:-1] for i in row] for row in numbers_AHb[:, self._host_index]]
+            batch["segments"] = np.array(rows, np.int32)
+        return batch
+
+    def unique_counts(self, k: int) -> list[int]:
+        """Number of different ids in each accumulation step of global batch k."""
+        tokens = self._tokens(self.window_numbers(k))[..., :-1]
+        return [_count_unique(step, self._shards.vocab_size) for step in tokens]
+
+    def _tokens(self, numbers_AHb: np.ndarray) -> np.ndarray:
+        tokens = np.empty((*numbers_AHb.shape, self._seq_len + 1), np.int32)
+        for place, i in np.ndenumerate(numbers_AHb):
+            tokens[place] = self._shards.window(int(i), self._seq_len)
+        return tokens
+
+
+def make_batches(
+    shards: TokenShards,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    accum: int = 1,
+    segments: bool = False,
+    shuffle: bool = True,
+    host_index: int = 0,
+    host_count: int = 1,
+    row_sizes: tuple[int, ...] | None = None,
+) -> Batches:
+    """Batches of `batch_size` windows of `seq_len` tokens over all hosts; this host's share of them.
+
+    Args:
+      row_sizes: the padded sizes R to choose from; measured by `measure_row_sizes` where None. A size that always suffices is appended.
+
+    Raises:
+      UserError: sizes that do not fit each other or the shards, a seed outside 0..2^32-1.
+    """
+    for name, value in (("batch_size", batch_size), ("accum", accum), ("host_count", host_count)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    if not 0 <= host_index < host_count:
+        raise UserError(f"host_index={host_index} is outside 0..{host_count - 1}")
+    if not 0 <= seed < 1 << 32:
+        raise UserError(f"seed={seed} is outside 0..{(1 << 32) - 1}")
+    if batch_size % (accum * host_count):
+        raise UserError(f"batch_size={batch_size} is not divisible by accum*host_count={accum}*{host_count}; use a multiple of {accum * host_count}")
+    shape = (accum, host_count, batch_size // (accum * host_count))
+    batches = Batches(shards, seq_len, shape, host_index, seed, segments, shuffle)
+    if row_sizes is None:
+        row_sizes = measure_row_sizes(batches)
+    if any(size < 1 for size in row_sizes):
+        raise UserError(f"row_sizes={row_sizes} must be at least 1")
+    batches.row_sizes = _with_enough(row_sizes, enough=batches.row_sizes[-1])
+    return batches
+
+
+def measure_row_sizes(batches: Batches, samples: int = SAMPLES) -> tuple[int, ...]:
+    """Padded sizes R for `batches`: one for the typical batch, one that always suffices; a pure function of the batches' arguments."""
+    enough = batches.row_sizes[-1]
+    last = batches.steps_per_epoch
+    # Spread over the epoch; a bigger sample would cost more than the rare overflow it avoids.
+    steps = sorted({i * last // samples for i in range(samples)})
+    typical = max(max(batches.unique_counts(k)) for k in steps)
+    return _with_enough((_round_up(typical),), enough)
+
+
+def unique_rows(everybody_AN: np.ndarray, ids_AbT: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...]) -> Batch:
+    """unique_ids int32 [A, R] of `everybody_AN` and inverse int32 [A, b, T] of `ids_AbT`, whose ids must be among them; R from `row_sizes`."""
+    accum = len(everybody_AN)
+    seen_AV = np.zeros((accum, vocab_size), bool)
+    np.put_along_axis(seen_AV, everybody_AN.astype(np.int64), True, axis=1)
+    largest = int(seen_AV.sum(axis=1).max())
+    size = next(size for size in row_sizes if size >= min(largest, vocab_size))
+    if size >= vocab_size:
+        return {"unique_ids": np.tile(np.arange(vocab_size, dtype=np.int32), (accum, 1)), "inverse": ids_AbT.copy()}
+    unique_AR = np.zeros((accum, size), np.int32)
+    inverse_AbT = np.empty_like(ids_AbT)
+    for a in range(accum):
+        found = np.flatnonzero(seen_AV[a])
+        unique_AR[a, : len(found)] = found
+        place_V = np.cumsum(seen_AV[a], dtype=np.int32) - 1  # place of an id among those seen
+        inverse_AbT[a] = place_V[ids_AbT[a]]
+    return {"unique_ids": unique_AR, "inverse": inverse_AbT}
+
+
+def eval_batches(
+    shards: TokenShards,
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    segments: bool = False,
+    row_sizes: tuple[int, ...] | None = None,
+) -> Iterator[Batch]:
+    """The split in order, once: batches as in `Batches` with A = 1, and `weight` float32 [1, b, T].
+
+    The weight is 1 for every target to count and 0 for padding, so that each token but the first of each shard counts exactly once; the last
+    window of a shard is padded with the end of document, the last batch with rows of it. `max_tokens` ends the counting after so many targets.
+
+    Raises:
+      UserError: bad sizes; a split of fewer than two tokens.
+    """
+    if batch_size < 1 or seq_len < 1:
+        raise UserError(f"batch_size={batch_size} and seq_len={seq_len} must be at least 1")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens={max_tokens} must be at least 1")
+    spans = _eval_spans(shards, seq_len, max_tokens)
+    if not spans:
+        raise UserError(f"the {shards.split} split has no token to predict; prepare it from more text")
+    return _eval_batches(shards, spans, seq_len, batch_size, segments, row_sizes)
+
+
+def _eval_batches(shards, spans, seq_len, batch_size, segments, row_sizes) -> Iterator[Batch]:
+    enough = min(shards.vocab_size, batch_size * seq_len)
+    groups = [spans[i : i + batch_size] for i in range(0, len(spans), batch_size)]
+    if row_sizes is None:
+        sample = [groups[i * len(groups) // SAMPLES] for i in range(SAMPLES)] if len(groups) > SAMPLES else groups
+        typical = max(_count_unique(_eval_rows(shards, group, seq_len, batch_size)[0][..., :-1], shards.vocab_size) for group in sample)
+        row_sizes = (_round_up(typical),)
+    row_sizes = _with_enough(row_sizes, enough)
+    for group in groups:
+        tokens_bT, weight_bT, segments_bT = _eval_rows(shards, group, seq_len, batch_size, segments)
+        ids, targets = tokens_bT[None, :, :-1].copy(), tokens_bT[None, :, 1:].copy()
+        batch = {"ids": ids, "targets": targets, "weight": weight_bT[None]}
+        batch |= unique_rows(ids.reshape(1, -1), ids, shards.vocab_size, row_sizes)
+        if segments:
+            batch["segments"] = segments_bT[None]
+        yield batch
+
+
+def _eval_spans(shards: TokenShards, seq_len: int, max_tokens: int | None) -> list[tuple[int, int, int]]:
+    """(shard, start, number of targets) of each row."""
+    left = shards.n_tokens if max_tokens is None else max_tokens
+    spans = []
+    for shard, tokens in enumerate(shards.shard_tokens):
+        for start in range(0, tokens - 1, seq_len):
+            if left <= 0:
+                return spans
+            count = min(seq_len, tokens - 1 - start, left)
+            spans.append((shard, start, count))
+            left -= count
+    return spans
+
+
+def _eval_rows(shards, group, seq_len: int, batch_size: int, segments: bool = False):
+    tokens_bT = np.full((batch_size, seq_len + 1), shards.eos_id, np.int32)
+    weight_bT = np.zeros((batch_size, seq_len), np.float32)
+    segments_bT = np.zeros((batch_size, seq_len), np.int32)
+    for row, (shard, start, count) in enumerate(group):
+        tokens_bT[row, : count + 1] = shards.tokens(shard, start, start + count + 1)
+        weight_bT[row, :count] = 1
+        if segments:
+            segments_bT[row, :count] = shards.token_segments(shard, start, start + count)
+            segments_bT[row, count:] = segments_bT[row, count - 1] + 1
+    return tokens_bT, weight_bT, segments_bT
+
+
+def _count_unique(tokens: np.ndarray, vocab_size: int) -> int:
+    seen = np.zeros(vocab_size, bool)
+    seen[tokens.ravel()] = True
+    return int(seen.sum())
+
+
+def _round_up(typical: int) -> int:
+    """Five percent of room, rounded up to whole lanes of 128, or of 8 where that would more than double a small size."""
+    room = -(-typical * 105 // 100)
+    step = 128 if room >= 128 else 8
+    return -(-room // step) * step
+
+
+def _with_enough(row_sizes: tuple[int, ...], enough: int) -> tuple[int, ...]:
+    return (*sorted({size for size in row_sizes if size < enough}), enough)

@@ -1,0 +1,81 @@
+"""The next batches, made on a background thread while the accelerator works."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from typing import Any, Protocol
+
+
+class Indexed(Protocol):
+    def __getitem__(self, k: int) -> Any: ...
+
+
+def prefetch(batches: Indexed, start: int = 0, stop: int | None = None, depth: int = 2) -> Prefetch:
+    """Iterates over batches[start], batches[start+1], … up to `stop` (never where None), with up to `depth` made in advance.
+
+    Close it, or use it in a `with`; an error in making a batch is raised where that batch would have come.
+    """
+    if depth < 1:
+        raise ValueError(f"depth={depth} must be at least 1")
+    return Prefetch(batches, start, stop, depth)
+
+
+class Prefetch:
+    """See `prefetch`.
+
+    Attributes:
+      wait_s: seconds that the consumer has spent waiting for data so far.
+    """
+
+    def __init__(self, batches: Indexed, start: int, stop: int | None, depth: int):
+        self.wait_s = 0.0
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._produce, args=(batches, start, stop), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Prefetch:
+        return self
+
+    def __next__(self):
+        if self._ended:
+            raise StopIteration
+        begin = time.perf_counter()
+        kind, content = self._queue.get()
+        self.wait_s += time.perf_counter() - begin
+        if kind == "batch":
+            return content
+        self.close()
+        if kind == "error":
+            raise content
+        raise StopIteration
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread; batches already made are dropped. Safe to call twice."""
+        self._ended = True
+        self._closed.set()
+        while self._thread.is_alive():
+            try:  # a thread that waits to put finds room and then sees the flag
+                self._queue.get(timeout=0.01)
+            except queue.Empty:
+                pass
+        self._thread.join()
+
+    def _produce(self, batches: Indexed, start: int, stop: int | None) -> None:
+        k = start
+        try:
+            while not self._closed.is_set() and (stop is None or k < stop):
+                self._queue.put(("batch", batches[k]))
+                k += 1
+            self._queue.put(("end", None))
+        except BaseException as error:  # noqa: BLE001  (handed to the consumer, whatever it is)
+            self._queue.put(("error", error))

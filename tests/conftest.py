@@ -1,0 +1,41 @@
+"""Settings that every test shares; they must be in place before JAX starts."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import flags  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which pytest never parses
+settings.register_profile("flexmemory", deadline=None, derandomize=True)
+settings.load_profile("flexmemory")
+
+import pytest  # noqa: E402
+
+TINY_SOURCE = "facts:people=4,docs=6+tasks:n=60,eval=12,length=4,pairs=3"
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A prepared dataset of a few thousand tokens with questions, vocabulary 400."""
+    from flexmemory.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("data") / "tiny"
+    prepare(TINY_SOURCE, "bpe:400", out, val_fraction=0.1, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_data):
+    """``tiny_config(pattern, **{"train.steps": 6, ...}) -> Config`` of a model that trains in seconds."""
+    from experiments.variant import config_with
+
+    base = {"model.d_model": 32, "model.n_heads": 4, "model.d_ff": 88, "model.init_std": 0.08, "data.seq_len": 96,
+            "data.batch_size": 4, "data.path": str(tiny_data), "train.steps": 6, "train.log_every": 1, "train.eval_tokens": 512,
+            "optimizer.warmup_steps": 2, "optimizer.lr": 1e-2, "optimizer.min_lr": 1e-3}
+
+    def make(pattern="flex memoryllm stem", **sets):
+        return config_with(base | {"model.pattern": pattern} | sets)
+
+    return make
