@@ -19,10 +19,12 @@ def encode_questions(questions: list[dict], tokenizer: Tokenizer, seq_len: int) 
 
     T is the longest question rounded up to 32. Raises UserError when one is longer than ``seq_len``.
     """
+    if not questions:
+        return np.zeros((0, 0), np.int32), np.zeros((0, 0), bool)
     pairs = [(tokenizer.encode(q["prompt"]), tokenizer.encode(q["answer"])) for q in questions]
     longest = max(len(p) + len(a) for p, a in pairs)
     if longest > seq_len:
-        raise UserError(f"config data.seq_len: {seq_len} is shorter than the longest question ({longest} tokens)")
+        raise UserError(f"config data.seq_len: {seq_len} is shorter than the data's longest question ({longest} tokens); give at least that")
     length = min(-(-longest // 32) * 32, seq_len)
     ids_QT, answer_QT = np.zeros((len(pairs), length), np.int32), np.zeros((len(pairs), length), bool)
     for i, (prompt, answer) in enumerate(pairs):

@@ -98,7 +98,9 @@ def attention_implementation(cfg: ModelConfig) -> str:
 
 def init_params(cfg: ModelConfig, seed: int, with_memory: bool = True) -> dict:
     """Fresh parameters as a nested dict of float32 arrays, a pure function of (cfg, seed)."""
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed), with_memory))))()
+    # unoptimised code: it runs once, and on a CPU the optimiser takes 14 s over the random draws of a mixed stack, this 2 s
+    quick = {"xla_backend_optimization_level": 0}
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed), with_memory))), compiler_options=quick)()
 
 
 def abstract_params(cfg: ModelConfig, with_memory: bool = True) -> dict:

@@ -14,7 +14,7 @@ from flexmemory.data.prefetch import prefetch
 from flexmemory.data.shards import TokenShards, read_questions
 from flexmemory.errors import UserError
 from flexmemory.evals.perplexity import make_eval_step, perplexity
-from flexmemory.evals.questions import answer_accuracy
+from flexmemory.evals.questions import answer_accuracy, encode_questions
 from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.progress import ProgressLine
 from flexmemory.train import checkpoint
@@ -46,6 +46,7 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True) -> dict:
     workdir, clock = Path(workdir), Clock()
     with clock.span("setup"):
         cfg, shards, val_shards = resolve(cfg)
+        encode_questions(read_questions(cfg.data.path), tokenizers.load(cfg.data.path), cfg.data.seq_len)  # raises when one is too long
         claim(workdir, cfg, shards.fingerprint, Path(cfg.data.path))
         batches = make_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=cfg.train.seed,
                                accum=cfg.train.accum_steps, segments=cfg.data.document_mask)
@@ -137,10 +138,11 @@ class Run:
 
     def _log(self, line: ProgressLine, step: int, metrics: dict) -> None:
         """Reads one step's metrics (this waits for that step only), checks them, and writes every log_every-th."""
-        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        loss = float(metrics["loss"])
+        if bad := [f"{name} {value}" for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(value := float(metrics[name]))]:
+            self.checkpoints.wait()
             good = checkpoint.complete_steps(self.workdir)
-            raise TrainingDiverged(f"step {step}: loss is {loss}, gradient norm {norm}; last good checkpoint: "
+            raise TrainingDiverged(f"step {step}: {', '.join(bad)}; last good checkpoint: "
                                    f"{self.workdir / 'checkpoints' / str(good[-1]) if good else 'none yet'}")
         now = self.clock.working()
         if self.window is None:  # the first step after a compilation starts the clock and is not timed

@@ -61,7 +61,7 @@ def group_norms(grads: dict) -> dict[str, jax.Array]:
     groups: dict[str, list] = {}
     for label, grad in zip(jax.tree.leaves(labels), jax.tree.leaves(grads), strict=True):
         groups.setdefault(label, []).append(grad)
-    return {label: optax.global_norm(parts) for label, parts in groups.items()}
+    return {label: optax.tree.norm(parts) for label, parts in groups.items()}
 
 
 def clip(grads: dict, norms: dict[str, jax.Array], cfg: OptimizerConfig) -> dict:

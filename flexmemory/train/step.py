@@ -34,7 +34,8 @@ def make_train_step(cfg: Config):
     """Returns ``step(state, batch) -> (state, metrics)``, jitted, with the state donated.
 
     batch leaves have a leading axis of ``accum_steps`` micro-batches; the loss of every token counts the same whatever the
-    split. metrics: loss and z_loss in nats per token, lr, grad_norm, grad_norm/<label>; float32 scalars.
+    split. metrics: loss and z_loss in nats per token, lr, param_norm (after the
+    update), grad_norm, grad_norm/<label>; float32 scalars.
     """
     merge, optimizer = build(cfg.model), make_optimizer(cfg.optimizer, cfg.train.steps)
     rate = schedule(cfg.optimizer, cfg.train.steps)
@@ -59,9 +60,10 @@ def make_train_step(cfg: Config):
             (grads, (loss, z)), _ = jax.lax.scan(accumulate, zeros, batch)
         norms = group_norms(grads)
         updates, opt = optimizer.update(clip(grads, norms, cfg.optimizer), state["optimizer"], params)
+        params = optax.apply_updates(params, updates)
         metrics = {"loss": loss, "z_loss": z, "lr": jnp.asarray(rate(state["step"]), jnp.float32),
-                   "grad_norm": jnp.sqrt(sum(n**2 for n in norms.values())),
+                   "grad_norm": jnp.sqrt(sum(n**2 for n in norms.values())), "param_norm": optax.tree.norm(params),
                    **{f"grad_norm/{label}": norm for label, norm in norms.items()}}
-        return {"params": optax.apply_updates(params, updates), "optimizer": opt, "step": state["step"] + 1}, metrics
+        return {"params": params, "optimizer": opt, "step": state["step"] + 1}, metrics
 
     return jax.jit(step, donate_argnums=0)

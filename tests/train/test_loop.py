@@ -1,0 +1,197 @@
+"""Runs: bit-equal resume, kill -9, faults, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexmemory.config import to_json
+from flexmemory.errors import UserError
+from flexmemory.train.checkpoint import complete_steps, load_params
+from flexmemory.train.loop import TrainingDiverged, train
+from flexmemory.train.run import read_metrics
+
+TRAIN = """
+import os, signal, sys
+from pathlib import Path
+from flexmemory.config import load_json
+from flexmemory.train.loop import train
+config, workdir, fatal = load_json(Path(sys.argv[1])), sys.argv[2], sys.argv[3]
+if fatal:
+    for module, name in ((os, "rename"), (os, "replace")):  # the commit of that checkpoint is the moment of the kill
+        def deadly(source, target, *rest, real=getattr(module, name), **kwargs):
+            if str(target).endswith("checkpoints/" + fatal):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(source, target, *rest, **kwargs)
+        setattr(module, name, deadly)
+train(config, workdir, progress=False)
+"""
+
+
+def start(cfg, workdir: Path, fatal: str = "") -> subprocess.Popen:
+    config = workdir.with_suffix(".json")
+    config.write_text(to_json(cfg))
+    return subprocess.Popen([sys.executable, "-c", TRAIN, str(config), str(workdir), fatal], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def equal(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b))
+
+
+def losses(workdir) -> dict:
+    return {row["step"]: row["loss"] for row in read_metrics(workdir) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_config, tmp_path_factory):
+    """An uninterrupted run of 6 steps with a checkpoint every 2."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    cfg = tiny_config(**{"train.checkpoint_every": 2, "train.keep_checkpoints": 5, "train.eval_every": 3})
+    return cfg, workdir, train(cfg, workdir, progress=False)
+
+
+def test_run_folder_stands_alone(whole):
+    cfg, workdir, final = whole
+    for name in ("config.json", "run.json", "tokenizer.json", "metrics.jsonl", "final_result.json", "checkpoints"):
+        assert (workdir / name).exists(), name
+    assert final == json.loads((workdir / "final_result.json").read_text())
+    assert complete_steps(workdir) == [2, 4, 6]
+    assert {p.name for p in (workdir / "checkpoints" / "6").iterdir()} >= {"params", "optimizer", "data"}
+    rows = read_metrics(workdir)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
+    assert {"loss", "z_loss", "lr", "grad_norm", "grad_norm/table", "grad_norm/memory", "tokens", "data_wait_s"} <= set(rows[0])
+    assert losses(workdir)[6] < losses(workdir)[1]
+
+
+def test_resume_is_bit_identical(whole, tmp_path):
+    cfg, workdir, final = whole
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints" / "4")
+    shutil.rmtree(copy / "checkpoints" / "6")
+    again = train(cfg, copy, progress=False)
+    assert again["resumed_from"] == 2
+    assert equal(load_params(copy)[1], load_params(workdir)[1])
+    assert losses(copy) == losses(workdir)
+    assert again["val_loss"] == final["val_loss"]
+
+
+def test_killed_in_the_middle_of_a_save(whole, tmp_path):
+    cfg, workdir, _ = whole
+    killed = tmp_path / "killed"
+    process = start(cfg, killed, fatal="4")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert complete_steps(killed) == [2], "a save that was not committed must not count"
+    assert [p.name for p in (killed / "checkpoints").iterdir() if p.name.startswith("4")], "the kill came before the save began"
+    again = train(cfg, killed, progress=False)
+    assert again["resumed_from"] == 2
+    assert equal(load_params(killed)[1], load_params(workdir)[1])
+    assert losses(killed) == losses(workdir)
+
+
+def test_killed_at_any_moment(whole, tmp_path):
+    cfg, workdir, _ = whole
+    killed = tmp_path / "killed"
+    process = start(cfg, killed)
+    deadline = time.monotonic() + 120
+    while not losses(killed) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    train(cfg, killed, progress=False)
+    assert equal(load_params(killed)[1], load_params(workdir)[1])
+    assert losses(killed) == losses(workdir)
+
+
+def test_a_checkpoint_also_resumes_to_the_same_optimizer(whole, tmp_path):
+    """Two runs that stop at different checkpoints agree afterwards only if moments and counts were restored."""
+    cfg, workdir, _ = whole
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints" / "6")
+    train(cfg, copy, progress=False)
+    assert equal(load_params(copy)[1], load_params(workdir)[1])
+
+
+def test_a_diverging_run_stops_and_names_the_step(tiny_config, tmp_path, monkeypatch):
+    # the learning rate jumps at the third step: two sound steps, then parameters beyond float32
+    cfg = tiny_config("memoryllm", **{"optimizer.lr": 1e38, "optimizer.min_lr": 1.0, "optimizer.warmup_steps": 10**6, "train.steps": 12,
+                                      "train.checkpoint_every": 1})
+    monkeypatch.setattr("flexmemory.train.optimizer.schedule", lambda cfg, steps: lambda step: jnp.where(step < 2, 1e-3, 1e38))
+    with pytest.raises(TrainingDiverged, match=r"step 3: param_norm inf; last good checkpoint: .*checkpoints/2$"):
+        train(cfg, tmp_path / "run", progress=False)
+    assert complete_steps(tmp_path / "run") == [1, 2]
+    assert not (tmp_path / "run" / "final_result.json").exists()
+
+
+def test_another_config_is_refused(whole, tiny_config):
+    cfg, workdir, _ = whole
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match="model.d_ff is 88 there, 96 here"):
+        train(tiny_config(**{"model.d_ff": 96, "train.checkpoint_every": 2}), workdir, progress=False)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_other_data_is_refused(whole, tiny_config, tmp_path):
+    from flexmemory.data.prepare import prepare
+
+    cfg, workdir, _ = whole
+    prepare("facts:people=4,docs=6,seed=1+tasks:n=60,eval=12,length=4,pairs=3", "bpe:400", tmp_path / "other", val_fraction=0.1, progress=False)
+    with pytest.raises(UserError, match="trained on other data"):
+        train(tiny_config(**{"data.path": str(tmp_path / "other"), "train.checkpoint_every": 2, "train.eval_every": 3}), workdir, progress=False)
+
+
+def test_a_foreign_folder_is_not_taken(tiny_config, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and not a run folder"):
+        train(tiny_config(), tmp_path, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_vocabulary_and_sequence_must_fit_the_data(tiny_config, tmp_path):
+    with pytest.raises(UserError, match="model.vocab_size: 300 is smaller"):
+        train(tiny_config(**{"model.vocab_size": 300}), tmp_path / "a", progress=False)
+    with pytest.raises(UserError, match=r"seq_len"):
+        train(tiny_config(**{"data.seq_len": 10**6}), tmp_path / "b", progress=False)
+    with pytest.raises(UserError, match=r"seq_len: 16 is shorter than the data's longest question"):
+        train(tiny_config(**{"data.seq_len": 16}), tmp_path / "c", progress=False)
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_named(whole, tmp_path, damage):
+    _, workdir, _ = whole
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    files = sorted((copy / "checkpoints" / "6" / "params").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else -1)
+    biggest = files[-1]
+    if damage == "truncated":
+        os.truncate(biggest, biggest.stat().st_size // 2)
+    else:
+        shutil.rmtree(copy / "checkpoints" / "6" / "params")
+    with pytest.raises(UserError, match="checkpoint 6 .* is damaged"):
+        load_params(copy)
+    shutil.rmtree(copy / "checkpoints" / "6")
+    assert load_params(copy)[2] == 4
+
+
+def test_a_run_without_checkpoint_is_named(whole, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(whole[0]))
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        load_params(tmp_path)
+
+
+def test_metrics_are_the_same_on_tensorboard(tiny_config, tmp_path):
+    train(tiny_config("dense", **{"train.tensorboard": True, "train.steps": 2}), tmp_path / "run", progress=False)
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
