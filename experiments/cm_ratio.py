@@ -18,7 +18,7 @@ from flexmemory.models.accounting import account
 # data: prepare's arguments; layers, sets: the model and the run; seeds: paired over all variants
 SCALES = {
     "smoke": dict(
-        data=dict(source="facts:people=4,docs=6+tasks:n=60,eval=12,length=4,pairs=3", tokenizer="bpe:400", val_fraction=0.1), layers=2, seeds=(0,),
+        data=dict(source="facts:people=4,docs=6+tasks:n=60,eval=12,length=4,pairs=3", tokenizer="bpe:400", val_fraction=0.1), layers=2, seeds=(0,), betas=(0, 3),
         sets={"model.d_model": 32, "model.n_heads": 4, "model.d_ff": 88, "model.init_std": 0.08, "data.seq_len": 96,
               "data.batch_size": 4, "train.steps": 4, "train.log_every": 2, "train.eval_tokens": 512, "optimizer.warmup_steps": 1}),
     "quickstart": dict(
@@ -50,7 +50,7 @@ def sweep(scale: str) -> dict:
     """{"data": prepare's arguments, "prompt", "runs": [{"name", "axis", "pattern", "beta", "c_fraction", "seed", "sets"}]}."""
     spec, layers = SCALES[scale], SCALES[scale]["layers"]
     rows = [dict(name="dense", axis="end", pattern=f"dense*{layers}", c_fraction=1.0)]
-    rows += [dict(name=f"flex-b{beta}", axis="beta", pattern=f"flex*{layers}", beta=beta, c_fraction=beta / 8) for beta in (0, 1, 2, 3)]
+    rows += [dict(name=f"flex-b{beta}", axis="beta", pattern=f"flex*{layers}", beta=beta, c_fraction=beta / 8) for beta in spec.get("betas", (0, 1, 2, 3))]
     splits = sorted({max(1, layers // 4), layers // 2, layers - max(1, layers // 4)})
     rows += [dict(name=f"layers-c{n}", axis="layers", pattern=f"dense*{n} memoryllm*{layers - n}", c_fraction=n / layers) for n in splits]
     stem = "dense " + " ".join("stem" if i % 3 == 1 else "dense" for i in range(1, layers))

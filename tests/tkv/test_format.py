@@ -1,0 +1,152 @@
+"""The store's bytes: the fold equals the live rows, and docs/formats.md describes what lies on the disk."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zarr
+
+from flexmemory.models.transformer import build
+from flexmemory.runtime.engine import Engine
+from flexmemory.tkv.format import default_shard_rows, expected_files, read_manifest
+from flexmemory.tkv.store import open_store
+
+from . import raw_reader
+from .making import MIXED, SHARD, VOCAB, config, make_store, params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def live_rows(cfg, weights, ids_R):
+    return build(cfg)(weights).rows(ids_R)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("pattern", ["memoryllm*2", MIXED])
+def test_stored_rows_are_the_live_rows(pattern, dtype, tmp_path):
+    cfg = config(pattern)
+    weights = params(cfg)
+    make_store(tmp_path / "s", cfg, weights, dtype=dtype)
+    store = open_store(tmp_path / "s")
+    for start in range(0, VOCAB, SHARD):
+        ids = np.minimum(np.arange(start, start + SHARD), VOCAB - 1)
+        want = live_rows(cfg.model, weights, ids)  # of the export's call shape: equal bits, not just close
+        got = store.read_rows(ids)
+        assert got.keys() == want.keys() == {group.name for group in store.groups}
+        for name, rows_RLW in got.items():
+            assert rows_RLW.dtype == jnp.dtype(dtype)
+            np.testing.assert_array_equal(rows_RLW, np.swapaxes(np.asarray(want[name].astype(dtype)), 0, 1))
+
+
+def test_another_call_shape_gives_the_same_rows_to_rounding(mixed, mixed_store):
+    cfg, weights = mixed
+    ids = np.asarray([0, 5, 259])
+    want, got = live_rows(cfg.model, weights, ids), open_store(mixed_store).read_rows(ids)
+    for name in want:
+        np.testing.assert_allclose(got[name], np.swapaxes(want[name], 0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_read_rows_keeps_order_and_repeats(mixed_store):
+    store = open_store(mixed_store)
+    ids = np.asarray([7, 3, 259, 7, 0])
+    rows = store.read_rows(ids)
+    assert [group.layers for group in store.groups] == [(2, 3, 5), (4, 6, 7, 9)]
+    for name, rows_RLW in rows.items():
+        for place, i in enumerate(ids):
+            np.testing.assert_array_equal(rows_RLW[place], store.read_rows([i])[name][0])
+    assert {name: r.shape for name, r in store.read_rows([]).items()} == {"w32": (0, 3, 32), "w48": (0, 4, 48)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_raw_reader_reads_every_bundle_by_its_offset(dtype, mixed, tmp_path):
+    make_store(tmp_path / "s", *mixed, dtype=dtype)
+    manifest, store = raw_reader.read_manifest(tmp_path / "s"), open_store(tmp_path / "s")
+    rows = store.read_rows(np.arange(VOCAB))
+    for group in manifest["groups"]:
+        for token in (0, 1, 63, 64, 130, 255, 256, 259):
+            got_LW = raw_reader.bundle(tmp_path / "s", manifest, group, token)
+            np.testing.assert_array_equal(got_LW, rows[group["name"]][token].astype(np.float32))
+
+
+def test_raw_readers_forward_pass_reproduces_the_engine(mixed_store):
+    ids = [10, 200, 10, 31, 255, 0, 99, 31]
+    want_TV = raw_reader.forward(mixed_store, ids)
+    got_TV = Engine.from_store(mixed_store).logits([ids])[0]
+    np.testing.assert_allclose(got_TV, want_TV, atol=2e-5 * np.abs(want_TV).max())
+
+
+@pytest.mark.parametrize("settings", [
+    dict(tied_head=True, ffn_c_kind="square", beta="1 2 3", ffn_c_input="parallel", head_dim=6),
+    dict(x0_norm="layernorm", x0_norm_shared=True, n_kv_heads=0, beta="0 2.5 7"),
+])
+def test_raw_reader_follows_the_switches(settings, tmp_path):
+    cfg = config("flex*3", **settings)
+    make_store(tmp_path / "s", cfg, params(cfg))
+    ids = [1, 250, 17, 1, 80]
+    want_TV = raw_reader.forward(tmp_path / "s", ids)
+    np.testing.assert_allclose(Engine.from_store(tmp_path / "s").logits([ids])[0], want_TV, atol=2e-5 * np.abs(want_TV).max())
+
+
+def test_zarr_python_opens_rows_and_checksums(mixed_store):
+    store = open_store(mixed_store)
+    rows = store.read_rows(np.arange(VOCAB))
+    for group in store.groups:
+        array = zarr.open_array(mixed_store / "rows" / group.name, mode="r")
+        np.testing.assert_array_equal(array[:], rows[group.name])
+        assert zarr.open_array(mixed_store / "checksums" / group.name, mode="r").shape == (VOCAB,)
+
+
+def test_rows_of_zeros_are_stored(tmp_path):
+    cfg = config("stem")
+    weights = params(cfg)
+    weights["memory"]["stacks"]["stack0"]["table"][:, 60:70] = 0  # over the border of two shards
+    make_store(tmp_path / "s", cfg, weights)
+    manifest = raw_reader.read_manifest(tmp_path / "s")
+    assert not raw_reader.bundle(tmp_path / "s", manifest, manifest["groups"][0], 64).any()
+    rows_RLW = open_store(tmp_path / "s").read_rows(np.arange(VOCAB))["w48"]
+    np.testing.assert_array_equal(rows_RLW[:, 0], weights["memory"]["stacks"]["stack0"]["table"][0])
+
+
+def test_a_model_without_memory_is_a_store_too(tmp_path):
+    cfg = config("dense*2")
+    made = make_store(tmp_path / "s", cfg, weights := params(cfg))
+    assert made["table_bytes"] == 0 and not (tmp_path / "s" / "rows").exists()
+    store = open_store(tmp_path / "s")
+    assert store.groups == () and store.read_rows([1, 2]) == {}
+    jax.tree.map(np.testing.assert_array_equal, store.backbone(), weights)
+    np.testing.assert_allclose(Engine.from_store(store).logits([[5, 6, 7]])[0], raw_reader.forward(tmp_path / "s", [5, 6, 7]), atol=1e-3)
+
+
+def test_backbone_is_split_into_files(mixed, tmp_path, monkeypatch):
+    cfg, weights = mixed
+    monkeypatch.setattr("flexmemory.tkv.backbone.save.__defaults__", (20_000,))
+    make_store(tmp_path / "s", cfg, weights)
+    store = open_store(tmp_path / "s")
+    assert len(store.manifest.backbone) > 5
+    jax.tree.map(np.testing.assert_array_equal, store.backbone(), {k: v for k, v in weights.items() if k != "memory"})
+    assert set(raw_reader.read_backbone(tmp_path / "s", raw_reader.read_manifest(tmp_path / "s"))) >= {"embed", "layers.9.down"}
+
+
+def test_manifest_states_the_store(mixed_store):
+    content = json.loads((mixed_store / "tkv.json").read_text())
+    manifest = read_manifest(mixed_store)
+    assert content["table_bytes"] == VOCAB * (3 * 32 + 4 * 48) * 4 == manifest.table_bytes
+    assert [(layer["kind"], layer["group"], layer["place"]) for layer in content["layers"]] == [
+        ("attn_only", None, None), ("dense", None, None), ("memoryllm", "w32", 0), ("flex", "w32", 1), ("stem", "w48", 0),
+        ("flex", "w32", 2), ("stem", "w48", 1), ("stem-gate", "w48", 2), ("parallel", None, None), ("stem-dagger", "w48", 3)]
+    assert content["source"]["run"] == "run" and content["source"]["step"] == 3
+    for name, size in expected_files(manifest).items():
+        assert (mixed_store / name).stat().st_size == size
+    assert "/" not in content["source"]["run"] and str(mixed_store) not in json.dumps(content)
+
+
+@pytest.mark.parametrize("pattern,settings,want", [
+    ("memoryllm*24", dict(vocab_size=128_256, d_model=2048, n_heads=16, n_kv_heads=0), 128),  # 192 KiB bundles in float32
+    ("memoryllm", dict(), 512),  # all of V in one shard
+    ("stem", dict(d_ff=1 << 24), 1),  # a bundle above 32 MiB
+    ("dense", dict(), 512),
+])
+def test_shards_are_about_32_mib_and_a_power_of_two(pattern, settings, want):
+    assert default_shard_rows(config(pattern, **settings).model, "float32") == want
