@@ -22,15 +22,16 @@ SCALES = {
         sets={"model.d_model": 32, "model.n_heads": 4, "model.d_ff": 88, "model.init_std": 0.08, "data.seq_len": 96,
               "data.batch_size": 4, "train.steps": 4, "train.log_every": 2, "train.eval_tokens": 512, "optimizer.warmup_steps": 1}),
     "quickstart": dict(
-        data=dict(source="python-stdlib:max_mb=2+facts:people=24,docs=40+tasks:n=1500", tokenizer="bpe:1024"), layers=4, seeds=(0,),
+        data=dict(source="python-stdlib:max_mb=2+facts:people=24,docs=40+tasks:n=1500", tokenizer="bpe:1024", val_fraction=0.05), layers=4, seeds=(0,),
         sets={"model.d_model": 128, "model.n_heads": 4, "model.d_ff": 344, "model.init_std": 0.08, "data.seq_len": 128,
               "data.batch_size": 16, "train.steps": 200, "train.eval_every": 50, "train.eval_tokens": 16_384, "optimizer.lr": 3e-3,
               "optimizer.min_lr": 3e-4, "optimizer.warmup_steps": 20}),
     "cpu": dict(
-        data=dict(source="python-stdlib+facts:people=200,docs=40+tasks:n=20000", tokenizer="bpe:4096"), layers=6, seeds=(0, 1, 2),
-        sets={"model.d_model": 192, "model.n_heads": 6, "model.d_ff": 512, "model.init_std": 0.07, "data.seq_len": 256,
-              "data.batch_size": 16, "train.steps": 2000, "train.eval_every": 200, "train.eval_tokens": 65_536,
-              "train.checkpoint_every": 500, "optimizer.lr": 2e-3, "optimizer.min_lr": 2e-4, "optimizer.warmup_steps": 100}),
+        data=dict(source="python-stdlib:max_mb=8+facts:people=100,docs=40+tasks:n=10000", tokenizer="bpe:2048", val_fraction=0.05),
+        layers=6, seeds=(0, 1, 2),
+        sets={"model.d_model": 128, "model.n_heads": 4, "model.d_ff": 344, "model.init_std": 0.08, "data.seq_len": 128,
+              "data.batch_size": 16, "train.steps": 1500, "train.eval_every": 150, "train.eval_tokens": 65_536,
+              "train.checkpoint_every": 500, "optimizer.lr": 3e-3, "optimizer.min_lr": 3e-4, "optimizer.warmup_steps": 50}),
     "gpu": dict(
         data=dict(source="python-stdlib+facts:people=2000,docs=40+tasks:n=200000", tokenizer="bpe:16384"), layers=12, seeds=(0, 1, 2),
         sets={"model.d_model": 768, "model.n_heads": 12, "model.d_ff": 2048, "model.compute_dtype": "bfloat16", "data.seq_len": 1024,

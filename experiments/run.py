@@ -7,12 +7,13 @@ import argparse
 import collections
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from flexmemory.cli.main import compilation_cache
+from flexmemory.cli.main import start_process
 from flexmemory.config import nearest
 from flexmemory.errors import UserError
 from flexmemory.progress import eta
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", default="quickstart")
     parser.add_argument("--out", required=True, help="folder of the sweep; an existing one is continued")
     parser.add_argument("--source", help="other text than the scale's, as for flexmemory prepare")
+    parser.add_argument("--seeds", help="fewer seeds than the scale's, e.g. 0 or 0,1")
     parser.add_argument("--only", help="run just this one, in this process")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     args = parser.parse_args(argv)
@@ -37,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def load(experiment: str, scale: str, source: str | None) -> dict:
-    """The experiment's sweep at a scale. Raises UserError on an unknown name."""
+def load(experiment: str, scale: str, source: str | None = None, seeds: str | None = None) -> dict:
+    """The experiment's sweep at a scale, with other text or fewer seeds where given. Raises UserError on an unknown name."""
     if experiment not in EXPERIMENTS:
         raise UserError(f"experiment {experiment!r}: {nearest(experiment, EXPERIMENTS)}")
     module = importlib.import_module(f"experiments.{experiment}")
@@ -47,11 +49,17 @@ def load(experiment: str, scale: str, source: str | None) -> dict:
     spec = module.sweep(scale)
     if source:
         spec["data"] = spec["data"] | {"source": source}
+    if seeds:
+        known = sorted({str(row["seed"]) for row in spec["runs"]})
+        for seed in seeds.split(","):
+            if seed not in known:
+                raise UserError(f"--seeds {seed!r}: this scale has {', '.join(known)}")
+        spec["runs"] = [row for row in spec["runs"] if str(row["seed"]) in seeds.split(",")]
     return {"experiment": experiment, "scale": scale, **spec}
 
 
 def run(args: argparse.Namespace) -> int:
-    spec, out = load(args.experiment, args.scale, args.source), Path(args.out)
+    spec, out = load(args.experiment, args.scale, args.source, args.seeds), Path(args.out)
     if args.only and args.only not in (names := [run["name"] for run in spec["runs"]]):
         raise UserError(f"--only {args.only!r}: {nearest(args.only, names)}")
     if args.dry_run:
@@ -60,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             print(command(*child(args, row["name"])))
         return 0
     claim(out, spec)
-    compilation_cache()
+    start_process()
     from flexmemory.data.prepare import prepare
 
     prepare(out=out / "data", progress=not args.only, **spec["data"])
@@ -92,12 +100,12 @@ def claim(out: Path, spec: dict) -> None:
 
 
 def child(args: argparse.Namespace, name: str) -> tuple[str, ...]:
-    more = (f"--source={args.source}",) if args.source else ()
+    more = [f"--{name}={value}" for name in ("source", "seeds") if (value := getattr(args, name))]
     return ("experiments.run", args.experiment, f"--scale={args.scale}", f"--out={args.out}", *more, f"--only={name}")
 
 
 def command(module: str, *rest: str) -> str:
-    return " ".join(["python", "-m", module, *rest])
+    return shlex.join(["python", "-m", module, *rest])
 
 
 def run_all(out: Path, spec: dict, args: argparse.Namespace) -> list[str]:

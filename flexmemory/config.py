@@ -38,7 +38,7 @@ class ModelConfig:
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
     attention: str = "auto"  # auto (cudnn on GPU in bfloat16) | xla | cudnn
     scan_layers: bool = True  # scan over the repeating unit; False unrolls, same numbers
-    remat: bool = False  # recompute each layer's activations in the backward pass
+    remat: bool = False  # keep only the inputs of each repeating unit for the backward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,7 @@ CHOICES = {
     "model.attention": ("auto", "xla", "cudnn"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
 }
+SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.decay_fraction")  # 0 <= value < 1; decay_fraction may be 1
 POSITIVE = ("model.d_model", "model.n_heads", "model.d_ff", "data.seq_len", "data.batch_size", "train.accum_steps",
             "train.log_every", "train.keep_checkpoints", "optimizer.lr", "optimizer.eps", "model.rope_base", "model.norm_eps")
 NOT_NEGATIVE = ("model.vocab_size", "model.n_kv_heads", "model.head_dim", "model.init_std", "train.steps", "train.z_loss", "train.eval_every",
@@ -106,7 +107,7 @@ NOT_NEGATIVE = ("model.vocab_size", "model.n_kv_heads", "model.head_dim", "model
 
 def default_config() -> ConfigDict:
     """The defaults as a ConfigDict: unknown fields and wrong types raise when set."""
-    return ConfigDict(dataclasses.asdict(Config()))
+    return ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def nearest(word: str, known) -> str:
@@ -158,6 +159,10 @@ def from_dict(values: ConfigDict | dict) -> Config:
     for path in NOT_NEGATIVE:
         if (value := get(config, path)) < 0:
             raise UserError(f"config {path}: {value!r} must not be negative")
+    for path in SHARES:
+        value = get(config, path)
+        if not 0 <= value <= 1 or (value == 1 and path != "optimizer.decay_fraction"):
+            raise UserError(f"config {path}: {value!r} is outside 0..1")
     check_model(config.model)
     if config.data.batch_size % config.train.accum_steps:
         raise UserError(f"config train.accum_steps: {config.train.accum_steps} does not divide data.batch_size {config.data.batch_size}")
@@ -172,8 +177,12 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(f"config model.n_heads: {model.n_heads} does not divide d_model {model.d_model}; set model.head_dim or another count")
     if model.n_heads % (model.n_kv_heads or model.n_heads):
         raise UserError(f"config model.n_kv_heads: {model.n_kv_heads} does not divide n_heads {model.n_heads}")
-    if (model.head_dim or model.d_model // model.n_heads) % 2:
-        raise UserError(f"config model.head_dim: {model.head_dim or model.d_model // model.n_heads} is odd; RoPE needs an even width")
+    head_dim = model.head_dim or model.d_model // model.n_heads
+    if head_dim % 2:
+        raise UserError(f"config model.head_dim: {head_dim} is odd; RoPE needs an even width")
+    if model.attention == "cudnn" and (head_dim % 8 or model.compute_dtype != "bfloat16"):
+        raise UserError(f"config model.attention: cudnn needs bfloat16 and a head width that is a multiple of 8, not {head_dim} in "
+                        f"{model.compute_dtype}; use auto")
     layer_specs(model)
 
 
@@ -184,11 +193,12 @@ def to_json(config: Config) -> str:
 def load_json(path: Path) -> Config:
     """Reads a run folder's config.json."""
     try:
-        return from_dict(json.loads(Path(path).read_text()))
+        values = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"no {path}: give the folder of a run that `flexmemory train` wrote") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    return from_dict(values)
 
 
 def parse_arg(arg: str | None, sizes: dict[str, dict], **defaults) -> tuple[dict, dict]:
@@ -207,8 +217,10 @@ def parse_arg(arg: str | None, sizes: dict[str, dict], **defaults) -> tuple[dict
         elif name not in defaults:
             raise UserError(f"config argument {name!r}: no such option; {nearest(name, defaults or ['none'])}")
         else:
+            kind = type(defaults[name])
+            words = {"true": True, "false": False, "1": True, "0": False} if kind is bool else None
             try:
-                options[name] = type(defaults[name])(value)
-            except ValueError:
-                raise UserError(f"config argument {name}: {value!r} is not a {type(defaults[name]).__name__}") from None
+                options[name] = words[value.lower()] if words else kind(value)
+            except (ValueError, KeyError):
+                raise UserError(f"config argument {name}: {value!r} is not a {kind.__name__}") from None
     return dict(sizes[size]), options

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"error: command {argv[0]!r}: {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    compilation_cache()
+    start_process()
     try:
         return importlib.import_module(f"flexmemory.cli.{argv[0]}").run(argv[1:])
     except UserError as error:
@@ -39,10 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def compilation_cache() -> None:
-    """Keeps compiled programs between runs, where JAX_COMPILATION_CACHE_DIR or the user's cache folder says."""
+def start_process() -> None:
+    """Settings of a main program: quiet libraries, and compiled programs kept between runs where JAX_COMPILATION_CACHE_DIR or the
+    user's cache folder says."""
     import jax
+    from absl import logging
 
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every save
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "flexmemory" / "xla"))

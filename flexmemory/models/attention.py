@@ -54,7 +54,13 @@ class Attention(nnx.Module):
         self.rope_base = cfg.rope_base
 
     def __call__(self, h_BTD: jax.Array, ctx: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
-        """Returns (attention output BTD, updated cache). ``cache`` is {"k", "v"} of [B, S, K, H], S >= every position."""
+        """Returns (attention output BTD, updated cache).
+
+        ``cache`` is {"k", "v"} of [B, S, K, H], S > every position (a position beyond it is not kept). Raises ValueError for
+        document masks together with a cache: a served sequence is one document.
+        """
+        if cache is not None and ctx.segments_BT is not None:
+            raise ValueError("segments_BT with a cache: a served sequence is one document")
         dtype = h_BTD.dtype
         q_BTNH = rope(jnp.einsum("BTD,DNH->BTNH", h_BTD, self.q.astype(dtype)), ctx.positions_BT, self.rope_base)
         k_BTKH = rope(jnp.einsum("BTD,DKH->BTKH", h_BTD, self.k.astype(dtype)), ctx.positions_BT, self.rope_base)

@@ -19,7 +19,7 @@ from flexmemory.models.patterns import LayerSpec, flex_widths, parse_betas, pars
 class AttnOnly(nnx.Module):
     """Control: x + Attn(norm x), a MemoryLLM layer whose row is zero. Every other kind starts from this one."""
 
-    source = None
+    source: type | None = None  # makes the rows: see memory.TokenMemory
 
     @staticmethod
     def spec(cfg: ModelConfig, beta: float) -> LayerSpec:
@@ -122,13 +122,13 @@ class Flex(AttnOnly):
 class Stem(AttnOnly):
     """A = x + Attn(norm x); x' = A + W_down(SiLU(W_gate h) * row), h = norm A, row = U_l[id] (STEM section 1.1). W = F."""
 
+    kind = "stem"
     source = TableRows
     context_maps = ("gate",)  # the projections of h that stay
 
     @classmethod
     def spec(cls, cfg, beta):
-        return LayerSpec(cls.__name__.lower().replace("stem", "stem-").rstrip("-"), d_ffn=cfg.d_ff, row_width=cfg.d_ff,
-                         replaces=(2 - len(cls.context_maps)) * cfg.d_model * cfg.d_ff)
+        return LayerSpec(cls.kind, d_ffn=cfg.d_ff, row_width=cfg.d_ff, replaces=(2 - len(cls.context_maps)) * cfg.d_model * cfg.d_ff)
 
     def __init__(self, cfg, layer, rngs):
         super().__init__(cfg, layer, rngs)
@@ -151,6 +151,7 @@ class Stem(AttnOnly):
 class StemGate(Stem):
     """The row replaces the gate: W_down(SiLU(row) * (W_up h)). SiLU on the row is assumed: the paper does not say."""
 
+    kind = "stem-gate"
     context_maps = ("up",)
 
     def inner(self, h_BTD, row_BTF):
@@ -160,6 +161,7 @@ class StemGate(Stem):
 class StemDagger(Stem):
     """The row is added to the up-projection: W_down(SiLU(W_gate h) * (W_up h + row)) (STEM Eq 5)."""
 
+    kind = "stem-dagger"
     context_maps = ("gate", "up")
 
     def inner(self, h_BTD, row_BTF):

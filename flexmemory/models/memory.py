@@ -22,7 +22,7 @@ Rows = dict[str, jax.Array]  # group name -> rows_LRW of the group's memory laye
 def gather_rows(rows_RW: jax.Array, inverse_BT: jax.Array) -> jax.Array:
     """rows_BTW = rows_RW[inverse_BT]; the gradient is summed in float32 whatever the rows' dtype.
 
-    ``inverse_BT`` must lie in 0..R-1 (out of range is clipped).
+    ``inverse_BT`` must lie in 0..R-1 (out of range is clipped). Reverse-mode derivatives only.
     """
     return jnp.take(rows_RW, inverse_BT, axis=0, mode="clip")
 
@@ -81,6 +81,11 @@ def apply_stack(body: Callable, carry, xs, length: int, scan: bool):
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *ys)
 
 
+def remat(body: Callable, length: int, scan: bool) -> Callable:
+    """``body`` of :func:`apply_stack` that keeps only its inputs for the backward pass. Unrolled code needs a barrier, a loop has one."""
+    return jax.checkpoint(body, prevent_cse=not (scan and length > 1))
+
+
 def row_groups(specs: tuple[LayerSpec, ...]) -> dict[str, list[int]]:
     """Group name -> indices of its memory layers. A group is one array of rows of one width."""
     groups: dict[str, list[int]] = {}
@@ -90,13 +95,32 @@ def row_groups(specs: tuple[LayerSpec, ...]) -> dict[str, list[int]]:
     return groups
 
 
+def rows_by_unit(rows: Rows, cuts) -> list[dict[str, jax.Array]]:
+    """Deals the rows out to the scanned stack: for each (unit, repeats) of ``patterns.segments`` {"u<j>": rows [repeats, R, W]}."""
+    taken, made = dict.fromkeys(rows, 0), []
+    for unit, repeats in cuts:
+        groups = [f"w{spec.row_width}" if spec.row_width else None for spec in unit]
+        mine = {}
+        for j, group in enumerate(groups):
+            if group:
+                first, step = taken[group] + groups[:j].count(group), groups.count(group)
+                mine[f"u{j}"] = rows[group][first : first + step * repeats : step]
+        for group in set(groups) - {None}:
+            taken[group] += groups.count(group) * repeats
+        made.append(mine)
+    return made
+
+
 class TokenMemory(nnx.Module):
-    """The row sources of all memory layers. Layers with equal specs share one stack of parameters [n, ...]."""
+    """The row sources of all memory layers. Layers with equal specs share one stack of parameters [n, ...].
 
-    def __init__(self, cfg: ModelConfig, specs: tuple[LayerSpec, ...], rngs: nnx.Rngs):
-        from flexmemory.models.blocks import KINDS
+    ``sources`` maps a layer kind to the class that makes its rows: built as ``source(cfg, layer, rngs)``, called as
+    ``source(ids_R, e_RD) -> rows_RW``.
+    """
 
-        self.norm = x0_norm(cfg) if cfg.x0_norm_shared else None
+    def __init__(self, cfg: ModelConfig, specs: tuple[LayerSpec, ...], sources: dict[str, type], rngs: nnx.Rngs):
+        uses_e = any(spec.d_memory for spec in specs)  # a stack of learned tables alone reads no embedding
+        self.norm = x0_norm(cfg) if cfg.x0_norm_shared and uses_e else None
         self.detach, self.scan, self.dtype = cfg.detach_x0, cfg.scan_layers, jnp.dtype(cfg.compute_dtype)
         self.remat = cfg.remat
         groups, stacks, places = row_groups(specs), {}, {}
@@ -105,7 +129,7 @@ class TokenMemory(nnx.Module):
                 places.setdefault((name, specs[index]), []).append(index)
         order: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in groups}
         for number, ((name, spec), layers) in enumerate(places.items()):
-            source = KINDS[spec.kind].source
+            source = sources[spec.kind]
             stacks[f"stack{number}"] = jax.vmap(lambda key: source(cfg, spec, key))(rngs.split(len(layers)))
             order[name].append((f"stack{number}", layers))
         self.stacks = nnx.Dict(stacks)
@@ -137,5 +161,5 @@ class TokenMemory(nnx.Module):
         def body(carry, source):
             return carry, source(ids_R, e_RD)
 
-        body = jax.checkpoint(body, prevent_cse=False) if self.remat else body
+        body = remat(body, length, self.scan) if self.remat else body
         return apply_stack(body, None, stack, length, self.scan)[1]

@@ -6,7 +6,7 @@ import re
 from flexmemory.config import nearest
 from flexmemory.errors import UserError
 
-MAX_LAYERS = 4096
+MAX_LAYERS, MAX_DEPTH = 4096, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,8 @@ def parse_pattern(text: str, kinds) -> tuple[str, ...]:
     def items(depth: int) -> list[str]:
         nonlocal position
         made = []
+        if depth > MAX_DEPTH:
+            fail(tokens[position - 1][1], f"more than {MAX_DEPTH} groups inside each other")
         while position < len(tokens):
             word, at = tokens[position]
             position += 1
@@ -77,13 +79,15 @@ def parse_pattern(text: str, kinds) -> tuple[str, ...]:
                 star = tokens[position][1]
                 position += 1
                 count, at = tokens[position] if position < len(tokens) else ("", len(text))
-                if not count.isdecimal() or not int(count):
+                if not count.isdecimal() or not count.strip("0"):
                     fail(at if count else star, f"a whole number above 0 must follow '*', not {count!r}")
                 position += 1
-                if len(part) * int(count) > MAX_LAYERS:
+                if len(count) > 9 or len(part) * int(count) > MAX_LAYERS:
                     fail(at, f"more than {MAX_LAYERS} layers")
                 part = part * int(count)
             made += part
+            if len(made) > MAX_LAYERS:
+                fail(at, f"more than {MAX_LAYERS} layers")
         if depth:
             fail(len(text), "missing ')'")
         return made

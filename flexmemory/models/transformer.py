@@ -14,7 +14,7 @@ from flexmemory.config import ModelConfig
 from flexmemory.models.attention import Context
 from flexmemory.models.blocks import KINDS, layer_specs
 from flexmemory.models.ffn import RMSNorm
-from flexmemory.models.memory import Rows, TokenMemory, apply_stack, gather_rows, row_groups
+from flexmemory.models.memory import Rows, TokenMemory, apply_stack, gather_rows, remat, row_groups, rows_by_unit
 from flexmemory.models.patterns import segments
 
 
@@ -36,7 +36,7 @@ class Transformer(nnx.Module):
             f"s{i}": nnx.Dict({f"u{j}": jax.vmap(lambda key, spec=spec: KINDS[spec.kind](cfg, spec, key))(rngs.split(repeats))
                                for j, spec in enumerate(unit)})
             for i, (unit, repeats) in enumerate(segments(self.specs))})
-        self.memory = TokenMemory(cfg, self.specs, rngs) if with_memory and row_groups(self.specs) else None
+        self.memory = TokenMemory(cfg, self.specs, {kind: block.source for kind, block in KINDS.items()}, rngs) if with_memory and row_groups(self.specs) else None
 
     def rows(self, ids_R: jax.Array) -> Rows:
         """Live rows of the addresses ids_R, int32: {group: rows_LRW in compute dtype}; {} for a model without memory."""
@@ -54,17 +54,8 @@ class Transformer(nnx.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
         ctx = Context(positions_BT, segments_BT, ffn_scale, attention_implementation(cfg))
         x_BTD = self.embed[ids_BT].astype(cfg.compute_dtype)
-        taken = dict.fromkeys(rows, 0)
-        new_cache = {}
-        for i, (unit, repeats) in enumerate(segments(self.specs)):
-            widths = [f"w{spec.row_width}" if spec.row_width else None for spec in unit]
-            per_unit = {}
-            for group in {w for w in widths if w}:  # this segment's share of the layer axis, [repeats, layers per unit, R, W]
-                k = widths.count(group)
-                part = rows[group][taken[group] : taken[group] + k * repeats]
-                per_unit[group] = part.reshape(repeats, k, *part.shape[1:])
-                taken[group] += k * repeats
-            unit_rows = {f"u{j}": per_unit[w][:, widths[:j].count(w)] for j, w in enumerate(widths) if w}
+        cuts, new_cache = segments(self.specs), {}
+        for i, ((unit, repeats), unit_rows) in enumerate(zip(cuts, rows_by_unit(rows, cuts), strict=True)):
 
             def body(x_BTD, layer, unit=unit):
                 blocks, layer_rows, layer_cache = layer
@@ -75,7 +66,7 @@ class Transformer(nnx.Module):
                     x_BTD, made[u] = blocks[u](x_BTD, row_BTW, ctx, layer_cache and layer_cache[u])
                 return x_BTD, made if layer_cache is not None else None
 
-            body = jax.checkpoint(body, prevent_cse=not cfg.scan_layers) if cfg.remat else body
+            body = remat(body, repeats, cfg.scan_layers) if cfg.remat else body
             xs = (self.blocks[f"s{i}"], unit_rows, cache and cache[f"s{i}"])
             x_BTD, new_cache[f"s{i}"] = apply_stack(body, x_BTD, xs, repeats, cfg.scan_layers)
         return self.norm(x_BTD), new_cache if cache is not None else None
@@ -91,15 +82,17 @@ class Transformer(nnx.Module):
 
 
 def attention_implementation(cfg: ModelConfig) -> str:
-    if cfg.attention == "auto":
-        return "cudnn" if jax.default_backend() == "gpu" and cfg.compute_dtype == "bfloat16" else "xla"
-    return cfg.attention
+    """For ``jax.nn.dot_product_attention``: "auto" is cudnn on a GPU where it can (bfloat16, head width a multiple of 8), else xla."""
+    if cfg.attention != "auto":
+        return cfg.attention
+    can = cfg.compute_dtype == "bfloat16" and (cfg.head_dim or cfg.d_model // cfg.n_heads) % 8 == 0
+    return "cudnn" if can and jax.default_backend() == "gpu" else "xla"
 
 
 def init_params(cfg: ModelConfig, seed: int, with_memory: bool = True) -> dict:
     """Fresh parameters as a nested dict of float32 arrays, a pure function of (cfg, seed)."""
-    # unoptimised code: it runs once, and on a CPU the optimiser takes 14 s over the random draws of a mixed stack, this 2 s
-    quick = {"xla_backend_optimization_level": 0}
+    # it runs once: on a CPU the compiler's optimiser takes 14 s over the random draws of a mixed stack, without it 2 s
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed), with_memory))), compiler_options=quick)()
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from flexmemory.config import Config, load_json
@@ -16,7 +15,6 @@ from flexmemory.train.optimizer import make_optimizer
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.training.Checkpointer:
     """The run's checkpoints, ``workdir/checkpoints/<step>``; leftovers of an interrupted save are removed."""
-    logging.set_verbosity(logging.ERROR)  # orbax logs every save at INFO and WARNING
     return ocp.training.Checkpointer(
         (Path(workdir) / "checkpoints").absolute(), cleanup_tmp_directories=True,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),

@@ -49,6 +49,7 @@ def test_dry_run_prints_one_command_per_run(capsys, tmp_path):
     (["cm_ratoi"], "did you mean 'cm_ratio'?"),
     (["cm_ratio", "--scale=cpuu"], "did you mean 'cpu'?"),
     (["cm_ratio", "--scale=smoke", "--only=flex-b9-s0"], "--only 'flex-b9-s0'"),
+    (["cm_ratio", "--scale=cpu", "--seeds=0,7"], "--seeds '7': this scale has 0, 1, 2"),
 ])
 def test_mistakes(argv, says, capsys, tmp_path):
     assert run.main([*argv, f"--out={tmp_path / 'x'}"]) == 2
