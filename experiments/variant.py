@@ -51,7 +51,7 @@ def run_variant(out: Path, spec: dict, row: dict) -> dict:
         "name": row["name"], "axis": row["axis"], "pattern": row["pattern"], "beta": row["beta"], "c_fraction": row["c_fraction"],
         "seed": row["seed"], "status": "done", "d_ff": cfg.model.d_ff,
         **{key: numbers[key] for key in ("total", "active", "total_all", "active_all", "flops_per_token", "table_over_ffn")},
-        "row_bytes_per_token": numbers["row_bytes_per_token"]["float32"], "table_bytes": numbers["table_bytes"]["float32"],
+        "row_bytes_per_token": numbers["row_bytes_per_token"], "table_bytes": numbers["table_bytes"]["float32"],
         **{key: final.get(key) for key in ("val_loss", "val_bits_per_byte", "recall_acc", "recall_chance", "reasoning_acc",
                                            "reasoning_chance", "kinds", "train_tokens_per_s", "mfu", "rows_per_token", "tokens")},
         "steps": final["step"], "export_s": exported["seconds"],

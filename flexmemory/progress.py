@@ -19,6 +19,7 @@ class ProgressLine:
     def __init__(self, label: str, total: float, unit: str, enabled: bool = True, every: float = 20.0, start: float = 0):
         self.label, self.total, self.unit, self.every = label, total, unit, every
         self.done = self.first = start
+        self.text = ""
         self.enabled, self.live = enabled, enabled and sys.stderr.isatty()
         self.began = self.printed = time.perf_counter()
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[note]}"),
@@ -34,24 +35,24 @@ class ProgressLine:
         if self.bar:
             self.bar.stop()
         elif self.enabled and self.printed > self.began:  # something was printed: close it with the end state
-            self._line("")
+            self._line()
 
-    def note(self, text: str) -> str:
+    def note(self) -> str:
         spent = time.perf_counter() - self.began
         rate = (self.done - self.first) / spent if spent else 0.0
         parts = [f"{self.done:,.0f}/{self.total:,.0f}" if self.total else f"{self.done:,.0f}", f"{rate:,.1f} {self.unit}/s"]
         if self.total and rate:
             parts.append(f"ETA {eta((self.total - self.done) / rate)}")
-        return "  ".join(parts + [text] if text else parts)
+        return "  ".join(parts + [self.text] if self.text else parts)
 
-    def update(self, done: float, text: str = "") -> None:
-        """``done`` is the absolute count so far."""
-        self.done = done
+    def update(self, done: float, text: str | None = None) -> None:
+        """``done`` is the absolute count so far; ``text`` stays until another is given."""
+        self.done, self.text = done, self.text if text is None else text
         if self.bar:
-            self.bar.update(self.task, completed=done, note=self.note(text))
+            self.bar.update(self.task, completed=done, note=self.note())
         elif self.enabled and time.perf_counter() - self.printed >= self.every:
-            self._line(text)
+            self._line()
 
-    def _line(self, text: str) -> None:
+    def _line(self) -> None:
         self.printed = time.perf_counter()
-        print(f"{self.label}: {self.note(text)}", file=sys.stderr, flush=True)
+        print(f"{self.label}: {self.note()}", file=sys.stderr, flush=True)

@@ -31,8 +31,8 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
 
     total, active: without embedding and head; active leaves out what the rows replace (live FFNs, tables). embed: embedding
     and head. flops_per_token: forward, rows handed in, averaged over a causal sequence of ``seq_len``, head included.
-    memory_flops_per_row: forward FLOPs that make one address's rows live (0 for tables). row_bytes_per_token and
-    table_bytes: by row dtype. table_over_ffn: values of the folded table over the FFN weights that it replaces.
+    memory_flops_per_row: forward FLOPs that make one address's rows live (0 for tables). row_bytes_per_token: with
+    rows in the compute dtype. table_bytes: by row dtype. table_over_ffn: values of the folded table over the FFN weights that it replaces.
     """
     specs, params = layer_specs(cfg), abstract_params(cfg)
     memory = params.get("memory") or {}
@@ -58,7 +58,8 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
         "paper_active": active + embed if stem else active,
         "flops_per_token": flops,
         "memory_flops_per_row": 2 * live,
-        "row_bytes_per_token": {name: row_values * n for name, n in DTYPE_BYTES.items()},
+        "row_bytes_per_token": row_values * DTYPE_BYTES[cfg.compute_dtype],
+        "row_dtype": cfg.compute_dtype,
         "table_bytes": {name: cfg.vocab_size * row_values * n for name, n in DTYPE_BYTES.items()},
         "table_over_ffn": cfg.vocab_size * row_values / replaced if replaced else None,
         "ffn_widths": [[spec.d_ffn, spec.d_memory] for spec in specs],
@@ -99,9 +100,9 @@ def table(numbers: dict) -> str:
                       ("paper_total", "total as the paper counts"), ("paper_active", "active as the paper counts")):
         lines.append(f"{what:<34}{count(numbers[key]):>12}")
     lines.append(f"{'forward FLOPs per token':<34}{numbers['flops_per_token'] / 1e9:>9.3f} G")
+    lines.append(f"{'rows read per token':<34}{bytes_(numbers['row_bytes_per_token']):>12} in {numbers['row_dtype']}")
     for dtype in ("float32", "bfloat16", "int8", "int4"):
-        row, whole = numbers["row_bytes_per_token"][dtype], numbers["table_bytes"][dtype]
-        lines.append(f"{'rows ' + dtype:<34}{bytes_(row):>12} read per token, table {bytes_(whole)}")
+        lines.append(f"{'table ' + dtype:<34}{bytes_(numbers['table_bytes'][dtype]):>12}")
     over = numbers["table_over_ffn"]
     lines.append(f"{'table over replaced FFN (values)':<34}{'-' if over is None else f'{over:.2f}x':>12}")
     lines.append(f"{'FFN weights against nominal 8h^2':<34}{100 * numbers['residual']['relative']:>+11.3f}% of 12h^2")

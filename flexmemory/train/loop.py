@@ -138,8 +138,8 @@ class Run:
 
     def _log(self, line: ProgressLine, step: int, metrics: dict) -> None:
         """Reads one step's metrics (this waits for that step only), checks them, and writes every log_every-th."""
-        loss = float(metrics["loss"])
-        if bad := [f"{name} {value}" for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(value := float(metrics[name]))]:
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if bad := [f"{name} {numbers[name]}" for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(numbers[name])]:
             self.checkpoints.wait()
             good = checkpoint.complete_steps(self.workdir)
             raise TrainingDiverged(f"step {step}: {', '.join(bad)}; last good checkpoint: "
@@ -150,7 +150,6 @@ class Run:
         if step % self.cfg.train.log_every and step != self.cfg.train.steps:
             line.update(step)
             return
-        numbers = {name: float(value) for name, value in metrics.items()}
         since, began = self.window
         if step > since:
             rate = (step - since) * self.tokens_per_step / (now - began)
@@ -161,9 +160,8 @@ class Run:
         numbers |= {"tokens": step * self.tokens_per_step, "rows_per_token": self.rows,
                     "data_wait_s": self.clock.seconds["data_wait"], "compile_s": self.clock.seconds["compile"]}
         self.writer.write(step, numbers)
-        rate = numbers.get("tokens_per_s")
-        mfu = numbers.get("mfu")
-        line.update(step, f"loss {loss:.4f}" + (f"  {rate:,.0f} tokens/s" if rate else "")
+        rate, mfu = numbers.get("tokens_per_s"), numbers.get("mfu")
+        line.update(step, f"loss {numbers['loss']:.4f}" + (f"  {rate:,.0f} tokens/s" if rate else "")
                     + f"  MFU {f'{mfu:.1%}' if mfu else 'unknown'}")
 
     def _mfu(self, tokens_per_s: float) -> float | None:

@@ -54,8 +54,8 @@ def test_stem_350m_active(stems, active):
 
 
 def test_bytes_of_the_1b_table():
-    numbers = account(paper_model(MEMORYLLM_SIZES, "1b", "memoryllm*24"))
-    assert numbers["row_bytes_per_token"]["bfloat16"] == 98_304
+    numbers = account(paper_model(MEMORYLLM_SIZES, "1b", "memoryllm*24", compute_dtype="bfloat16"))
+    assert numbers["row_bytes_per_token"] == 98_304
     assert numbers["table_bytes"]["bfloat16"] == 128_256 * 24 * 2048 * 2
     assert numbers["table_bytes"]["int4"] == numbers["table_bytes"]["bfloat16"] / 4
     assert numbers["table_over_ffn"] == pytest.approx(7.83, rel=0.005)  # papers/memoryllm section 4.2
