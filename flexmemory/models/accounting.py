@@ -22,8 +22,9 @@ def size(tree) -> int:
 
 
 def matmul_weights(tree) -> int:
-    """Weights that multiply a token's activations: every stacked block tensor but the norm scales."""
-    return sum(math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if "norm" not in jax.tree_util.keystr(path))
+    """Weights that multiply activations: every tensor that is neither a norm's nor a table. Stacked over layers, so at least 3 axes."""
+    return sum(math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+               if leaf.ndim > 2 and "table" not in jax.tree_util.keystr(path))
 
 
 def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
@@ -42,7 +43,6 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
     heads, width = cfg.n_heads, cfg.head_dim or cfg.d_model // cfg.n_heads
     attention = 4 * heads * width * (seq_len + 1) / 2 * len(specs)  # q k^T and p v over the causal half
     flops = 2 * matmul_weights(params["blocks"]) + attention + 2 * cfg.d_model * cfg.vocab_size
-    live = sum(3 * cfg.d_model * spec.d_memory for spec in specs)
     row_values = sum(spec.row_width for spec in specs)
     replaced = sum(spec.replaces for spec in specs)
     stem = [spec for spec in specs if spec.kind.startswith("stem")]
@@ -57,7 +57,7 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
         "paper_total": total + embed + sum(spec.replaces for spec in stem) if stem else total,
         "paper_active": active + embed if stem else active,
         "flops_per_token": flops,
-        "memory_flops_per_row": 2 * live,
+        "memory_flops_per_row": 2 * matmul_weights(memory),
         "row_bytes_per_token": row_values * DTYPE_BYTES[cfg.compute_dtype],
         "row_dtype": cfg.compute_dtype,
         "table_bytes": {name: cfg.vocab_size * row_values * n for name, n in DTYPE_BYTES.items()},

@@ -12,7 +12,7 @@ from flexmemory.config import OptimizerConfig
 # first match wins; a parameter that matches nothing raises
 LABELS = (
     ("table", r"^memory\..*\.table$"),
-    ("norm", r"(^|\.)\w*norm\.(scale|bias)$"),
+    ("norm", r"(^|\.)\w*norm\.(scale|bias)$|\.(alpha|beta)$"),  # gains of any kind: never decayed
     ("embed", r"^embed$"),
     ("head", r"^head$"),
     ("attention", r"\.attn\.(q|k|v|o)$"),
