@@ -4,14 +4,13 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from absl import flags  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+from absl import flags
+from hypothesis import settings
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which pytest never parses
 settings.register_profile("flexmemory", deadline=None, derandomize=True)
 settings.load_profile("flexmemory")
-
-import pytest  # noqa: E402
 
 TINY_SOURCE = "facts:people=4,docs=6+tasks:n=60,eval=12,length=4,pairs=3"
 

@@ -77,5 +77,5 @@ class Prefetch:
                 self._queue.put(("batch", batches[k]))
                 k += 1
             self._queue.put(("end", None))
-        except BaseException as error:  # noqa: BLE001  (handed to the consumer, whatever it is)
+        except BaseException as error:
             self._queue.put(("error", error))

@@ -107,7 +107,7 @@ def _open_part(part: str) -> Source:
         _refuse_left(part, options)
         # Bytes on disk are bytes of text only where a file is text.
         size = _size([file for _, file in named]) if all(str(file).endswith(TEXT_SUFFIXES) for _, file in named) else None
-        stream = lambda: (document for doc_id, file in named for document in _read_file(doc_id, file, field, skip))  # noqa: E731
+        stream = lambda: (document for doc_id, file in named for document in _read_file(doc_id, file, field, skip))
     if max_bytes is not None:
         size = max_bytes if size is None else min(size, max_bytes)
     return Source(part, lambda: _checked(part, stream(), max_bytes), size, list)

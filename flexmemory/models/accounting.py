@@ -11,7 +11,6 @@ import jax
 
 from flexmemory.config import ModelConfig
 from flexmemory.models.blocks import layer_specs
-from flexmemory.models.memory import row_groups
 from flexmemory.models.transformer import abstract_params
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}  # rows only, without scales

@@ -249,7 +249,7 @@ def test_prefetch_leaves_no_thread_behind():
     before = threading.active_count()
     streams = [prefetch(Numbers(), depth=1) for _ in range(3)]
     next(streams[0])
-    list(zip(range(5), streams[1]))  # noqa: B905
+    list(zip(range(5), streams[1]))
     for stream in streams:
         stream.close()
         stream.close()

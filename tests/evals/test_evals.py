@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flexmemory.data import tokenizer as tokenizers
-from flexmemory.data.shards import TokenShards, read_questions
+from flexmemory.data.shards import read_questions
 from flexmemory.evals.perplexity import make_eval_step, perplexity
 from flexmemory.evals.questions import answer_accuracy, encode_questions
 from flexmemory.models.transformer import build, init_params

@@ -1,7 +1,6 @@
 """Config checks: one line that names the field and the value, whatever is wrong."""
 
 import dataclasses
-import json
 
 import pytest
 
