@@ -31,7 +31,7 @@ SCALES = {
         data=dict(source="python-stdlib:max_mb=8+facts:people=100,docs=40+tasks:n=10000", tokenizer="bpe:2048", val_fraction=0.05),
         layers=6, seeds=(0, 1, 2),
         sets={"model.d_model": 128, "model.n_heads": 4, "model.d_ff": 344, "model.init_std": 0.08, "data.seq_len": 128,
-              "data.batch_size": 16, "train.steps": 1500, "train.eval_every": 150, "train.eval_tokens": 65_536,
+              "data.batch_size": 16, "train.steps": 1000, "train.eval_every": 100, "train.eval_tokens": 65_536,
               "train.checkpoint_every": 500, "optimizer.lr": 3e-3, "optimizer.min_lr": 3e-4, "optimizer.warmup_steps": 50}),
     "gpu": dict(
         data=dict(source="python-stdlib+facts:people=2000,docs=40+tasks:n=200000", tokenizer="bpe:16384"), layers=12, seeds=(0, 1, 2),

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from experiments import report_page
 from flexmemory.errors import UserError
+from flexmemory.files import write_text
 from flexmemory.models.patterns import parse_pattern
-from flexmemory.train.run import read_metrics, write_atomic
+from flexmemory.train.run import read_metrics
 
 FAMILIES = ("dense", "layers", "flex", "memoryllm", "stem", "parallel", "attn_only", "other")  # in the order of tables and legends
 MEANS = ("total", "active", "total_all", "active_all", "val_loss", "val_bits_per_byte", "recall_acc", "recall_chance", "reasoning_acc",
@@ -166,8 +167,8 @@ def write(out: Path) -> dict:
     results = collect(out)
     metrics = {run["name"]: (run, read_metrics(out / run["name"])) for run in results["variants"] + results["failed"] + results["missing"]}
     page = report_page.page(results, curves([pair for pair in metrics.values() if pair[1] and "axis" in pair[0]]), verdict)
-    write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_atomic(out / "report.html", page)
+    write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / "report.html", page)
     return results
 
 

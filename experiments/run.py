@@ -16,8 +16,8 @@ from pathlib import Path
 from flexmemory.cli.main import start_process
 from flexmemory.config import nearest
 from flexmemory.errors import UserError
+from flexmemory.files import write_json
 from flexmemory.progress import eta
-from flexmemory.train.run import write_atomic
 
 EXPERIMENTS = ("cm_ratio",)
 
@@ -96,7 +96,7 @@ def claim(out: Path, spec: dict) -> None:
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty and not a sweep; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(spec, indent=2))
+    write_json(path, spec)
 
 
 def child(args: argparse.Namespace, name: str) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def run_all(out: Path, spec: dict, args: argparse.Namespace) -> list[str]:
         ran += 1
         if code:
             failed.append(name)
-            write_atomic(folder / "failed.json", json.dumps({"name": name, "exit": code, "error": "\n".join(tail)}))
+            write_json(folder / "failed.json", {"name": name, "exit": code, "error": "\n".join(tail)})
             print(f"{name} failed (exit {code}); log: {out / f'{name}.log'}; the others go on", file=sys.stderr)
     return failed
 

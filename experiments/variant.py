@@ -10,12 +10,12 @@ import jax
 from flexmemory.config import Config, default_config, from_dict
 from flexmemory.data.shards import read_index
 from flexmemory.errors import UserError
+from flexmemory.files import write_json
 from flexmemory.models.accounting import account
 from flexmemory.runtime.engine import Engine
 from flexmemory.tkv.export import export
 from flexmemory.tkv.verify import verify
 from flexmemory.train.loop import train
-from flexmemory.train.run import write_atomic
 
 DECODE_TOKENS = 48
 RAM_BUDGET_SHARE = 0.25  # of the table, so that decoding really reads from disk
@@ -39,9 +39,7 @@ def run_variant(out: Path, spec: dict, row: dict) -> dict:
     cfg = importlib.import_module(f"experiments.{spec['experiment']}").fit(cfg, row["axis"])
     final, train_s = stage(workdir, "train", lambda: train(cfg, workdir))
     exported, export_s = stage(workdir, "export", lambda: export(workdir, workdir / "store"))
-    proof, verify_s = stage(workdir, "verify", lambda: verify(workdir / "store", workdir))
-    if not proof["ok"]:
-        raise RuntimeError(f"{row['name']}: the store is not equal to the run: {proof}")
+    proof, verify_s = stage(workdir, "verify", lambda: proved(workdir))
     numbers = account(cfg.model, cfg.data.seq_len)
     budget = int(numbers["table_bytes"]["float32"] * RAM_BUDGET_SHARE)
     decoded, decode_s = stage(workdir, "decode", lambda: {
@@ -55,14 +53,22 @@ def run_variant(out: Path, spec: dict, row: dict) -> dict:
         **{key: final.get(key) for key in ("val_loss", "val_bits_per_byte", "recall_acc", "recall_chance", "reasoning_acc",
                                            "reasoning_chance", "kinds", "train_tokens_per_s", "mfu", "rows_per_token", "tokens")},
         "steps": final["step"], "export_s": exported["seconds"],
-        **{key: proof[key] for key in ("rows_max_abs_diff", "logits_max_abs_diff", "logits_max_rel_diff", "greedy_equal")},
+        **{key: proof[key] for key in ("ok", "rows_max_abs_diff", "logits_max_abs_diff", "logits_max_rel_diff", "greedy_equal")},
         "decode_tps_resident": decoded["resident"]["tokens_per_s"], "decode_tps_offloaded": decoded["offloaded"]["tokens_per_s"],
         "cache_hit_rate": decoded["offloaded"]["rows"].get("hit_rate"), "prompt": spec["prompt"], "sample": decoded["offloaded"]["text"],
         "seconds": {"train": train_s, "export": export_s, "verify": verify_s, "decode": decode_s},
         "device": jax.devices()[0].device_kind, "platform": jax.default_backend(),
     }
-    write_atomic(workdir / "variant.json", json.dumps(result, indent=2))
+    write_json(workdir / "variant.json", result)
     return result
+
+
+def proved(workdir: Path) -> dict:
+    """The figures of ``flexmemory verify``; a store that is not equal to its run fails the stage."""
+    proof = verify(workdir / "store", workdir)
+    if not proof["ok"]:
+        raise RuntimeError(f"{workdir.name}: the store is not equal to the run: {proof}")
+    return proof
 
 
 def stage(workdir: Path, name: str, function) -> tuple[dict, float]:
@@ -72,7 +78,7 @@ def stage(workdir: Path, name: str, function) -> tuple[dict, float]:
         began = time.perf_counter()
         result = function()
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps({"seconds": time.perf_counter() - began, "result": result}, indent=2))
+        write_json(path, {"seconds": time.perf_counter() - began, "result": result})
     known = json.loads(path.read_text())
     return known["result"], known["seconds"]
 

@@ -163,6 +163,10 @@ def from_dict(values: ConfigDict | dict) -> Config:
         value = get(config, path)
         if not 0 <= value <= 1 or (value == 1 and path != "optimizer.decay_fraction"):
             raise UserError(f"config {path}: {value!r} is outside 0..1")
+    if config.train.seed >= 1 << 32:
+        raise UserError(f"config train.seed: {config.train.seed} must be below 2^32")
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise UserError(f"config optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}")
     check_model(config.model)
     if config.data.batch_size % config.train.accum_steps:
         raise UserError(f"config train.accum_steps: {config.train.accum_steps} does not divide data.batch_size {config.data.batch_size}")

@@ -3,6 +3,9 @@
 import argparse
 import dataclasses
 import json
+import math
+
+from flexmemory.errors import UserError
 
 
 def run(argv: list[str]) -> int:
@@ -13,9 +16,10 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--max_tokens", type=int, default=0, help="validation tokens, 0 for all")
     parser.add_argument("--step", type=int, help="checkpoint, default the latest")
     args = parser.parse_args(argv)
+    if not math.isfinite(args.alpha):
+        raise UserError(f"--alpha: {args.alpha} is not a finite number")
     from flexmemory.data import tokenizer as tokenizers
     from flexmemory.data.shards import TokenShards, read_questions
-    from flexmemory.errors import UserError
     from flexmemory.evals.perplexity import make_eval_step, perplexity
     from flexmemory.evals.questions import answer_accuracy
     from flexmemory.train.checkpoint import load_params

@@ -1,4 +1,4 @@
-"""Names and whole-or-nothing writes of the token dataset, shared by the writer (prepare.py) and the reader (shards.py).
+"""Names of the token dataset, shared by the writer (prepare.py) and the reader (shards.py).
 
     tokenizer.json                 the tokenizer
     prepare.json                   what was asked for; written first
@@ -12,8 +12,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,6 @@ INDEX = "index.json"
 ARGUMENTS = "prepare.json"
 COUNTS = "train_counts.npy"
 QUESTIONS = "questions.jsonl"
-TEMPORARY = ".tmp"
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -36,18 +33,3 @@ def shard_paths(directory: Path, split: str, number: int) -> tuple[Path, Path]:
     """Paths of a shard's tokens and of its index."""
     stem = directory / split / f"shard_{number:05d}"
     return stem.with_suffix(".bin"), stem.with_suffix(".json")
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes `content` whole or not at all."""
-    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes `content` whole or not at all."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -163,7 +163,8 @@ def eval_batches(
     """The split in order, once: batches as in `Batches` with A = 1, and `weight` float32 [1, b, T].
 
     The weight is 1 for every target to count and 0 for padding, so that each token but the first of each shard counts exactly once; the last
-    window of a shard is padded with the end of document, the last batch with rows of it. `max_tokens` ends the counting after so many targets.
+    window of a shard is padded with the end of document, the last batch with rows of it. `max_tokens` takes whole windows at even distances over the split, because sources lie one after
+    another in it: at most so many targets, the same ones each time.
 
     Raises:
       UserError: bad sizes; a split of fewer than two tokens.
@@ -197,17 +198,13 @@ def _eval_batches(shards, spans, seq_len, batch_size, segments, row_sizes) -> It
 
 
 def _eval_spans(shards: TokenShards, seq_len: int, max_tokens: int | None) -> list[tuple[int, int, int]]:
-    """(shard, start, number of targets) of each row."""
-    left = shards.n_tokens if max_tokens is None else max_tokens
-    spans = []
-    for shard, tokens in enumerate(shards.shard_tokens):
-        for start in range(0, tokens - 1, seq_len):
-            if left <= 0:
-                return spans
-            count = min(seq_len, tokens - 1 - start, left)
-            spans.append((shard, start, count))
-            left -= count
-    return spans
+    """(shard, start, number of targets) of each row, in order."""
+    spans = [(shard, start, min(seq_len, tokens - 1 - start))
+             for shard, tokens in enumerate(shards.shard_tokens) for start in range(0, tokens - 1, seq_len)]
+    if max_tokens is None or sum(count for _, _, count in spans) <= max_tokens:
+        return spans
+    rows = max(1, max_tokens // seq_len)
+    return [(shard, start, min(count, max_tokens)) for shard, start, count in (spans[i * len(spans) // rows] for i in range(rows))]
 
 
 def _eval_rows(shards, group, seq_len: int, batch_size: int, segments: bool = False):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flexmemory import files
 from flexmemory.data import format as layout
 from flexmemory.data import tokenizer as tokenizer_lib
 from flexmemory.data.sources import Document, open_source
@@ -176,7 +177,7 @@ class _SplitWriter:
 
     def _open_shard(self) -> None:
         path, _ = layout.shard_paths(self.out, self.split, len(self.shards))
-        self._file = open(path.with_name(path.name + layout.TEMPORARY), "wb")
+        self._file = open(path.with_name(path.name + files.SCRATCH), "wb")
         self._starts, self._tokens, self._bytes = array.array("Q"), 0, 0
         self._sha, self._text_sha = hashlib.sha256(), hashlib.sha256()
 
@@ -188,7 +189,7 @@ class _SplitWriter:
         self._file.close()
         self._file = None
         tokens_path, index_path = layout.shard_paths(self.out, self.split, len(self.shards))
-        os.replace(tokens_path.with_name(tokens_path.name + layout.TEMPORARY), tokens_path)
+        os.replace(tokens_path.with_name(tokens_path.name + files.SCRATCH), tokens_path)
         entry = {
             "file": f"{self.split}/{tokens_path.name}",
             "tokens": self._tokens,
@@ -197,7 +198,7 @@ class _SplitWriter:
             "sha256": self._sha.hexdigest(),
             "text_sha256": self._text_sha.hexdigest(),
         }
-        layout.write_json(index_path, {"version": layout.VERSION, **entry, "starts": self._starts.tolist()})
+        files.write_json(index_path, {"version": layout.VERSION, **entry, "starts": self._starts.tolist()})
         self.shards.append({"version": layout.VERSION, **entry})
 
 
@@ -282,7 +283,7 @@ def _check_directory(out: Path, arguments: dict) -> None:
         raise UserError(f"out={out} is a file; name a directory")
     path = out / layout.ARGUMENTS
     if not path.exists():
-        strangers = [entry.name for entry in out.iterdir() if not entry.name.endswith(layout.TEMPORARY)] if out.exists() else []
+        strangers = [entry.name for entry in out.iterdir() if not entry.name.endswith(files.SCRATCH)] if out.exists() else []
         if strangers and strangers != [tokenizer_lib.FILE_NAME]:
             raise UserError(f"out={out} holds other files ({sorted(strangers)[0]}, …); name an empty or a new directory")
         return
@@ -302,7 +303,7 @@ def _make_tokenizer(out: Path, arguments: dict, texts: Callable[[], Iterator[str
     out.mkdir(parents=True, exist_ok=True)
     model.save(out)
     # From here on the directory is ours; the tokenizer stands before it, so a resumed run never trains another.
-    layout.write_json(out / layout.ARGUMENTS, {"version": layout.VERSION, **arguments, "tokenizer_fingerprint": model.fingerprint})
+    files.write_json(out / layout.ARGUMENTS, {"version": layout.VERSION, **arguments, "tokenizer_fingerprint": model.fingerprint})
     return model
 
 
@@ -322,10 +323,10 @@ def _check_splits(writers: dict[str, _SplitWriter], val_fraction: float) -> None
 
 def _finish(out: Path, arguments: dict, model: tokenizer_lib.Tokenizer, writers: dict[str, _SplitWriter], questions: list[dict]) -> dict:
     np.save(buffer := io.BytesIO(), _count_ids(out, writers["train"]))
-    layout.write_bytes(out / layout.COUNTS, buffer.getvalue())
+    files.write_bytes(out / layout.COUNTS, buffer.getvalue())
     if questions:
         lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
-        layout.write_bytes(out / layout.QUESTIONS, lines.encode("utf-8"))
+        files.write_bytes(out / layout.QUESTIONS, lines.encode("utf-8"))
     digest = hashlib.sha256(model.fingerprint.encode())
     splits = {}
     for split, writer in writers.items():
@@ -344,7 +345,7 @@ def _finish(out: Path, arguments: dict, model: tokenizer_lib.Tokenizer, writers:
         "splits": splits,
         "arguments": arguments,
     }
-    layout.write_json(out / layout.INDEX, index)
+    files.write_json(out / layout.INDEX, index)
     return index
 
 

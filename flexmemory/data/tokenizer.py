@@ -15,6 +15,7 @@ from pathlib import Path
 import tokenizers
 
 from flexmemory.errors import UserError
+from flexmemory.files import write_bytes
 
 FILE_NAME = "tokenizer.json"
 EOS = "<|endoftext|>"
@@ -72,9 +73,7 @@ class Tokenizer:
         """Writes `directory/tokenizer.json` (whole or not at all) and returns its path."""
         path = Path(directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(self._saved)
-        os.replace(temporary, path)
+        write_bytes(path, self._saved)
         return path
 
 

@@ -25,17 +25,18 @@ def make_eval_step(cfg: Config, ffn_scale: float = 1.0):
 
 
 def perplexity(cfg: Config, params: dict, shards: TokenShards, step=None, max_tokens: int | None = None) -> dict:
-    """{"loss" nats per token, "perplexity", "bits_per_byte", "tokens"} over the shards' windows in order.
+    """{"loss" nats per token, "perplexity", "bits_per_byte", "tokens"} over the split's windows.
 
-    ``step`` reuses a compiled step; ``max_tokens`` bounds the work (default: config train.eval_tokens; 0 is all).
+    ``step`` reuses a compiled step; ``max_tokens`` bounds the work (default: config train.eval_tokens; 0 is all) to windows at
+    even distances; bits per byte use the whole split's bytes per token.
     """
     step = step or make_eval_step(cfg)
     limit = cfg.train.eval_tokens if max_tokens is None else max_tokens
     sums = []
-    for batch in eval_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, max_tokens=limit or None,
-                              segments=cfg.data.document_mask):
+    rows = cfg.data.batch_size // cfg.train.accum_steps  # what fits in training fits here
+    for batch in eval_batches(shards, seq_len=cfg.data.seq_len, batch_size=rows, max_tokens=limit or None, segments=cfg.data.document_mask):
         sums.append(step(params, {name: leaf[0] for name, leaf in batch.items()}))
     tokens = sum(float(weight) for _, weight in sums)
     loss = sum(float(total) for total, _ in sums) / tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(tokens),
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": int(tokens),
             "bits_per_byte": loss / math.log(2) * shards.n_tokens / shards.n_bytes}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmemory.config import Config
-from flexmemory.data.tokenizer import Tokenizer
+from flexmemory.data.tokenizer import Tokenizer, encode_pair
 from flexmemory.errors import UserError
 from flexmemory.models.transformer import build
 
@@ -17,11 +17,12 @@ BATCH = 32
 def encode_questions(questions: list[dict], tokenizer: Tokenizer, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids int32 [Q, T], answer mask bool [Q, T] over the positions whose *next* token belongs to the answer).
 
-    T is the longest question rounded up to 32. Raises UserError when one is longer than ``seq_len``.
+    T is the longest question rounded up to 32. Raises UserError when one is longer than ``seq_len`` or
+    the tokenizer merges a prompt with its answer.
     """
     if not questions:
         return np.zeros((0, 0), np.int32), np.zeros((0, 0), bool)
-    pairs = [(tokenizer.encode(q["prompt"]), tokenizer.encode(q["answer"])) for q in questions]
+    pairs = [encode_pair(tokenizer, question["prompt"], question["answer"]) for question in questions]
     longest = max(len(p) + len(a) for p, a in pairs)
     if longest > seq_len:
         raise UserError(f"config data.seq_len: {seq_len} is shorter than the data's longest question ({longest} tokens); give at least that")

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from flexmemory import files
 from flexmemory.config import Config
 from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.data.tokenizer import load as load_tokenizer
@@ -124,7 +125,8 @@ def prepare_target(out: Path, manifest: Manifest, overwrite: bool) -> int | None
 def identity_of(manifest: Manifest) -> dict:
     """What must agree for blocks of two exports to be the same bytes."""
     body = format.to_json(manifest)
-    return {name: body[name] for name in ("version", "model", "dtype", "shard_rows", "fold_rows", "tokenizer", "source")}
+    source = {name: value for name, value in body["source"].items() if name != "config_hash"}  # logging intervals do not change a row
+    return {name: body[name] for name in ("version", "model", "dtype", "shard_rows", "fold_rows", "tokenizer")} | {"source": source}
 
 
 def _read_partial(path: Path) -> dict:
@@ -136,7 +138,7 @@ def _read_partial(path: Path) -> dict:
 
 
 def _record(out: Path, manifest: Manifest, blocks_done: int) -> None:
-    format.write_json(out / format.PARTIAL, {"identity": identity_of(manifest), "blocks_done": blocks_done})
+    files.write_json(out / format.PARTIAL, {"identity": identity_of(manifest), "blocks_done": blocks_done})
 
 
 def _clear(out: Path) -> None:
@@ -192,8 +194,8 @@ def publish(out: Path, manifest: Manifest, params: dict, tokenizer: Tokenizer) -
     manifest = dataclasses.replace(manifest, backbone=backbone.save(params, manifest.model, out))
     tokenizer.save(out)
     for directory in [out, *(path for path in out.rglob("*") if path.is_dir())]:
-        format.sync_directory(directory)
-    format.write_json(out / format.MANIFEST, format.to_json(manifest))
+        files.sync_directory(directory)
+    files.write_json(out / format.MANIFEST, format.to_json(manifest))
     (out / format.PARTIAL).unlink()
 
 

@@ -289,25 +289,6 @@ def read_manifest(store: Path) -> Manifest:
     return from_json(content, path)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes whole or not at all, and on the disk when it returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def bundle_crc32(rows_RLW: np.ndarray) -> np.ndarray:
     """CRC-32 (zlib) of each token's bundle as stored: C order, little-endian like every machine JAX runs on. uint32 [R]."""
     bundles = np.ascontiguousarray(rows_RLW).view(np.uint8).reshape(len(rows_RLW), math.prod(rows_RLW.shape[1:]) * rows_RLW.itemsize)

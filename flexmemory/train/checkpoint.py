@@ -21,22 +21,25 @@ def open_checkpoints(workdir: Path, keep: int) -> ocp.training.Checkpointer:
         preservation_policy=ocp.training.preservation_policies.LatestN(keep))
 
 
-def save(checkpoints, step: int, state: dict, tokens: int) -> None:
-    """Starts an asynchronous save of ``state`` (see step.init_state) after ``step`` steps."""
+def save(checkpoints, step: int, state: dict, counts: dict[str, float]) -> None:
+    """Starts an asynchronous save of ``state`` (see step.init_state) after ``step`` steps, with the loop's own counts.
+
+    The state may be donated as soon as this returns: Orbax has copied it, or holds views that make JAX leave the buffers alone.
+    """
     checkpoints.save_checkpointables_async(step, {
         "params": state["params"],
         "optimizer": state["optimizer"],
-        "data": {"step": np.asarray(step), "tokens": np.asarray(tokens)},
+        "data": {"step": np.asarray(step), **{name: np.asarray(value, np.float64) for name, value in counts.items()}},
     })
 
 
 def restore(checkpoints, workdir: Path, cfg: Config) -> dict | None:
-    """The latest full state, or None when there is no checkpoint. Raises UserError on a damaged one."""
+    """The latest full state with the loop's counts under "data", or None when there is no checkpoint. Raises UserError on a damaged one."""
     if checkpoints.latest is None:
         return None
     step, params = checkpoints.latest.step, abstract_params(cfg.model)
     optimizer = jax.eval_shape(make_optimizer(cfg.optimizer, cfg.train.steps).init, params)
-    return {**_load(workdir, step, {"params": params, "optimizer": optimizer}), "step": jnp.asarray(step, jnp.int32)}
+    return {**_load(workdir, step, {"params": params, "optimizer": optimizer, "data": None}), "step": jnp.asarray(step, jnp.int32)}
 
 
 def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict, int]:
@@ -61,7 +64,9 @@ def _load(workdir: Path, step: int, abstract: dict) -> dict:
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
     try:
         return ocp.load_checkpointables((Path(workdir) / "checkpoints" / str(step)).absolute(), abstract)
+    except (MemoryError, jax.errors.JaxRuntimeError):  # the checkpoint is sound, the machine too small
+        raise
     except Exception as error:  # orbax and tensorstore raise many types for files that are cut or gone
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise UserError(f"checkpoint {step} in {workdir} is damaged or of another model ({reason}); "
                         f"delete checkpoints/{step} to go on from an earlier one") from error

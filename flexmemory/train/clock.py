@@ -6,10 +6,10 @@ from collections import defaultdict
 
 import jax
 
-# dense bfloat16 peak of one device in FLOP/s, by a part of jax's device_kind; vendor data sheets
+# dense bfloat16 peak of one device in FLOP/s, by a part of jax's device_kind, the first that fits; vendor data sheets
 PEAK_FLOPS = (
-    ("B200", 2.25e15), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12), ("L4", 121e12), ("V100", 125e12),
-    ("TPU7x", 2307e12), ("TPU v6", 918e12), ("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12),
+    ("B200", 2.25e15), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("A100", 312e12),
+    ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("TPU v6", 918e12), ("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12),
     ("TPU v5", 459e12), ("TPU v4", 275e12), ("TPU v3", 61.5e12),
 )
 
@@ -21,7 +21,7 @@ def peak_flops() -> float | None:
 
 
 class Clock:
-    """Adds up seconds by name: compile, data_wait, train, eval, checkpoint."""
+    """Adds up seconds by name: setup, compile, data_wait, eval, checkpoint. What is left of the whole is training."""
 
     def __init__(self):
         self.seconds: defaultdict[str, float] = defaultdict(float)

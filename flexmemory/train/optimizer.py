@@ -40,7 +40,7 @@ def label_params(params: dict) -> dict:
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate at a step: linear warm-up from 0, then cosine, wsd (constant, then linear) or constant, ending at min_lr."""
+    """Learning rate at a step: linear warm-up from lr/warmup_steps, then cosine or wsd (constant, then linear) to min_lr, or constant."""
     warmup = min(cfg.warmup_steps, steps)
     rest = max(steps - warmup, 1)
     if cfg.schedule == "cosine":

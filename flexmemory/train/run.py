@@ -1,31 +1,24 @@
 """The run folder: config.json, run.json (revision, versions, data), tokenizer.json, metrics.jsonl, checkpoints/, final_result.json."""
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
-import os
-import shutil
 import subprocess
 from pathlib import Path
+from typing import IO
 
 import jax
 
 from flexmemory.config import Config, get, load_json, to_json
+from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.errors import UserError
+from flexmemory.files import SCRATCH, write_json, write_text
 
 # fields that may change between the start and the resumption of a run: they do not touch parameters or batches
 FREE = {"data.path", "train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep_checkpoints",
         "train.tensorboard"}
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+LOCK = ".lock"
 
 
 def leaves(config: Config) -> dict:
@@ -34,29 +27,48 @@ def leaves(config: Config) -> dict:
             for section in dataclasses.fields(config) for field in dataclasses.fields(getattr(config, section.name))}
 
 
-def claim(workdir: Path, cfg: Config, data_fingerprint: str, data_dir: Path) -> None:
-    """Creates the run folder or checks that it belongs to this config and data. Raises UserError naming what differs."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / "config.json").exists():
-        old, new = leaves(load_json(workdir / "config.json")), leaves(cfg)
-        for name, value in new.items():
-            if name not in FREE and old[name] != value:
-                raise UserError(f"--workdir {workdir}: used by another config ({name} is {old[name]!r} there, {value!r} here); "
-                                "give a new folder or the same config")
-        if (workdir / "run.json").exists():
-            known = json.loads((workdir / "run.json").read_text())["data_fingerprint"]
-            if known != data_fingerprint:
-                raise UserError(f"--workdir {workdir}: trained on other data (fingerprint {known}, {data_dir} has {data_fingerprint}); "
-                                "give the same data or a new folder")
-    elif any(workdir.iterdir()):
-        raise UserError(f"--workdir {workdir}: not empty and not a run folder; give a new folder")
-    shutil.copyfile(data_dir / "tokenizer.json", workdir / "tokenizer.json")
-    write_atomic(workdir / "config.json", to_json(cfg))
-    write_atomic(workdir / "run.json", json.dumps({
-        "data_fingerprint": data_fingerprint, "git": git_revision(), "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(), "devices": jax.device_count(),
-        "versions": {name: importlib.metadata.version(name) for name in
-                     ("flexmemory", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")}}, indent=2))
+def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenizer) -> IO:
+    """Creates the run folder or checks that it belongs to this config and data; returns the lock that keeps others out while it is open.
+
+    Raises UserError naming what differs, another process that trains there, or a folder that cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        known = {path.name for path in workdir.iterdir() if not path.name.endswith(SCRATCH)} - {LOCK}
+        if (workdir / "config.json").exists():
+            check_same(workdir, cfg, data_fingerprint)
+        elif known:
+            raise UserError(f"--workdir {workdir}: not empty and not a run folder; give a new folder")
+        lock = open(workdir / LOCK, "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UserError(f"--workdir {workdir}: another process trains there; wait for it or give another folder") from None
+        write_text(workdir / "config.json", to_json(cfg))
+        tokenizer.save(workdir)
+        write_json(workdir / "run.json", {
+            "data_fingerprint": data_fingerprint, "git": git_revision(), "device": jax.devices()[0].device_kind,
+            "platform": jax.default_backend(),
+            "versions": {name: importlib.metadata.version(name) for name in
+                         ("flexmemory", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")}})
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: cannot be written ({error.strerror}); give another folder") from None
+    return lock
+
+
+def check_same(workdir: Path, cfg: Config, data_fingerprint: str) -> None:
+    """Raises UserError where the folder's config or data are not these."""
+    old, new = leaves(load_json(workdir / "config.json")), leaves(cfg)
+    for name, value in new.items():
+        if name not in FREE and old[name] != value:
+            raise UserError(f"--workdir {workdir}: used by another config ({name} is {old[name]!r} there, {value!r} here); "
+                            "give a new folder or the same config")
+    if (workdir / "run.json").exists():
+        known = json.loads((workdir / "run.json").read_bytes())["data_fingerprint"]
+        if known != data_fingerprint:
+            raise UserError(f"--workdir {workdir}: trained on other data (fingerprint {known}, now {data_fingerprint}); "
+                            "give the same data or a new folder")
 
 
 def git_revision() -> str | None:
@@ -74,18 +86,14 @@ class Writer:
     """Appends metrics to metrics.jsonl, one JSON object a line; TensorBoard is a view of the same numbers."""
 
     def __init__(self, workdir: Path, resume_step: int, tensorboard: bool):
-        path = workdir / "metrics.jsonl"
-        if path.exists():  # steps after the checkpoint will be run, and written, again
-            kept = [line for line in path.read_text().splitlines() if _step(line) is not None and _step(line) <= resume_step]
-            write_atomic(path, "".join(line + "\n" for line in kept))
-        self.file = open(path, "a")
         self.board = None
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise UserError("config train.tensorboard: needs tensorboardX; pip install 'flexmemory[tensorboard]'") from None
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            self.board = summary_writer()(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        path = workdir / "metrics.jsonl"
+        if path.exists():  # steps after the checkpoint will be run, and written, again
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) is not None and _step(line) <= resume_step]
+            write_text(path, "".join(line + "\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")
 
     def write(self, step: int, numbers: dict) -> None:
         self.file.write(json.dumps({"step": step, **numbers}) + "\n")
@@ -101,6 +109,15 @@ class Writer:
             self.board.close()
 
 
+def summary_writer() -> type:
+    """tensorboardX's writer. Raises UserError where it is not installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("config train.tensorboard: needs tensorboardX; pip install 'flexmemory[tensorboard]'") from None
+    return SummaryWriter
+
+
 def _step(line: str) -> int | None:
     try:
         return json.loads(line)["step"]
@@ -113,4 +130,4 @@ def read_metrics(workdir: Path) -> list[dict]:
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) is not None]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step(line) is not None]

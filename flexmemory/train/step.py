@@ -47,14 +47,14 @@ def make_train_step(cfg: Config):
 
     def step(state, batch):
         params, tokens = state["params"], batch["targets"].size
-        value_and_grad = jax.grad(loss_fn, has_aux=True)
+        grad_and_sums = jax.grad(loss_fn, has_aux=True)
 
         def accumulate(carry, micro):
-            grads, sums = value_and_grad(params, micro, tokens)
+            grads, sums = grad_and_sums(params, micro, tokens)
             return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
         if cfg.train.accum_steps == 1:
-            grads, (loss, z) = value_and_grad(params, jax.tree.map(lambda a: a[0], batch), tokens)
+            grads, (loss, z) = grad_and_sums(params, jax.tree.map(lambda a: a[0], batch), tokens)
         else:
             zeros = (jax.tree.map(jnp.zeros_like, params), (jnp.zeros(()), jnp.zeros(())))
             (grads, (loss, z)), _ = jax.lax.scan(accumulate, zeros, batch)

@@ -183,10 +183,15 @@ def test_evaluation_counts_every_target_once(val, seq_len, batch_size):
     assert pairs == [pair for tokens in expected for pair in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)]
 
 
-def test_evaluation_ends_after_max_tokens_and_is_the_same_again(val):
+def test_a_bounded_evaluation_is_spread_over_the_split_and_is_the_same_again(val):
     batches = list(eval_batches(val, seq_len=T, batch_size=4, max_tokens=100))
-    assert sum(batch["weight"].sum() for batch in batches) == 100
-    assert len(batches) == 2
+    rows = 100 // T
+    starts = [(s, start) for s, n in enumerate(val.shard_tokens) for start in range(0, n - 1, T)]
+    taken = [starts[i * len(starts) // rows] for i in range(rows)]
+    firsts = np.concatenate([batch["ids"][0, :, 0][batch["weight"][0, :, 0] == 1] for batch in batches])
+    assert firsts.tolist() == [int(val.tokens(shard, start, start + 1)[0]) for shard, start in taken]
+    assert taken[-1][0] == len(val.shard_tokens) - 1
+    assert 0 < sum(batch["weight"].sum() for batch in batches) <= 100
     for a, b in zip(batches, eval_batches(val, seq_len=T, batch_size=4, max_tokens=100), strict=True):
         assert_same(a, b)
     for bad in ({"max_tokens": 0}, {"batch_size": 0}, {"seq_len": 0}):
