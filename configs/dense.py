@@ -6,15 +6,10 @@ kind: dense (Eq 2.1-2.3), parallel (attention and FFN both on X_L), attn_only (n
 dense perplexity 19.730 at 750m, 23.190 at 250m.
 """
 
-from flexmemory.config import nearest, parse_arg
-from flexmemory.errors import UserError
+from flexmemory.config import parse_arg
 from flexmemory.recipes import MEMORYLLM_SIZES, memoryllm_recipe
-
-KINDS = ("dense", "parallel", "attn_only")
 
 
 def get_config(arg: str = ""):
-    size, options = parse_arg(arg, MEMORYLLM_SIZES, kind="dense")
-    if options["kind"] not in KINDS:
-        raise UserError(f"config argument kind: {options['kind']!r}; {nearest(options['kind'], KINDS)}")
+    size, options = parse_arg(arg, MEMORYLLM_SIZES, kind=("dense", "parallel", "attn_only"))
     return memoryllm_recipe(size, f"{options['kind']}*{size['layers']}")

@@ -6,16 +6,10 @@ Sizes 1b (16 layers, STEM on 1, 4, 7, 10, 13) and 350m (32 layers, every third);
 stem-dagger. Expected (paper): validation perplexity 12.64 against 13.19 dense at 1T tokens, 1b.
 """
 
-from flexmemory.config import nearest, parse_arg
-from flexmemory.errors import UserError
+from flexmemory.config import parse_arg
 from flexmemory.recipes import STEM_SIZES, stem_recipe
-
-KINDS = ("stem", "stem-gate", "stem-dagger")
-PATTERNS = {4: "dense {0} dense dense", 16: "(dense {0} dense)*5 dense", 32: "(dense {0} dense)*10 dense*2"}
 
 
 def get_config(arg: str = ""):
-    size, options = parse_arg(arg, STEM_SIZES, kind="stem")
-    if options["kind"] not in KINDS:
-        raise UserError(f"config argument kind: {options['kind']!r}; {nearest(options['kind'], KINDS)}")
-    return stem_recipe(size, PATTERNS[size["layers"]].format(options["kind"]))
+    size, options = parse_arg(arg, STEM_SIZES, kind=("stem", "stem-gate", "stem-dagger"))
+    return stem_recipe(size, kind=options["kind"])

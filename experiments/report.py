@@ -119,12 +119,12 @@ def summarise(variants: list[dict]) -> list[dict]:
     dense = {run.get("seed"): run.get("val_loss") for run in variants if family(run) == "dense"}
     summary = []
     for runs in groups.values():
-        first, checks = runs[0], [verdict(run) for run in runs if verdict(run) is not None]
+        first, checks = runs[0], [run["ok"] for run in runs if run.get("ok") is not None]
         entry = {"variant": variant_name(first), "label": label(first), "family": family(first),
                  **{key: first.get(key) for key in ("axis", "pattern", "beta", "c_fraction")},
                  "n": len(runs), "seeds": [run.get("seed") for run in runs], "runs": [run["name"] for run in runs]}
         for key in MEANS:
-            entry[key], entry[key + "_std"] = mean_std([number(run.get(key)) for run in runs])
+            entry[key], entry[key + "_std"] = mean_std([run.get(key) for run in runs])
         entry["delta_dense"], entry["delta_dense_std"] = mean_std(
             [run["val_loss"] - dense[run.get("seed")] for run in runs
              if run.get("val_loss") is not None and dense.get(run.get("seed")) is not None])
@@ -143,19 +143,6 @@ def mean_std(values: list) -> tuple[float | None, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def number(value) -> float | None:
-    """A figure that accounting may give by dtype ({"float32": bytes, ...}); the stores of a sweep are float32."""
-    return value.get("float32") if isinstance(value, dict) else value
-
-
-def verdict(run: dict, tolerance: float = 1e-5) -> bool | None:
-    """Is the model served from disk the resident one: greedy text equal, logits within ``tolerance`` relative? None without a store."""
-    if run.get("greedy_equal") is None:
-        return None
-    difference = run.get("logits_max_rel_diff")
-    return bool(run["greedy_equal"]) and (difference is None or difference <= tolerance)
-
-
 def without_folders(text: str | None) -> str | None:
     """Text with every absolute path cut to its last part: a report travels, the machine's folders do not."""
     return text and re.sub(r"(?<![\w.:/])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\\"':,;()]+)+[/\\]([^\s/\\\"':,;()]*)", r"…/\1", text)
@@ -166,7 +153,7 @@ def write(out: Path) -> dict:
     out = Path(out)
     results = collect(out)
     metrics = {run["name"]: (run, read_metrics(out / run["name"])) for run in results["variants"] + results["failed"] + results["missing"]}
-    page = report_page.page(results, curves([pair for pair in metrics.values() if pair[1] and "axis" in pair[0]]), verdict)
+    page = report_page.page(results, curves([pair for pair in metrics.values() if pair[1] and "axis" in pair[0]]))
     write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(out / "report.html", page)
     return results

@@ -120,13 +120,13 @@ def headline_table(results: dict) -> str:
     return table("The variants, from dense to memory", head, rows)
 
 
-def equality_table(results: dict, check) -> str:
-    """Run by run: the model with its rows on disk against the one with its memory resident. check(run) -> True, False or None."""
+def equality_table(results: dict) -> str:
+    """Run by run: the model with its rows on disk against the one with its memory resident, as `flexmemory verify` found them."""
     mark = {True: '<span class="yes">✓ equal</span>', False: '<span class="no">✗ differs</span>'}
-    rows = [[f'<code>{esc(run["name"])}/</code>', mark[check(run)], difference(run.get("rows_max_abs_diff")), difference(run.get("logits_max_abs_diff")),
+    rows = [[f'<code>{esc(run["name"])}/</code>', mark[run["ok"]], difference(run.get("rows_max_abs_diff")), difference(run.get("logits_max_abs_diff")),
              difference(run.get("logits_max_rel_diff")), "yes" if run["greedy_equal"] else '<span class="no">no</span>', seconds(run.get("export_s")),
              share(run.get("cache_hit_rate"))]
-            for run in results["variants"] if check(run) is not None]
+            for run in results["variants"] if run.get("ok") is not None]
     head = ["run folder", "disk = resident", ("rows", "max |Δ|"), ("logits", "max |Δ|"), ("logits", "max |Δ|, relative"), ("greedy text", "equal"),
             ("export", "fold + write"), ("cache hits", "while decoding")]
     return table("Largest differences over every row of the table and over the logits of test prompts", head, rows)
@@ -137,11 +137,8 @@ def cost_table(results: dict) -> str:
     head = ["run folder", ("total", "with embeddings"), ("active", "with embeddings"), "FLOPs/token", ("rows/token", "trained on"),
             ("rows read", "per token"), ("table", "over FFN")] + [(part, "seconds") for part in parts]
 
-    def plain(value):
-        return value.get("float32") if isinstance(value, dict) else value
-
-    rows = [[f'<code>{esc(run["name"])}/</code>', count(run.get("total_all")), count(run.get("active_all")), count(plain(run.get("flops_per_token"))),
-             loss(run.get("rows_per_token")), size(plain(run.get("row_bytes_per_token"))),
+    rows = [[f'<code>{esc(run["name"])}/</code>', count(run.get("total_all")), count(run.get("active_all")), count(run.get("flops_per_token")),
+             loss(run.get("rows_per_token")), size(run.get("row_bytes_per_token")),
              DASH if run.get("table_over_ffn") is None else f"{run['table_over_ffn']:.2f} ×"]
             + [seconds((run.get("seconds") or {}).get(part)).removesuffix(" s") for part in parts] for run in results["variants"]]
     return table("What each run costs", head, rows)
@@ -232,7 +229,7 @@ def what_was_run(results: dict) -> str:
                     "and the share that is looked up by token (M).")
 
 
-def at_a_glance(results: dict, check) -> str:
+def at_a_glance(results: dict) -> str:
     """Two or three sentences made of the numbers alone."""
     best = {family: min((e for e in results["summary"] if e["family"] == family and e["val_loss"] is not None), key=lambda e: e["val_loss"], default=None)
             for family in ("dense", "memoryllm", "flex", "layers")}
@@ -247,7 +244,7 @@ def at_a_glance(results: dict, check) -> str:
             text += " The best mixtures: " + " and ".join(
                 f"{esc(e['variant'])} at {loss(e['val_loss'])} ({signed(e['val_loss'] - dense['val_loss'])})" for e in between) + "."
         lines.append(text)
-    checks = [check(run) for run in results["variants"] if check(run) is not None]
+    checks = [run["ok"] for run in results["variants"] if run.get("ok") is not None]
     if checks:
         lines.append(f"{sum(checks)} of {len(checks)} stores, served from disk, give the resident model's logits and text.")
     if results["summary"] and max(e["n"] for e in results["summary"]) == 1:
@@ -291,11 +288,11 @@ def provenance(results: dict) -> str:
             + f"<dt>run folders</dt><dd>{folders or DASH}, beside this file</dd><dt>numbers</dt><dd><code>results.json</code>, beside this file</dd></dl>")
 
 
-def page(results: dict, curves: list[dict], check) -> str:
-    """The whole document. curves: [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}]; check: see `equality_table`."""
+def page(results: dict, curves: list[dict]) -> str:
+    """The whole document. curves: [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}]."""
     title = f"{results['experiment']}: {results['scale']}" if results["scale"] else str(results["experiment"])
     without = [e["variant"] for e in results["summary"] if e["equal"] is None]
-    glance = at_a_glance(results, check)
+    glance = at_a_glance(results)
     have = bool(results["summary"])
     stores = any(e["equal"] is not None for e in results["summary"])
     kinds = kinds_table(results)
@@ -329,7 +326,7 @@ def page(results: dict, curves: list[dict], check) -> str:
 {figures(results, curves) if have or curves else none}
 </section>
 <section id="equality"><h2>Served from disk = resident</h2>
-{equality_table(results, check) if stores else '<p class="none">No store has been verified yet.</p>'}
+{equality_table(results) if stores else '<p class="none">No store has been verified yet.</p>'}
 {f'<p class="soft">Without memory rows, so without a store: {esc(joined(without))}.</p>' if without and stores else ""}
 </section>
 <section id="samples"><h2>Generated text</h2>

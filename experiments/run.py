@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+from flexmemory.cli.flags import Parser
 from flexmemory.cli.main import start_process
-from flexmemory.config import nearest
-from flexmemory.errors import UserError
+from flexmemory.errors import UserError, nearest
 from flexmemory.files import write_json
 from flexmemory.progress import eta
 
@@ -23,7 +23,7 @@ EXPERIMENTS = ("cm_ratio",)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m experiments.run", description=__doc__)
+    parser = Parser("python -m experiments.run", __doc__)
     parser.add_argument("experiment", help=", ".join(EXPERIMENTS))
     parser.add_argument("--scale", default="quickstart")
     parser.add_argument("--out", required=True, help="folder of the sweep; an existing one is continued")
@@ -31,12 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", help="fewer seeds than the scale's, e.g. 0 or 0,1")
     parser.add_argument("--only", help="run just this one, in this process")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
-    args = parser.parse_args(argv)
     try:
-        return run(args)
+        return run(parser.parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def load(experiment: str, scale: str, source: str | None = None, seeds: str | None = None) -> dict:

@@ -5,7 +5,6 @@ The dataclasses below are the only list of fields and defaults. A config file's 
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import typing
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from flexmemory.errors import UserError
+from flexmemory.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +109,6 @@ def default_config() -> ConfigDict:
     return ConfigDict(dataclasses.asdict(Config())).lock()
 
 
-def nearest(word: str, known) -> str:
-    """", did you mean 'x'?" or the list of what there is."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
-
-
 def _build(cls, values, prefix: str):
     if not isinstance(values, dict):
         raise UserError(f"config {prefix or 'root'}: {values!r} is not a section with fields")
@@ -209,9 +202,11 @@ def parse_arg(arg: str | None, sizes: dict[str, dict], **defaults) -> tuple[dict
     """Splits a config argument such as ``"1b,beta=3"``.
 
     Returns (settings of the chosen size, values of the named options). ``sizes`` maps a bare word to settings; its
-    first entry is the default. ``defaults`` lists the options; a value is converted to its default's type.
+    first entry is the default. ``defaults`` lists the options; a value is converted to its default's type, and a tuple is the
+    choices, its first the default.
     """
-    size, options = next(iter(sizes)), dict(defaults)
+    size = next(iter(sizes))
+    options = {name: value[0] if isinstance(value, tuple) else value for name, value in defaults.items()}
     for word in filter(None, (arg or "").split(",")):
         name, equals, value = word.partition("=")
         if not equals:
@@ -221,7 +216,9 @@ def parse_arg(arg: str | None, sizes: dict[str, dict], **defaults) -> tuple[dict
         elif name not in defaults:
             raise UserError(f"config argument {name!r}: no such option; {nearest(name, defaults or ['none'])}")
         else:
-            kind = type(defaults[name])
+            if isinstance(defaults[name], tuple) and value not in defaults[name]:
+                raise UserError(f"config argument {name}: {value!r}; {nearest(value, defaults[name])}")
+            kind = type(options[name])
             words = {"true": True, "false": False, "1": True, "0": False} if kind is bool else None
             try:
                 options[name] = words[value.lower()] if words else kind(value)

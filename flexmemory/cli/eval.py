@@ -1,15 +1,15 @@
 """flexmemory eval --workdir=runs/x [--data=DIR] [--alpha=1.0] [--max_tokens=0] [--step=N]: prints JSON."""
 
-import argparse
 import dataclasses
 import json
 import math
 
+from flexmemory.cli.flags import Parser
 from flexmemory.errors import UserError
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("flexmemory eval", description=__doc__)
+    parser = Parser("flexmemory eval", __doc__)
     parser.add_argument("--workdir", required=True, help="run folder")
     parser.add_argument("--data", help="prepared data; default: what the run was trained on")
     parser.add_argument("--alpha", type=float, default=1.0, help="scale of what FFNs and rows add to the residual (MemoryLLM section 3.2)")

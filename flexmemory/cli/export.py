@@ -1,12 +1,12 @@
 """``flexmemory export``: fold a run into a TKV store."""
 
-import argparse
 
+from flexmemory.cli.flags import Parser
 from flexmemory.tkv.format import DTYPES
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="flexmemory export", allow_abbrev=False, description="Fold every memory layer of a run over the whole "
+    parser = Parser("flexmemory export", "Fold every memory layer of a run over the whole "
                                      "vocabulary into a TKV store. An interrupted export is finished by the same command.")
     parser.add_argument("--workdir", required=True, help="run folder written by `flexmemory train`")
     parser.add_argument("--out", required=True, help="directory of the store")
@@ -16,7 +16,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace another store at --out")
     args = parser.parse_args(argv)
 
-    from flexmemory.tkv.export import export  # late: --help needs no JAX
+    from flexmemory.tkv.export import export
 
     made = export(args.workdir, args.out, dtype=args.dtype, step=args.step, block_rows=args.block_rows, overwrite=args.overwrite)
     size = f"{made['table_bytes']:,} bytes of rows, {made['backbone_bytes']:,} of backbone"

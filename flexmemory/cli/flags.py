@@ -1,23 +1,33 @@
-"""Command lines that carry a config: --config=FILE[:ARG] with --config.section.field=value, beside plain flags."""
+"""Command lines: plain ones (Parser), and those with a config, --config=FILE[:ARG] with --config.section.field=value."""
 
+import argparse
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from flexmemory.config import Config, default_config, from_dict, nearest
-from flexmemory.errors import UserError
+from flexmemory.config import Config, default_config, from_dict
+from flexmemory.errors import UserError, nearest
 
 
-def parse(argv: list[str], define, usage: str, config_required: bool = True) -> flags.FlagValues:
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line, and which takes no abbreviations."""
+
+    def __init__(self, prog: str, description: str, **more):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **more)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
     """Parses ``argv`` with own flag values (nothing global). ``define(values)`` adds the command's flags.
 
     Returns the values; ``values.config`` is the ConfigDict, see :func:`config_of`. Raises UserError on any mistake.
     """
     values = flags.FlagValues()
     full = ["flexmemory", *argv]
-    if config_required:
-        config_flags.DEFINE_config_file("config", None, "config file, FILE or FILE:ARG", flag_values=values, sys_argv=full)
+    config_flags.DEFINE_config_file("config", None, "config file, FILE or FILE:ARG", flag_values=values, sys_argv=full)
     define(values)
     if {"-h", "--help", "-help"} & set(argv):
         print(usage + "\n" + values.get_help())
@@ -34,7 +44,7 @@ def parse(argv: list[str], define, usage: str, config_required: bool = True) -> 
         # ml_collections repeats a config file's error with its traceback; the last line is the message
         message = str(error).strip().splitlines()[-1]
         raise UserError(message.removeprefix("flexmemory.errors.UserError: ").removeprefix("flag ")) from error
-    if config_required and values.config is None:
+    if values.config is None:
         raise UserError(f"--config: missing; {usage}")
     if len(rest) > 1:
         raise UserError(f"argument {rest[1]!r}: not understood; flags are given as --name=value")

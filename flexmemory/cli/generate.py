@@ -1,18 +1,17 @@
 """``flexmemory generate``: text from a TKV store alone, its rows read from disk."""
 
-import argparse
 import json
 import re
 import sys
 
+from flexmemory.cli.flags import Parser
 from flexmemory.errors import UserError
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="flexmemory generate", allow_abbrev=False,
-                                     description="Continue prompts with a model whose rows are read from a TKV store.")
+    parser = Parser("flexmemory generate", "Continue prompts with a model whose rows are read from a TKV store.")
     parser.add_argument("--tkv", required=True, help="directory of the store")
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; give it again for more, which run as one batch")
     parser.add_argument("--max_tokens", type=int, default=64, help="(default %(default)s)")
@@ -26,7 +25,7 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     budget = None if args.ram_budget == "all" else parse_bytes(args.ram_budget)
 
-    from flexmemory.runtime.engine import Engine  # late: --help needs no JAX
+    from flexmemory.runtime.engine import Engine
 
     engine = Engine.from_store(args.tkv, budget, check=not args.no_check)
     options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from flexmemory.errors import UserError, nearest
+
 COMMANDS = {
     "prepare": "text to token shards",
     "train": "train or resume a run",
@@ -22,9 +24,6 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: flexmemory COMMAND [options]\n")
         print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
         return 0 if argv else 2
-    from flexmemory.config import nearest
-    from flexmemory.errors import UserError
-
     if argv[0] not in COMMANDS:
         print(f"error: command {argv[0]!r}: {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2

@@ -8,14 +8,9 @@ import rich.box
 import rich.console
 import rich.table
 
+from flexmemory.cli.flags import Parser
 from flexmemory.data import sources
 from flexmemory.data.prepare import SHARD_TOKENS, prepare
-from flexmemory.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run(argv: list[str]) -> int:
@@ -45,12 +40,11 @@ def run(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="flexmemory prepare",
-        description="Turn text into token shards. Run the same command again to go on after an interruption.",
+    parser = Parser(
+        "flexmemory prepare",
+        "Turn text into token shards. Run the same command again to go on after an interruption.",
         epilog=sources.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--source", required=True, help="where the text comes from; see below")
     parser.add_argument("--tokenizer", required=True, help="byte, bpe:SIZE, a tokenizer.json, or hf:NAME")

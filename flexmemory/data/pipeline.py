@@ -33,7 +33,6 @@ class Batches:
     Attributes:
       row_sizes: the possible R, ascending.
       steps_per_epoch: whole batches in one pass over the split, at least 1.
-      tokens_per_batch: A * b * T over all hosts.
     """
 
     def __init__(self, shards: TokenShards, seq_len: int, shape: tuple[int, int, int], host_index: int, seed: int, segments: bool, shuffle: bool):
@@ -46,7 +45,6 @@ class Batches:
         # Reshuffled in each epoch, and still addressable: the order is computed from (seed, epoch), never stored.
         self._order = (order.shuffle() if shuffle else order).repeat(None)
         self.steps_per_epoch = max(1, n_windows // self.batch_size)
-        self.tokens_per_batch = self.batch_size * seq_len
         self.row_sizes: tuple[int, ...] = (min(shards.vocab_size, self._hosts * self._rows * seq_len),)
 
     def window_numbers(self, k: int) -> np.ndarray:

@@ -103,13 +103,13 @@ def _prepare(out: Path, arguments: dict, workers: int, progress: bool) -> dict:
 
 
 def split_of(doc_id: str, val_fraction: float, seed: int) -> str:
-    """`train` or `val`, a pure function of the arguments. Ids like `facts:train/…` say it themselves."""
+    """`train` or `val`, a pure function of the arguments. Ids like `facts:train/…` say it themselves; pieces of one file stay together."""
     if val_fraction == 0:
         return "train"
     for split in layout.SPLITS:
         if doc_id.startswith(f"facts:{split}/"):
             return split
-    digest = hashlib.sha256(f"{seed}\0{doc_id}".encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(f"{seed}\0{doc_id.partition('#')[0]}".encode("utf-8", "surrogateescape")).digest()
     return "val" if int.from_bytes(digest[:8], "little") < val_fraction * 2**64 else "train"
 
 

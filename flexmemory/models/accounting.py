@@ -32,7 +32,8 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
     total, active: without embedding and head; active leaves out what the rows replace (live FFNs, tables). embed: embedding
     and head. flops_per_token: forward, rows handed in, averaged over a causal sequence of ``seq_len``, head included.
     memory_flops_per_row: forward FLOPs that make one address's rows live (0 for tables). row_bytes_per_token: with
-    rows in the compute dtype. table_bytes: by row dtype. table_over_ffn: values of the folded table over the FFN weights that it replaces.
+    rows in the compute dtype. table_bytes: by row dtype. table_over_ffn: values of the folded table over the FFN
+    weights that it replaces. residual: see :func:`residual`.
     """
     specs, params = layer_specs(cfg), abstract_params(cfg)
     memory = params.get("memory") or {}
@@ -66,17 +67,13 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
     }
 
 
-def residual(cfg: ModelConfig, specs) -> dict:
-    """How far rounding moves a MemoryLLM-family layer stack from the nominal sizes, in weights.
-
-    total: FFN weights minus 8 D^2 per layer (the paper's nominal share); active: FFN-C weights minus beta D^2 summed as the
-    paper rounds. Both relative to 12 D^2 per layer.
-    """
-    nominal = 12 * cfg.d_model**2 * len(specs)
-    ffn = sum(3 * cfg.d_model * spec.d_memory + (spec.square * cfg.d_model**2 if spec.square else 3 * cfg.d_model * spec.d_ffn)
-              for spec in specs)
-    return {"ffn_weights": ffn, "nominal": 8 * cfg.d_model**2 * len(specs),
-            "relative": (ffn - 8 * cfg.d_model**2 * len(specs)) / nominal}
+def residual(cfg: ModelConfig, specs) -> float | None:
+    """How far rounding moves the FFN weights (FFN-C and FFN-M together) from the papers' nominal 8 D^2 per layer, as a share of a layer's
+    12 D^2. None where the pattern has layers of another form (stem, attn_only)."""
+    if any(spec.kind not in ("dense", "parallel", "memoryllm", "flex") for spec in specs):
+        return None
+    ffn = sum(3 * cfg.d_model * spec.d_memory + (spec.square * cfg.d_model**2 or 3 * cfg.d_model * spec.d_ffn) for spec in specs)
+    return (ffn / len(specs) - 8 * cfg.d_model**2) / (12 * cfg.d_model**2)
 
 
 def train_flops_per_token(account_: dict, rows_per_token: float) -> float:
@@ -104,5 +101,6 @@ def table(numbers: dict) -> str:
         lines.append(f"{'table ' + dtype:<34}{bytes_(numbers['table_bytes'][dtype]):>12}")
     over = numbers["table_over_ffn"]
     lines.append(f"{'table over replaced FFN (values)':<34}{'-' if over is None else f'{over:.2f}x':>12}")
-    lines.append(f"{'FFN weights against nominal 8h^2':<34}{100 * numbers['residual']['relative']:>+11.3f}% of 12h^2")
+    if numbers["residual"] is not None:
+        lines.append(f"{'FFN weights against nominal 8h^2':<34}{100 * numbers['residual']:>+11.3f}% of 12h^2")
     return "\n".join(lines)

@@ -3,8 +3,7 @@
 import dataclasses
 import re
 
-from flexmemory.config import nearest
-from flexmemory.errors import UserError
+from flexmemory.errors import UserError, nearest
 
 MAX_LAYERS, MAX_DEPTH = 4096, 100
 

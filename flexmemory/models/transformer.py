@@ -52,7 +52,7 @@ class Transformer(nnx.Module):
         cfg = self.cfg
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
-        ctx = Context(positions_BT, segments_BT, ffn_scale, attention_implementation(cfg))
+        ctx = Context(positions_BT, segments_BT, ffn_scale, attention_implementation(cfg, masked=segments_BT is not None))
         x_BTD = self.embed[ids_BT].astype(cfg.compute_dtype)
         cuts, new_cache = segments(self.specs), {}
         for i, ((unit, repeats), unit_rows) in enumerate(zip(cuts, rows_by_unit(rows, cuts), strict=True)):
@@ -81,11 +81,13 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(ids_BT, rows, inverse_BT, **kwargs)[0])
 
 
-def attention_implementation(cfg: ModelConfig) -> str:
-    """For ``jax.nn.dot_product_attention``: "auto" is cudnn on a GPU where it can (bfloat16, head width a multiple of 8), else xla."""
+def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
+    """For ``jax.nn.dot_product_attention``: "auto" is cudnn on a GPU where cuDNN surely can (bfloat16, head width a multiple of 8 and at
+    most 128, no document mask), else xla."""
     if cfg.attention != "auto":
         return cfg.attention
-    can = cfg.compute_dtype == "bfloat16" and (cfg.head_dim or cfg.d_model // cfg.n_heads) % 8 == 0
+    head_dim = cfg.head_dim or cfg.d_model // cfg.n_heads
+    can = cfg.compute_dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128 and not masked
     return "cudnn" if can and jax.default_backend() == "gpu" else "xla"
 
 

@@ -1,7 +1,6 @@
 """Opening and reading a TKV store. Every row that leaves here was checked against its checksum unless checking is off."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -117,11 +116,9 @@ def _open(spec: dict, context: ts.Context) -> ts.TensorStore:
 
 def _check_tokenizer(path: Path, manifest: Manifest) -> None:
     file = path / format.TOKENIZER
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: missing ({error.strerror}); copy the tokenizer.json of the run there") from None
-    fingerprint = hashlib.sha256(data).hexdigest()[:16]
+    if not file.exists():
+        raise UserError(f"{file}: missing; copy the tokenizer.json of the run there")
+    fingerprint = load_tokenizer(file).fingerprint
     if fingerprint != manifest.tokenizer.fingerprint:
         raise UserError(f"{file}: fingerprint {fingerprint}, the store was exported with {manifest.tokenizer.fingerprint}; "
                         "copy the tokenizer.json of the run there")

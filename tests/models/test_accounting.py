@@ -20,8 +20,7 @@ TABLE5 = {
 
 
 def paper_model(sizes: dict, name: str, pattern: str, **more) -> ModelConfig:
-    fields = {"vocab_size": 128_256} | {k: v for k, v in sizes[name].items() if k != "layers"}
-    return ModelConfig(pattern=pattern.format(sizes[name]["layers"]), **fields, **more)
+    return ModelConfig(pattern=pattern.format(sizes[name].get("layers")), **sizes[name]["model"], **more)
 
 
 @pytest.mark.parametrize("name", TABLE5)

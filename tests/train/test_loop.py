@@ -1,5 +1,6 @@
 """Runs: bit-equal resume, kill -9, faults, bad input."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -195,3 +196,63 @@ def test_a_run_without_checkpoint_is_named(whole, tmp_path):
 def test_metrics_are_the_same_on_tensorboard(tiny_config, tmp_path):
     train(tiny_config("dense", **{"train.tensorboard": True, "train.steps": 2}), tmp_path / "run", progress=False)
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_a_finished_run_is_left_as_it_is(whole):
+    cfg, workdir, final = whole
+    before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.suffix in (".json", ".jsonl") and path.name != "run.json"}
+    assert train(cfg, workdir, progress=False) == final
+    assert {name: (workdir / name).read_bytes() for name in before} == before
+
+
+def test_killed_before_the_result_was_written(whole, tmp_path):
+    """The counts behind tokens/s and rows per token are part of the checkpoint."""
+    cfg, workdir, final = whole
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    (copy / "final_result.json").unlink()
+    again = train(cfg, copy, progress=False)
+    assert again["rows_per_token"] == final["rows_per_token"] > 0
+    assert again["train_tokens_per_s"] == final["train_tokens_per_s"] > 0
+    assert again["val_loss"] == final["val_loss"]
+    assert [row["step"] for row in read_metrics(copy) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_processes_do_not_share_a_run(whole, tmp_path):
+    cfg, workdir, _ = whole
+    with open(workdir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process trains there"):
+            train(cfg, workdir, progress=False)
+
+
+def test_leftovers_of_a_kill_at_the_very_start_do_not_block(tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json.tmp", ".lock"):
+        (folder / name).write_text("{")
+    assert train(tiny_config("dense", **{"train.steps": 1}), folder, progress=False)["step"] == 1
+
+
+def test_an_unwritable_place_is_one_line(tiny_config):
+    with pytest.raises(UserError, match="cannot be written"):
+        train(tiny_config("dense"), "/dev/null/run", progress=False)
+
+
+def test_a_run_can_be_evaluated_from_anywhere(tiny_config, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_data.parent)
+    train(tiny_config("dense", **{"train.steps": 1, "data.path": tiny_data.name}), tmp_path / "run", progress=False)
+    monkeypatch.chdir(tmp_path)
+    made = subprocess.run([sys.executable, "-m", "flexmemory.cli.main", "eval", "--workdir=run", "--max_tokens=100"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
+def test_too_little_memory_is_not_called_damage(whole, monkeypatch):
+    from flexmemory.train import checkpoint
+
+    def load(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", load)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        load_params(whole[1])
