@@ -39,7 +39,7 @@ SCALES = {
               "data.batch_size": 64, "train.steps": 1500, "train.eval_every": 250, "train.eval_tokens": 262_144,
               "train.checkpoint_every": 500, "optimizer.lr": 1e-3, "optimizer.min_lr": 1e-4, "optimizer.warmup_steps": 100}),
     "paper": dict(
-        data=dict(source="hf:allenai/c4", tokenizer="hf:meta-llama/Llama-3.1-8B"), layers=24, seeds=(0,),
+        data=dict(source="hf:allenai/c4:config=en", tokenizer="hf:meta-llama/Llama-3.1-8B"), layers=24, seeds=(0,),
         sets={"model.d_model": 960, "model.n_heads": 16, "model.d_ff": 2560, "model.compute_dtype": "bfloat16", "model.remat": True,
               "data.seq_len": 2048, "data.batch_size": 512, "train.steps": 23_842, "train.eval_every": 1000,
               "train.eval_tokens": 1_048_576, "train.checkpoint_every": 1000, "optimizer.lr": 1e-4, "optimizer.min_lr": 1e-5,

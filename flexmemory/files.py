@@ -1,5 +1,6 @@
 """Small files that are there whole or not at all."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -33,3 +34,10 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Is this ENOSPC or EDQUOT, from the system or as TensorStore and Orbax word it?"""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(f"[os_error_code='{code}']" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(error)

@@ -40,7 +40,7 @@ class ProgressLine:
     def note(self) -> str:
         spent = time.perf_counter() - self.began
         rate = (self.done - self.first) / spent if spent else 0.0
-        parts = [f"{self.done:,.0f}/{self.total:,.0f}" if self.total else f"{self.done:,.0f}", f"{rate:,.1f} {self.unit}/s"]
+        parts = [f"{self.done:,.0f}/{self.total:,.0f}" if self.total else f"{self.done:,.0f} {self.unit}", f"{rate:,.1f} {self.unit}/s"]
         if self.total and rate:
             parts.append(f"ETA {eta((self.total - self.done) / rate)}")
         return "  ".join(parts + [self.text] if self.text else parts)

@@ -30,7 +30,9 @@ def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
     config_flags.DEFINE_config_file("config", None, "config file, FILE or FILE:ARG", flag_values=values, sys_argv=full)
     define(values)
     if {"-h", "--help", "-help"} & set(argv):
-        print(usage + "\n" + values.get_help())
+        print(usage + "\n\n" + "\n".join(f"  --{name}: {values[name].help}" for name in sorted(values) if values[name].help))
+        print("\nconfig fields and defaults, set with --config.SECTION.FIELD=VALUE; flexmemory/config.py says what they mean:\n")
+        print(default_config())
         raise SystemExit(0)
     given = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
     if given and not Path(given.partition(":")[0]).is_file():
@@ -40,6 +42,8 @@ def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
             check_override(word[len("--config."):])
     try:
         rest = values(full)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"--{error.flagname}: no such flag; {nearest(error.flagname, list(values))}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections repeats a config file's error with its traceback; the last line is the message
         message = str(error).strip().splitlines()[-1]
@@ -52,16 +56,31 @@ def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
 
 
 def check_override(word: str) -> None:
-    """Field names of --config.x.y=z are checked before any config file runs, so that the message names the nearest field."""
-    name, equals, _ = word.partition("=")
+    """--config.x.y=z is checked before any config file runs, so that the message names the nearest field and the type it wants."""
+    name, equals, value = word.partition("=")
     if not equals:
         raise UserError(f"--config.{name}: give a value, --config.{name}=VALUE")
     at = default_config().to_dict()
     for part in name.split("."):
         if not isinstance(at, dict) or part not in at:
-            known = at if isinstance(at, dict) else []
-            raise UserError(f"config {name}: no such field {part!r}; {nearest(part, known or ['a plain value, no fields'])}")
+            known = at if isinstance(at, dict) else ["a plain value, no fields"]
+            raise UserError(f"config {name}: no such field {part!r}; {nearest(part, known)}")
         at = at[part]
+    what, accepts = {bool: ("true or false", lambda v: v.lower() in ("true", "false", "1", "0")), int: ("a whole number", is_number(int)),
+                     float: ("a number", is_number(float)), dict: ("a field inside it", lambda v: False)}.get(type(at), ("text", lambda v: True))
+    if not accepts(value):
+        raise UserError(f"config {name}: {value!r}, give {what}")
+
+
+def is_number(kind: type):
+    def accepts(text: str) -> bool:
+        try:
+            kind(text)
+        except ValueError:
+            return False
+        return True
+
+    return accepts
 
 
 def config_of(values: flags.FlagValues) -> Config:

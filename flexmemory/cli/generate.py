@@ -31,12 +31,12 @@ def run(argv: list[str]) -> int:
     options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     if len(args.prompt) == 1:
         text = TextStream(engine.tokenizer.decode)
-        sys.stdout.write(args.prompt[0])
-        sys.stdout.flush()
+        shown = [args.prompt[0]]  # goes out with the first token, so that a refused request prints nothing
 
         def show(_, token: int) -> None:
-            sys.stdout.write(text.add(token))
+            sys.stdout.write("".join(shown) + text.add(token))
             sys.stdout.flush()
+            shown.clear()
 
         made = engine.generate(args.prompt, on_token=show, **options)
         print(made[0].text[text.shown :])

@@ -1,6 +1,7 @@
 """The ``flexmemory`` command: finds the subcommand, turns a user's mistake into one line and exit code 2."""
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -36,15 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output has enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def start_process() -> None:
     """Settings of a main program: quiet libraries, and compiled programs kept between runs where JAX_COMPILATION_CACHE_DIR or the
     user's cache folder says."""
+    import absl.logging
     import jax
-    from absl import logging
 
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every save
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax reports every save
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and repeats a damaged checkpoint's error for each of its arrays
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "flexmemory" / "xla"))

@@ -1,6 +1,9 @@
 """flexmemory train --config=configs/flexmemory.py:250m,beta=3 --workdir=runs/x [--config.train.steps=200]"""
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -15,14 +18,37 @@ def run(argv: list[str]) -> int:
     values = parse(argv, define, __doc__)
     if not values.workdir:
         raise UserError("--workdir: missing; give the folder of the run")
-    from flexmemory.train.loop import TrainingDiverged, train
+    cfg = config_of(values)
+    from flexmemory.train.loop import TrainingDiverged, TrainingInterrupted, train
 
     try:
-        final = train(config_of(values), values.workdir)
+        with asked_to_stop() as asked:
+            final = train(cfg, values.workdir, stop=lambda: bool(asked))
     except TrainingDiverged as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
+    except TrainingInterrupted as error:
+        print(error, file=sys.stderr)
+        return 128 + asked[0]
     rate = final["train_tokens_per_s"]
     print(f"{values.workdir}: step {final['step']}, validation loss {final['val_loss']:.4f} "
           f"({final['val_bits_per_byte']:.4f} bits per byte)" + (f", {rate:,.0f} tokens/s" if rate else ""))
     return 0
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """The signals received so far: the first Ctrl-C or SIGTERM ends training at a checkpoint, the second one ends it at once."""
+    asked: list[int] = []
+
+    def ask(number, _):
+        asked.append(number)
+        signal.signal(number, before[number])
+        print(" stopping after this step with a checkpoint; again to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
-import errno
 import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -71,12 +71,16 @@ def prepare(
         _say(f"{out} is finished already; nothing to do", progress)
         return json.loads((out / layout.INDEX).read_text())
 
+    known = set(out.iterdir()) if out.exists() else None
     try:
         return _prepare(out, arguments, workers, progress)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"out={out}: the disk is full; make room and run the same command again to go on") from None
+        if files.is_disk_full(error):
+            raise UserError(f"out={out}: the disk is full; make room and run the same command again to go on") from None
+        raise UserError(f"out={out}: cannot be written ({error.strerror}); name another directory") from None
+    except UserError:
+        _forget(out, known)
+        raise
 
 
 def _prepare(out: Path, arguments: dict, workers: int, progress: bool) -> dict:
@@ -100,6 +104,16 @@ def _prepare(out: Path, arguments: dict, workers: int, progress: bool) -> dict:
         writer.close()
     _check_splits(writers, val_fraction)
     return _finish(out, arguments, model, writers, opened.questions())
+
+
+def _forget(out: Path, known: set[Path] | None) -> None:
+    """Removes what a refused call has made, so that a corrected one can use the directory; a whole shard is worth keeping to go on from."""
+    if not out.exists() or any(layout.shard_paths(out, split, 0)[1].exists() for split in layout.SPLITS):
+        return
+    for path in set(out.iterdir()) - (known or set()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if known is None:
+        out.rmdir()
 
 
 def split_of(doc_id: str, val_fraction: float, seed: int) -> str:

@@ -79,8 +79,17 @@ class TokenShards:
         return self.token_segments(shard, start, start + seq_len + 1)
 
     def tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1 of one shard, int32."""
-        return self._tokens[shard][start:stop].astype(np.int32)
+        """Tokens start..stop-1 of one shard, int32.
+
+        Raises:
+          UserError: an id outside the vocabulary, so the shard is damaged.
+        """
+        ids = self._tokens[shard][start:stop].astype(np.int32)
+        if ids.max(initial=0) >= self.vocab_size:
+            place = start + int(ids.argmax())
+            raise UserError(f"{self.data_dir}: {self.split} shard {shard} is damaged: id {ids.max()} at token {place} is outside the vocabulary of "
+                            f"{self.vocab_size}; prepare the data again")
+        return ids
 
     def token_segments(self, shard: int, start: int, stop: int) -> np.ndarray:
         """Document number, counted from 0 at `start`, of tokens start..stop-1 of one shard, int32."""

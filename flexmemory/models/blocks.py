@@ -85,15 +85,17 @@ class MemoryLLM(AttnOnly):
 class Flex(AttnOnly):
     """A = x + Attn(norm x); x' = A + FFN-C(norm A) + row, row = FFN-M_l(norm_l(E[id])) (MemoryLLM section 4.2). W = D.
 
-    The paper gives no equation: docs/variants.md says which switch covers which reading. beta = 0 is memoryllm.
+    The paper gives no equation: docs/variants.md says which switch covers which reading. beta = 0 is memoryllm, beta = 8 dense.
     """
 
     source = FFNRows
 
     @staticmethod
     def spec(cfg, beta):
-        if not beta:
-            return MemoryLLM.spec(cfg, 0.0)
+        if beta == 0:
+            return MemoryLLM.spec(cfg, beta)
+        if beta == 8:
+            return (Parallel if cfg.ffn_c_input == "parallel" else Dense).spec(cfg, beta)
         d_ffn, d_memory = flex_widths(cfg.d_model, cfg.d_ff, beta)
         square = 0
         if cfg.ffn_c_kind == "square":
@@ -102,7 +104,7 @@ class Flex(AttnOnly):
             square, d_ffn = int(beta), cfg.d_model
         if not d_memory or not d_ffn:
             raise UserError(f"config model.beta: {beta:g} leaves FFN-{'M' if not d_memory else 'C'} of d_ff {cfg.d_ff} without a unit; "
-                            "use dense or memoryllm for that layer")
+                            f"use {0 if d_memory else 8}")
         return LayerSpec("flex", d_ffn=d_ffn, d_memory=d_memory, row_width=cfg.d_model, square=square,
                          replaces=3 * cfg.d_model * d_memory)
 

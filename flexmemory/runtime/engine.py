@@ -129,6 +129,11 @@ class Engine:
         """Ids of a prompt. Raises UserError outside the vocabulary, and for text or nothing without a tokenizer."""
         if self.tokenizer is None and (isinstance(prompt, str) or not len(prompt)):
             raise UserError("--prompt: this engine has no tokenizer; give at least one token id")
+        if isinstance(prompt, str) and not prompt.isascii():
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"--prompt: {prompt!r} is not valid Unicode text; give UTF-8") from None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         for i in ids:
             if not 0 <= i < self.cfg.vocab_size:

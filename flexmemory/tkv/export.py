@@ -5,7 +5,6 @@ on where it stopped; tkv.json appears last, by rename.
 """
 
 import dataclasses
-import errno
 import json
 import shutil
 import time
@@ -79,7 +78,7 @@ def export_params(config: Config, params: dict, tokenizer: Tokenizer, out: Path,
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        if is_disk_full(error):
+        if files.is_disk_full(error):
             raise UserError(full_disk(out, needed)) from error
         if isinstance(error, OSError):
             raise UserError(f"--out: {out} cannot be written ({error.strerror})") from error
@@ -205,13 +204,6 @@ def params_crc32(params: dict) -> int:
     for name, array in sorted(backbone.flatten(params)):
         crc = zlib.crc32(np.ascontiguousarray(array).data.cast("B") if array.size else b"", zlib.crc32(name.encode(), crc))
     return crc
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """OSError ENOSPC or EDQUOT, or TensorStore's ValueError for one of them."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return any(f"[os_error_code='{code}']" in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 def full_disk(out: Path, needed: int) -> str:

@@ -60,7 +60,7 @@ class Store:
         try:
             return read.result()
         except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0][:160]
             raise UserError(f"{self.path}/rows/{group.name}: cannot be read ({reason}); copy the store again or export the run again") from error
 
     def _verify(self, group: Group, ids_U: np.ndarray, rows_ULW: np.ndarray) -> None:
@@ -109,7 +109,7 @@ def _open(spec: dict, context: ts.Context) -> ts.TensorStore:
     try:
         return ts.open(spec, open=True, read=True, context=context).result()
     except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0][:160]
         raise UserError(f"{spec['kvstore']['path']}zarr.json: missing or not as the manifest says ({reason}); "
                         "copy the store again or export the run again") from None
 

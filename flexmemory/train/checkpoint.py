@@ -49,7 +49,7 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict, i
     if not steps:
         raise UserError(f"{workdir}: no finished checkpoint in checkpoints/; train it first (`flexmemory train --workdir={workdir}`)")
     if step is not None and step not in steps:
-        raise UserError(f"--step: no checkpoint {step} in {workdir}; there are {', '.join(map(str, steps))}")
+        raise UserError(f"{workdir}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     return cfg, _load(workdir, step, {"params": abstract_params(cfg.model)})["params"], step
 
@@ -67,6 +67,9 @@ def _load(workdir: Path, step: int, abstract: dict) -> dict:
     except (MemoryError, jax.errors.JaxRuntimeError):  # the checkpoint is sound, the machine too small
         raise
     except Exception as error:  # orbax and tensorstore raise many types for files that are cut or gone
+        while error.__cause__ or error.__context__:  # the first error says what is wrong with the files
+            error = error.__cause__ or error.__context__
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise UserError(f"checkpoint {step} in {workdir} is damaged or of another model ({reason}); "
-                        f"delete checkpoints/{step} to go on from an earlier one") from error
+        earlier = [other for other in complete_steps(workdir) if other < step]
+        mend = f"delete checkpoints/{step} to go on from {earlier[-1]}" if earlier else "train it again in a new folder"
+        raise UserError(f"checkpoint {step} in {workdir} is damaged or of another model ({reason}); {mend}") from error

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.errors import UserError
 from flexmemory.evals.perplexity import make_eval_step, perplexity
 from flexmemory.evals.questions import answer_accuracy, encode_questions
-from flexmemory.files import write_json
+from flexmemory.files import is_disk_full, write_json
 from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.progress import ProgressLine
 from flexmemory.train import checkpoint
@@ -28,6 +29,10 @@ from flexmemory.train.step import init_state, make_train_step
 
 class TrainingDiverged(RuntimeError):
     """The loss or a gradient is not finite. The message names the step and the last good checkpoint."""
+
+
+class TrainingInterrupted(RuntimeError):
+    """Asked to stop. The message names the step; a checkpoint of it is written and the same call goes on from there."""
 
 
 def resolve(cfg: Config) -> tuple[Config, TokenShards, TokenShards]:
@@ -46,8 +51,12 @@ def resolve(cfg: Config) -> tuple[Config, TokenShards, TokenShards]:
     return cfg, train, val
 
 
-def train(cfg: Config, workdir: str | Path, progress: bool = True) -> dict:
-    """Trains (or resumes) a run and returns what final_result.json holds. Raises UserError, TrainingDiverged."""
+def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> dict:
+    """Trains (or resumes) a run and returns what final_result.json holds; a finished run is left as it is.
+
+    ``stop`` is asked after every step; when it says so, a checkpoint is written and TrainingInterrupted raised. Raises UserError
+    (also when the disk is full) and TrainingDiverged.
+    """
     workdir, clock = Path(workdir), Clock()
     with clock.span("setup"), contextlib.ExitStack() as closing:
         cfg, shards, val_shards = resolve(cfg)
@@ -68,9 +77,14 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True) -> dict:
         state = state or init_state(cfg)
         run = closing.enter_context(contextlib.closing(Run(cfg, workdir, clock, checkpoints, progress, start, counts)))
         closing = closing.pop_all()
-    with closing:
-        state = run.steps(state, batches, val_shards)
-        return run.finish(state, val_shards, tokenizer, questions)
+    try:
+        with closing:
+            state = run.steps(state, batches, val_shards, stop)
+            return run.finish(state, val_shards, tokenizer, questions)
+    except Exception as error:
+        if is_disk_full(error):
+            raise UserError(f"--workdir {workdir}: the disk is full; make room and run the same command again to go on") from error
+        raise
 
 
 class Run:
@@ -91,7 +105,7 @@ class Run:
     def close(self) -> None:
         self.writer.close()
 
-    def steps(self, state: dict, batches, val_shards: TokenShards) -> dict:
+    def steps(self, state: dict, batches, val_shards: TokenShards, stop: Callable[[], bool]) -> dict:
         """Trains from ``start`` to the end and returns the state."""
         cfg, pending = self.cfg, None
         with ProgressLine("train", cfg.train.steps, "steps", self.progress, start=self.start) as line, \
@@ -99,7 +113,7 @@ class Run:
             for step in range(self.start, cfg.train.steps):
                 with self.clock.span("data_wait"):
                     batch = next(stream)
-                run_step = self._compiled(state, batch)
+                run_step = self._compiled(state, batch, line)
                 state, metrics = run_step(state, batch)
                 if pending:
                     self._log(line, *pending)
@@ -111,6 +125,13 @@ class Run:
                         self._evaluate(state, step + 1, val_shards)
                     if self._due(cfg.train.checkpoint_every, step + 1):
                         self._save(state, step + 1)
+                if stop() and step + 1 < cfg.train.steps:
+                    if pending:
+                        self._log(line, *pending)
+                    if self.saved < step + 1:
+                        self._save(state, step + 1)
+                    self.checkpoints.wait()
+                    raise TrainingInterrupted(f"stopped after step {step + 1}; the same command goes on from there")
             if pending:
                 self._log(line, *pending)
         return state
@@ -139,10 +160,11 @@ class Run:
     def _due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0 and step < self.cfg.train.steps
 
-    def _compiled(self, state, batch):
+    def _compiled(self, state, batch, line: ProgressLine):
         """The train step compiled for the batch's shapes; R takes one of a few static sizes, so this compiles once or twice."""
         shapes = batch["unique_ids"].shape
         if shapes not in self.compiled:
+            line.update(line.done, "compiling")
             with self.clock.span("compile"):
                 self.compiled[shapes] = self.step_fn.lower(state, batch).compile()
             self.window = None

@@ -13,7 +13,7 @@ import jax
 from flexmemory.config import Config, get, load_json, to_json
 from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.errors import UserError
-from flexmemory.files import SCRATCH, write_json, write_text
+from flexmemory.files import SCRATCH, is_disk_full, write_json, write_text
 
 # fields that may change between the start and the resumption of a run: they do not touch parameters or batches
 FREE = {"data.path", "train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep_checkpoints",
@@ -53,7 +53,8 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
             "versions": {name: importlib.metadata.version(name) for name in
                          ("flexmemory", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")}})
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: cannot be written ({error.strerror}); give another folder") from None
+        mend = "make room and run the same command again" if is_disk_full(error) else "give another folder"
+        raise UserError(f"--workdir {workdir}: cannot be written ({error.strerror}); {mend}") from None
     return lock
 
 
@@ -65,7 +66,10 @@ def check_same(workdir: Path, cfg: Config, data_fingerprint: str) -> None:
             raise UserError(f"--workdir {workdir}: used by another config ({name} is {old[name]!r} there, {value!r} here); "
                             "give a new folder or the same config")
     if (workdir / "run.json").exists():
-        known = json.loads((workdir / "run.json").read_bytes())["data_fingerprint"]
+        try:
+            known = json.loads((workdir / "run.json").read_bytes())["data_fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{workdir / 'run.json'}: not readable; delete it if the data are the same") from None
         if known != data_fingerprint:
             raise UserError(f"--workdir {workdir}: trained on other data (fingerprint {known}, now {data_fingerprint}); "
                             "give the same data or a new folder")

@@ -1,5 +1,6 @@
 """The command line: one clear line and exit code 2 for a user's mistake, before any long work, nothing left behind."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,13 @@ def refused(capsys, *argv) -> str:
 @pytest.mark.parametrize(("extra", "says"), [
     (["--config.model.d_mdoel=64"], "config model.d_mdoel: no such field 'd_mdoel'; did you mean 'd_model'?"),
     (["--config.modle.d_model=64"], "did you mean 'model'?"),
-    (["--config.model.d_model=wide"], "--config.model.d_model=wide"),
-    (["--config.model.d_model=64.5"], "--config.model.d_model=64.5"),
+    (["--config.model.d_model=wide"], "config model.d_model: 'wide', give a whole number"),
+    (["--config.model.d_model=64.5"], "config model.d_model: '64.5', give a whole number"),
+    (["--config.optimizer.lr=fast"], "config optimizer.lr: 'fast', give a number"),
+    (["--config.train.tensorboard=maybe"], "config train.tensorboard: 'maybe', give true or false"),
+    (["--config.optimizer.min_lr=7"], "config optimizer.min_lr: 7.0 is above optimizer.lr"),
+    (["--config.train.seed=4294967296"], "config train.seed: 4294967296 must be below 2^32"),
+    (["--workdri=x"], "--workdri: no such flag; did you mean 'workdir'?"),
     (["--config.model.d_model"], "give a value"),
     (["--config.model.pattern=dense*2 memorylm"], "unknown layer 'memorylm', did you mean 'memoryllm'?, at 9"),
     (["--config.model.pattern="], "config model.pattern: empty"),
@@ -74,7 +80,46 @@ def test_every_command_has_help(command):
     assert "--" in made.stdout
 
 
-def test_a_missing_argument_is_a_users_mistake():
-    made = subprocess.run([sys.executable, "-m", "flexmemory.cli.main", "eval"], capture_output=True, text=True)
-    assert made.returncode == 2
-    assert "workdir" in made.stderr
+def test_ctrl_c_ends_at_a_checkpoint_and_the_same_command_goes_on(tiny_config, tmp_path):
+    import signal
+    import time
+
+    from flexmemory.train.checkpoint import complete_steps
+    from flexmemory.train.run import read_metrics
+
+    cfg = tiny_config("dense", **{"train.steps": 4000})
+    sets = [f"--config.{section}.{name}={value}" for section, fields in dataclasses.asdict(cfg).items() for name, value in fields.items()]
+    command = [sys.executable, "-m", "flexmemory.cli.main", "train", CONFIG, f"--workdir={tmp_path / 'run'}", *sets]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not read_metrics(tmp_path / "run") and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "the same command goes on" in said
+    (step,) = complete_steps(tmp_path / "run")
+    assert 0 < step < 4000 and f"stopped after step {step}" in said
+
+
+def test_generate_prints_nothing_before_it_is_accepted(tiny_config, tmp_path, capsys):
+    from flexmemory.tkv.export import export
+    from flexmemory.train.loop import train
+
+    train(tiny_config("memoryllm", **{"train.steps": 1}), tmp_path / "run", progress=False)
+    export(tmp_path / "run", tmp_path / "store", progress=False)
+    for extra, says in ((["--max_tokens=0"], "--max_tokens: 0"), (["--temperature=-1"], "--temperature"), (["--top_p=0"], "--top_p"),
+                        (["--prompt=a\udcff"], "not valid Unicode")):
+        capsys.readouterr()
+        assert main(["generate", f"--tkv={tmp_path / 'store'}", *(extra if "prompt" in extra[0] else ["--prompt=Question:", *extra])]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and says in said.err
+
+
+def test_a_missing_argument_is_a_users_mistake(capsys):
+    assert "--workdir" in refused(capsys, "eval")
+
+
+def test_a_closed_pipe_is_no_error():
+    made = subprocess.run(f"{sys.executable} -m flexmemory.cli.main params --config={ROOT / 'configs/memoryllm.py'}:1b | head -1",
+                          shell=True, capture_output=True, text=True)
+    assert made.stderr == "" and made.stdout.startswith("pattern")

@@ -216,8 +216,13 @@ def test_bad_text_in_the_middle_is_named_and_leaves_no_dataset(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 50 + "{broken\n")
     with pytest.raises(UserError, match=r"a\.jsonl, line 51: malformed JSON"):
         prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", progress=False)
-    with pytest.raises(UserError, match="unfinished"):
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(UserError, match="a.jsonl, line 51"):
+        prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", shard_tokens=40, progress=False)
+    with pytest.raises(UserError, match="unfinished"):  # whole shards are kept to go on from, but they are no dataset
         TokenShards(tmp_path / "data", "train")
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 51)
+    prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", shard_tokens=40, progress=False)
 
 
 def test_it_never_writes_among_other_files(tmp_path):
@@ -307,3 +312,33 @@ def test_the_command_prints_a_table_and_refuses_bad_flags(tmp_path, capsys):
     for flags, match in [([], "--source"), (["--source=a", "--tokenizer=byte", "--out=b", "--val_fraction=x"], "val_fraction"), (["--sauce=1"], "required|sauce")]:
         with pytest.raises(UserError, match=match):
             run(flags)
+
+
+def test_a_refused_source_leaves_nothing_behind(tmp_path):
+    texts, out = tmp_path / "texts", tmp_path / "out"
+    texts.mkdir()
+    (texts / "z_bad.txt").write_bytes(b"text \xff")
+    (texts / "good.txt").write_text("some words\n" * 50)
+    with pytest.raises(UserError, match="not UTF-8"):
+        prepare(str(texts), "byte", out, val_fraction=0, progress=False)
+    assert not out.exists()
+    prepare(f"{texts}:undecodable=skip", "byte", out, val_fraction=0, progress=False)  # the mend that the message names
+
+
+def test_an_unwritable_place_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(UserError, match="cannot be written|is a file"):
+        prepare(str(tmp_path / "a.txt"), "byte", "/dev/null/x", val_fraction=0, progress=False)
+
+
+def test_an_id_outside_the_vocabulary_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("words " * 50)
+    prepare(str(tmp_path / "a.txt"), "byte", tmp_path / "out", val_fraction=0, progress=False)
+    shard = tmp_path / "out" / "train" / "shard_00000.bin"
+    ids = np.fromfile(shard, "<u2")
+    ids[20] = 300
+    ids.tofile(shard)
+    shards = TokenShards(tmp_path / "out", "train")
+    shards.window(0, 8)
+    with pytest.raises(UserError, match="id 300 at token 20 is outside the vocabulary of 257"):
+        shards.window(2, 8)

@@ -14,7 +14,8 @@ import pytest
 from flexmemory.errors import UserError
 from flexmemory.tkv import export as export_module
 from flexmemory.tkv import format
-from flexmemory.tkv.export import check_options, is_disk_full
+from flexmemory.files import is_disk_full
+from flexmemory.tkv.export import check_options
 from flexmemory.tkv.store import open_store
 
 from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes

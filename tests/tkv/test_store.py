@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 
 from flexmemory.errors import UserError
 from flexmemory.tkv import format
@@ -110,7 +111,9 @@ def test_metadata_of_another_shape(copy):
 
 
 def test_tokenizer_of_another_store(copy):
-    (copy / "tokenizer.json").write_text('{"type":"byte","version":1} ')
+    (copy / "tokenizer.json").write_text('{"type": "byte", "version": 1}')  # the same tokenizer in other white space
+    open_store(copy)
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, [])).save(str(copy / "tokenizer.json"))
     with pytest.raises(UserError, match="fingerprint .* exported with"):
         open_store(copy)
 

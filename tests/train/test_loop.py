@@ -18,7 +18,7 @@ import pytest
 from flexmemory.config import to_json
 from flexmemory.errors import UserError
 from flexmemory.train.checkpoint import complete_steps, load_params
-from flexmemory.train.loop import TrainingDiverged, train
+from flexmemory.train.loop import TrainingDiverged, TrainingInterrupted, train
 from flexmemory.train.run import read_metrics
 
 TRAIN = """
@@ -256,3 +256,25 @@ def test_too_little_memory_is_not_called_damage(whole, monkeypatch):
     monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", load)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         load_params(whole[1])
+
+
+def test_a_full_disk_is_one_line(tiny_config, tmp_path, monkeypatch):
+    from flexmemory.train import loop
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device")
+
+    monkeypatch.setattr(loop.checkpoint, "save", full)
+    with pytest.raises(UserError, match="the disk is full; make room and run the same command again"):
+        train(tiny_config("dense", **{"train.steps": 1}), tmp_path / "run", progress=False)
+
+
+def test_asked_to_stop_it_saves_and_resumes_to_the_same_bits(whole, tmp_path):
+    cfg, workdir, _ = whole
+    calls = []
+    with pytest.raises(TrainingInterrupted, match="stopped after step 3"):
+        train(cfg, tmp_path / "run", progress=False, stop=lambda: calls.append(1) or len(calls) == 3)
+    assert complete_steps(tmp_path / "run") == [2, 3]
+    assert train(cfg, tmp_path / "run", progress=False)["resumed_from"] == 3
+    assert equal(load_params(tmp_path / "run")[1], load_params(workdir)[1])
+    assert losses(tmp_path / "run") == losses(workdir)
