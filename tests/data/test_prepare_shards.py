@@ -217,12 +217,14 @@ def test_bad_text_in_the_middle_is_named_and_leaves_no_dataset(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl, line 51: malformed JSON"):
         prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", progress=False)
     assert not (tmp_path / "data").exists()
-    with pytest.raises(UserError, match="a.jsonl, line 51"):
-        prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", shard_tokens=40, progress=False)
+    line = json.dumps({"text": "fine " * 10_000}) + "\n"  # more than is tokenised at a time, so that shards come before the mistake
+    (tmp_path / "a.jsonl").write_text(line * 200 + "{broken\n")
+    with pytest.raises(UserError, match="a.jsonl, line 201"):
+        prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", shard_tokens=100_000, progress=False)
     with pytest.raises(UserError, match="unfinished"):  # whole shards are kept to go on from, but they are no dataset
         TokenShards(tmp_path / "data", "train")
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 51)
-    prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", shard_tokens=40, progress=False)
+    (tmp_path / "a.jsonl").write_text(line * 201)
+    prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", shard_tokens=100_000, progress=False)
 
 
 def test_it_never_writes_among_other_files(tmp_path):

@@ -161,10 +161,16 @@ def test_beta_errors_reach_the_model():
         tiny("flex dense flex", beta="1 2 3")
     with pytest.raises(UserError, match="square"):
         tiny("flex", beta="2.5", ffn_c_kind="square")
-    with pytest.raises(UserError, match="dense"):
-        tiny("flex", beta="8")
-    with pytest.raises(UserError, match="memoryllm"):
+    with pytest.raises(UserError, match="leaves FFN-M .* use 8"):
+        tiny("flex", beta="7.99")
+    with pytest.raises(UserError, match="leaves FFN-C .* use 0"):
         tiny("flex", beta="0.01")
+
+
+@pytest.mark.parametrize(("beta", "kind", "ffn_c_input"), [("0", "memoryllm", "post_attn"), ("0", "memoryllm", "parallel"),
+                                                           ("8", "dense", "post_attn"), ("8", "parallel", "parallel")])
+def test_the_ends_of_beta_are_the_plain_kinds(beta, kind, ffn_c_input):
+    assert layer_specs(tiny("flex", beta=beta, ffn_c_input=ffn_c_input)) == layer_specs(tiny(kind))
 
 
 @given(st.integers(1, 20_000), st.integers(1, 60_000), st.floats(0, 8))
