@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.only:
         from experiments.variant import run_variant
 
+        (out / args.only / "failed.json").unlink(missing_ok=True)
         run_variant(out, spec, next(row for row in spec["runs"] if row["name"] == args.only))
         return 0
     failed = run_all(out, spec, args)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from typing import Any, Protocol
 
 
@@ -23,14 +22,9 @@ def prefetch(batches: Indexed, start: int = 0, stop: int | None = None, depth: i
 
 
 class Prefetch:
-    """See `prefetch`.
-
-    Attributes:
-      wait_s: seconds that the consumer has spent waiting for data so far.
-    """
+    """See `prefetch`."""
 
     def __init__(self, batches: Indexed, start: int, stop: int | None, depth: int):
-        self.wait_s = 0.0
         self._queue: queue.Queue = queue.Queue(depth)
         self._closed = threading.Event()
         self._ended = False
@@ -43,9 +37,7 @@ class Prefetch:
     def __next__(self):
         if self._ended:
             raise StopIteration
-        begin = time.perf_counter()
         kind, content = self._queue.get()
-        self.wait_s += time.perf_counter() - begin
         if kind == "batch":
             return content
         self.close()

@@ -281,10 +281,10 @@ def _read_parquet(doc_id: str, file: Path, field: str) -> Iterator[Document]:
 
 
 def _open_hub(part: str, name: str, options: dict[str, str]) -> Callable[[], Iterator[Document]]:
-    datasets = _import_extra("datasets", part)
     _, repository, *rest = name.split(":")
     if not repository or len(rest) > 1:
         raise UserError(f"source {part!r} is malformed; write hf:NAME or hf:NAME:SPLIT")
+    datasets = _import_extra("datasets", part)
     split = rest[0] if rest else "train"
     field, config = options.pop("field", "text"), options.pop("config", None)
     _refuse_left(part, options)

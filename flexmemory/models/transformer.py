@@ -91,11 +91,11 @@ def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
     return "cudnn" if can and jax.default_backend() == "gpu" else "xla"
 
 
-def init_params(cfg: ModelConfig, seed: int, with_memory: bool = True) -> dict:
+def init_params(cfg: ModelConfig, seed: int) -> dict:
     """Fresh parameters as a nested dict of float32 arrays, a pure function of (cfg, seed)."""
     # it runs once: on a CPU the compiler's optimiser takes 14 s over the random draws of a mixed stack, without it 2 s
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed), with_memory))), compiler_options=quick)()
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed)))), compiler_options=quick)()
 
 
 def abstract_params(cfg: ModelConfig, with_memory: bool = True) -> dict:

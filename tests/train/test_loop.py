@@ -170,6 +170,7 @@ def test_vocabulary_and_sequence_must_fit_the_data(tiny_config, tmp_path):
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves its other reads unawaited
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_damaged_checkpoint_is_named(whole, tmp_path, damage):
     _, workdir, _ = whole
