@@ -198,12 +198,14 @@ def line_points(corners: np.ndarray, step: float = 4.0) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def noise_bar(ax) -> None:
-    """A bar as tall as the seed noise in the lower left corner, which falling losses leave free."""
+def noise_bar(ax, points: list[tuple[float, float]]) -> None:
+    """A bar as tall as the seed noise, in the lower corner away from the lowest of the points (x, loss)."""
     low, high = ax.get_ylim()
     tall = NOISE / (high - low)
-    ax.plot([0.022, 0.022], [0.03, 0.03 + tall], transform=ax.transAxes, color=MUTED, linewidth=2.2, solid_capstyle="butt", clip_on=False)
-    ax.text(0.038, 0.026, f"{NOISE} nat", transform=ax.transAxes, va="bottom", fontsize=7.5, color=MUTED)
+    right = bool(points) and min(points, key=lambda p: p[1])[0] < sum(ax.get_xlim()) / 2
+    bar, text = (0.978, 0.962) if right else (0.022, 0.038)
+    ax.plot([bar, bar], [0.03, 0.03 + tall], transform=ax.transAxes, color=MUTED, linewidth=2.2, solid_capstyle="butt", clip_on=False)
+    ax.text(text, 0.026, f"{NOISE} nat", transform=ax.transAxes, va="bottom", ha="right" if right else "left", fontsize=7.5, color=MUTED)
 
 
 def loss_against_share(ax, entries: list[dict]) -> None:
@@ -226,7 +228,7 @@ def loss_against_share(ax, entries: list[dict]) -> None:
         ax.axhline(e["val_loss"], color=colour, linewidth=1, linestyle=(0, (1.5, 2)), zorder=1.5)
         lines.append([(-4, e["val_loss"]), (104, e["val_loss"])])
         named.append((e, colour))
-    noise_bar(ax)
+    noise_bar(ax, [(100 * e["c_fraction"], e["val_loss"]) for e in on_line])
     scatter(ax, on_line, "c_fraction", "val_loss", scale=(100, 1), obstacles=lines)
     renderer = ax.figure.canvas.get_renderer()
     taken = [text.get_window_extent(renderer) for text in ax.texts]
@@ -258,7 +260,7 @@ def loss_against_active(ax, entries: list[dict]) -> None:
     ax.set_xlim(min(wide) - pad, max(wide) + pad)
     ax.set_xlabel(f"active parameters per token, {word} (no embedding, no head)")
     ax.set_ylabel("validation loss, nat per token")
-    noise_bar(ax)
+    noise_bar(ax, [(e["active"] / unit, e["val_loss"]) for e in entries])
     scatter(ax, entries, "active", "val_loss", scale=(1 / unit, 1))
 
 

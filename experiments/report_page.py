@@ -360,7 +360,7 @@ h3{font-size:.95rem;margin:1rem 0 .35rem}
 p{margin:.5rem 0}
 small{display:block;font-weight:400;font-size:.72rem;line-height:1.3;color:var(--muted)}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.82em}
-code{overflow-wrap:anywhere}
+code,p{overflow-wrap:anywhere}
 .over{color:var(--muted);font-size:.8rem;letter-spacing:.06em;margin:0}
 .lede{max-width:46rem;margin:0}
 .glance{max-width:46rem;margin:1rem 0 0;padding:0 0 0 1.1rem}
