@@ -266,6 +266,8 @@ def from_json(content: object, origin: Path) -> Manifest:
         if not all(BACKBONE_NAME.fullmatch(file.name) for file in manifest.backbone):
             raise UserError(f"{origin}: backbone file names must be like backbone/model-00001-of-00001.safetensors; {mend}")
         written = to_json(manifest)
+        # a field that the config has gained since then takes its default, which must mean what was done before
+        written["model"] = {name: value for name, value in written["model"].items() if name in body["model"]}
         if unknown := body.keys() - written.keys():
             raise UserError(f"{origin}: unknown field {', '.join(sorted(unknown))}; {mend} or use the flexmemory that wrote it")
         if wrong := [name for name in written if name != "crc32" and written[name] != body[name]]:

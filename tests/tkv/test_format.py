@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import zarr
 
 from flexmemory.models.transformer import build
 from flexmemory.runtime.engine import Engine
-from flexmemory.tkv.format import default_shard_rows, expected_files, read_manifest
+from flexmemory.tkv.format import default_shard_rows, expected_files, json_crc32, read_manifest
 from flexmemory.tkv.store import open_store
 
 from . import raw_reader
@@ -150,3 +152,27 @@ def test_manifest_states_the_store(mixed_store):
 ])
 def test_shards_are_about_32_mib_and_a_power_of_two(pattern, settings, want):
     assert default_shard_rows(config(pattern, **settings).model, "float32") == want
+
+
+@pytest.mark.parametrize("version", ["v1"])
+def test_a_store_of_every_version_is_read_for_ever(version):
+    """The stores in tests/tkv/stores are never written again. When this fails, readers in the world fail: mend the reader, or raise the
+    version and keep reading the old one."""
+    stores = Path(__file__).parent / "stores"
+    expected = json.loads((stores / f"{version}.json").read_text())
+    store = open_store(stores / version)
+    rows = store.read_rows(np.arange(store.manifest.vocab_size))  # every bundle against its checksum
+    assert {name: rows_RLW.shape for name, rows_RLW in rows.items()} == {"w8": (257, 2, 8), "w24": (257, 1, 24)}
+    engine = Engine.from_store(store, ram_budget=0)
+    logits = engine.logits(np.asarray([expected["ids"]]))[0, -1]
+    np.testing.assert_allclose(logits, expected["logits_of_the_last"], atol=1e-5 * np.abs(logits).max())
+    assert engine.generate(["token"], 8, stop_at_eos=False)[0].ids == expected["text"]
+
+
+def test_a_field_that_the_config_gains_later_takes_its_default(mixed_store, tmp_path):
+    shutil.copytree(mixed_store, tmp_path / "s")
+    path = tmp_path / "s" / "tkv.json"
+    content = json.loads(path.read_text())
+    del content["model"]["detach_x0"], content["crc32"]  # as if written before the field was there
+    path.write_text(json.dumps({**content, "crc32": json_crc32(content)}))
+    assert read_manifest(tmp_path / "s").model == read_manifest(mixed_store).model
