@@ -103,7 +103,8 @@ def prepare_target(out: Path, manifest: Manifest, overwrite: bool) -> int | None
     if (out / format.MANIFEST).exists():
         if not overwrite:
             if identity_of(format.read_manifest(out)) == identity:
-                partial.unlink(missing_ok=True)  # killed between the rename and this line
+                for leftover in (partial, partial.with_name(partial.name + files.SCRATCH)):  # of a kill after the rename, or before an overwrite
+                    leftover.unlink(missing_ok=True)
                 return None
             raise UserError(f"--out: {out} holds a store of another run, step or dtype; give --overwrite to replace it, or another directory")
     elif partial.exists():

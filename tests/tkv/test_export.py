@@ -76,6 +76,14 @@ def test_killed_export_is_no_store_and_is_finished_by_the_same_call(point, done,
     assert tree_bytes(out) == small[2]
 
 
+@pytest.mark.parametrize("leftover", ["tkv.partial.json", "tkv.partial.json.tmp"])
+def test_what_a_kill_left_beside_a_whole_store_is_swept_up(small, tmp_path, leftover):
+    make_store(tmp_path / "s", *small[:2])
+    (tmp_path / "s" / leftover).write_text("{")
+    assert make_store(tmp_path / "s", *small[:2])["complete_before"]
+    assert tree_bytes(tmp_path / "s") == small[2]
+
+
 def test_export_killed_at_any_time_is_finished_by_the_same_call(small, tmp_path):
     out = tmp_path / "s"
     script = EXPORT_AND_STOP.format(tests=os.path.dirname(os.path.dirname(__file__)), point="", out=str(out)).replace(
