@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from flexmemory.errors import UserError, nearest
@@ -49,7 +50,9 @@ def start_process() -> None:
     import jax
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax reports every save
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and repeats a damaged checkpoint's error for each of its arrays
+    # after a damaged checkpoint Orbax leaves its other reads behind, which would be reported one by one at exit
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "flexmemory" / "xla"))
