@@ -7,8 +7,8 @@ so fewer parameters: what memoryllm is without its rows). stem stands beside the
     python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo
 
 The paper's claim (Table 2, Figure 9): perplexity of dense < flex beta 3 < 2 < 1 < memoryllm at equal totals. Cost: quickstart
-7 minutes on two cores, measured; cpu about an hour a seed there, measured for one; gpu about half an hour a seed on one H100-class device,
-estimated; paper is a plan for a cluster.
+8 minutes on two cores, measured; cpu about an hour a seed there, estimated from five of its ten variants; gpu about half an hour a seed on
+one H100-class device, estimated and never run; paper is a plan for a cluster.
 """
 
 import dataclasses
