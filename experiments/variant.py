@@ -13,6 +13,7 @@ from flexmemory.errors import UserError
 from flexmemory.files import write_json
 from flexmemory.models.accounting import account
 from flexmemory.runtime.engine import Engine
+from flexmemory.runtime.rows import Budgets
 from flexmemory.tkv.export import export
 from flexmemory.tkv.verify import verify
 from flexmemory.train.loop import train
@@ -43,8 +44,8 @@ def run_variant(out: Path, spec: dict, row: dict) -> dict:
     numbers = account(cfg.model, cfg.data.seq_len)
     budget = int(numbers["table_bytes"]["float32"] * RAM_BUDGET_SHARE)
     decoded, decode_s = stage(workdir, "decode", lambda: {
-        "resident": decode(Engine.from_run(workdir), spec["prompt"]),
-        "offloaded": decode(Engine.from_store(workdir / "store", ram_budget=budget), spec["prompt"])})
+        "resident": decode(Engine.from_run(workdir, max_batch=1), spec["prompt"]),
+        "offloaded": decode(Engine(workdir / "store", Budgets(ram=budget), max_batch=1), spec["prompt"])})
     result = {
         "name": row["name"], "axis": row["axis"], "pattern": row["pattern"], "beta": row["beta"], "c_fraction": row["c_fraction"],
         "seed": row["seed"], "status": "done", "d_ff": cfg.model.d_ff,
@@ -55,7 +56,7 @@ def run_variant(out: Path, spec: dict, row: dict) -> dict:
         "steps": final["step"], "export_s": exported["seconds"],
         **{key: proof[key] for key in ("ok", "rows_max_abs_diff", "logits_max_abs_diff", "logits_max_rel_diff", "greedy_equal")},
         "decode_tps_resident": decoded["resident"]["tokens_per_s"], "decode_tps_offloaded": decoded["offloaded"]["tokens_per_s"],
-        "cache_hit_rate": decoded["offloaded"]["rows"].get("hit_rate"), "prompt": spec["prompt"], "sample": decoded["offloaded"]["text"],
+        "cache_hit_rate": hit_rate(decoded["offloaded"]["rows"]), "prompt": spec["prompt"], "sample": decoded["offloaded"]["text"],
         "seconds": {"train": train_s, "export": export_s, "verify": verify_s, "decode": decode_s},
         "device": jax.devices()[0].device_kind, "platform": jax.default_backend(),
     }
@@ -87,3 +88,9 @@ def decode(engine: Engine, prompt: str) -> dict:
     """{"text" greedy, "tokens_per_s" with compilation and prefill left out, "rows" counters of the row source}."""
     text = engine.generate([prompt], max_tokens=DECODE_TOKENS, stop_at_eos=False)[0].text
     return {"text": text, "tokens_per_s": engine.stats["decode_tokens_per_s"], "rows": engine.source.stats()}
+
+
+def hit_rate(rows: dict) -> float | None:
+    """Share of the looked-up rows that RAM had; None in a model without memory layers."""
+    looked = rows["ram"]["hits"] + rows["ram"]["misses"]
+    return rows["ram"]["hits"] / looked if looked else None

@@ -1,8 +1,11 @@
-"""``flexmemory generate``: text from a TKV store alone, its rows read from disk."""
+"""``flexmemory generate``: text from a TKV store alone, its rows read from disk or from a URL."""
 
+import contextlib
 import json
 import re
 import sys
+import time
+from pathlib import Path
 
 from flexmemory.cli.flags import Parser
 from flexmemory.errors import UserError
@@ -11,64 +14,118 @@ UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB
 
 
 def run(argv: list[str]) -> int:
+    from flexmemory.runtime.cache import POLICIES
+
+    policies = ", ".join(POLICIES)
     parser = Parser("flexmemory generate", "Continue prompts with a model whose rows are read from a TKV store.")
-    parser.add_argument("--tkv", required=True, help="directory of the store")
-    parser.add_argument("--prompt", required=True, action="append", help="text to continue; give it again for more, which run as one batch")
+    parser.add_argument("--tkv", required=True, help="the store: a directory, s3://, gs:// or http(s)://")
+    parser.add_argument("--prompt", action="append", help="text to continue; give it again for more, which run together")
     parser.add_argument("--max_tokens", type=int, default=64, help="(default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default %(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
-    parser.add_argument("--ram_budget", default="64MiB", help="rows kept in memory: a size such as 64MiB, 0 for none, `all` for the whole "
-                        "table (default %(default)s)")
+    parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; give it again for more")
+    parser.add_argument("--max_batch", type=int, default=8, help="prompts that run at the same time (default %(default)s)")
+    parser.add_argument("--ram_budget", default="64MiB", help="rows kept in memory: a size such as 64MiB, a share of the table such as 5%%, 0 for "
+                        "none, `all` for the whole table on the device (default %(default)s)")
+    parser.add_argument("--hot_budget", default="0", help="rows kept on the device: a size or a share (default %(default)s)")
+    parser.add_argument("--ram_policy", default="lfu", help=f"which rows stay in memory: {policies} (default %(default)s)")
+    parser.add_argument("--hot_policy", default="static", help=f"which rows stay on the device: {policies} (default %(default)s)")
+    parser.add_argument("--window", type=int, default=256, help="steps whose rows the policy `window` keeps (default %(default)s)")
+    parser.add_argument("--read_ahead", type=int, default=0, help="read the rows of this many likely next tokens while the token is drawn "
+                        "(default %(default)s)")
     parser.add_argument("--no_check", action="store_true", help="do not verify the checksums of rows")
-    parser.add_argument("--stats", action="store_true", help="print speeds, cache hits and waits as JSON on stderr")
+    parser.add_argument("--stats", action="store_true", help="print speeds, hits, waits and peak memory as JSON on stderr")
+    parser.add_argument("--plan", action="store_true", help="generate nothing: propose budgets from the token counts in the store and measured reads")
+    parser.add_argument("--step_ms", type=float, default=20.0, help="with --plan: milliseconds of one decode step (default %(default)s)")
     args = parser.parse_args(argv)
-    budget = None if args.ram_budget == "all" else parse_bytes(args.ram_budget)
+    if not args.prompt and not args.plan:
+        raise UserError("--prompt: missing; give a text to continue, or --plan")
+    if args.max_batch < 1:
+        raise UserError(f"--max_batch: {args.max_batch} must be above 0")
+
+    from flexmemory.tkv.format import next_power
+    from flexmemory.tkv.store import open_store
+
+    began = time.perf_counter()
+    store = open_store(args.tkv, check=not args.no_check)
+    if args.plan:
+        return show_plan(store, args)
 
     from flexmemory.runtime.engine import Engine
+    from flexmemory.runtime.rows import Budgets
 
-    engine = Engine.from_store(args.tkv, budget, check=not args.no_check)
-    options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    table = store.manifest.table_bytes
+    budgets = Budgets(ram=None if args.ram_budget == "all" else parse_bytes("ram_budget", args.ram_budget, table),
+                      hot=parse_bytes("hot_budget", args.hot_budget, table), ram_policy=args.ram_policy, hot_policy=args.hot_policy, window=args.window)
+    engine = Engine(store, budgets, progress=True, max_batch=min(args.max_batch, next_power(len(args.prompt))), read_ahead=args.read_ahead)
+    opened = time.perf_counter() - began
+    first: list[float] = []
+    options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed, stop=args.stop,
+                   on_token=lambda *_: first or first.append(time.perf_counter() - began))
     if len(args.prompt) == 1:
-        text = TextStream(engine.tokenizer.decode)
-        shown = [args.prompt[0]]  # goes out with the first token, so that a refused request prints nothing
+        shown = [args.prompt[0]]  # goes out with the first text, so that a refused request prints nothing
 
-        def show(_, token: int) -> None:
-            sys.stdout.write("".join(shown) + text.add(token))
+        def show(_, piece: str) -> None:
+            sys.stdout.write("".join(shown) + piece)
             sys.stdout.flush()
             shown.clear()
 
-        made = engine.generate(args.prompt, on_token=show, **options)
-        print(made[0].text[text.shown :])
+        engine.generate(args.prompt, on_text=show, **options)
+        print("".join(shown))
     else:
         for number, (prompt, generation) in enumerate(zip(args.prompt, engine.generate(args.prompt, **options), strict=True), 1):
             print(f"--- {number}\n{prompt}{generation.text}")
     if args.stats:
-        print(json.dumps(engine.stats), file=sys.stderr)
+        print(json.dumps(engine.stats | {"open_seconds": opened, "first_token_seconds": first[0], "peak_rss_bytes": peak_rss()}), file=sys.stderr)
     return 0
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of "64MiB", "1.5GB" or "4096". Raises UserError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if not found or found[2] not in UNITS:
-        raise UserError(f"--ram_budget: {text!r} is not a size; write for example 64MiB, 1GiB or 0")
-    return int(float(found[1]) * UNITS[found[2]])
+def show_plan(store, args) -> int:
+    """Prints what budgets would do, and proposes some."""
+    import numpy as np
+
+    from flexmemory.bench.machine import drop_cache
+    from flexmemory.models.blocks import layer_specs
+    from flexmemory.runtime import plan
+    from flexmemory.runtime.forward import first_memory_layer
+    from flexmemory.tkv.format import shard_file
+    from flexmemory.tkv.reader import allocate
+
+    counts_V = store.counts()
+    if counts_V is None:
+        raise UserError(f"--plan: {store.location.url} has no counts.npy, so how often tokens occur is not known; export it again beside the run's data")
+    if not store.groups:
+        raise UserError(f"--plan: {store.location.url} has no memory layers, so there are no rows to keep")
+
+    def read(ids_U: np.ndarray) -> None:
+        store.read_bundles(ids_U, {group.name: allocate(len(ids_U), group.bundle_bytes) for group in store.groups})
+
+    if store.location.local is not None:  # what is measured is the disk, not the page cache
+        drop_cache([store.location.local / shard_file(group, k) for group in store.groups for k in range(group.shards)])
+    latency = plan.measure_latency(read, store.manifest.vocab_size, np.random.default_rng(0))
+    overlap = args.step_ms * first_memory_layer(store.model) / len(layer_specs(store.model))
+    made = plan.plan(counts_V, store.manifest.bundle_bytes, batch=args.max_batch, latency_us=latency, step_ms=args.step_ms, overlap_ms=overlap,
+                     hot_available=parse_bytes("hot_budget", args.hot_budget, store.manifest.table_bytes), policy=args.ram_policy, window=args.window if args.ram_policy == "window" else 0)
+    print(plan.table(made))
+    if args.stats:
+        print(json.dumps(made), file=sys.stderr)
+    return 0
 
 
-class TextStream:
-    """Turns tokens into text as they come, holding back a character of which only some bytes are there yet."""
+def peak_rss() -> int | None:
+    """Bytes of memory that this program held at most; None where the system does not say. (ru_maxrss counts the parent's before exec.)"""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return None
 
-    def __init__(self, decode):
-        self._decode, self._ids, self._settled = decode, [], 0  # tokens before _settled have been shown whole
-        self.shown = 0  # characters given out so far
 
-    def add(self, token: int) -> str:
-        self._ids.append(token)
-        context = self._ids[max(0, self._settled - 4) : self._settled]  # decoders may look at the neighbour, e.g. for a space
-        before, after = self._decode(context), self._decode(context + self._ids[self._settled :])
-        if after.endswith("\ufffd") or not after.startswith(before):
-            return ""
-        self._settled = len(self._ids)
-        self.shown += len(after) - len(before)
-        return after[len(before) :]
+def parse_bytes(flag: str, text: str, table_bytes: int) -> int:
+    """Bytes of "64MiB", "1.5GB", "4096" or "5%" of the table. Raises UserError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)", text)
+    if not found or found[2] not in (*UNITS, "%"):
+        raise UserError(f"--{flag}: {text!r} is not a size; write for example 64MiB, 1GiB, 5% or 0")
+    unit = table_bytes / 100 if found[2] == "%" else UNITS[found[2]]
+    return int(float(found[1]) * unit)

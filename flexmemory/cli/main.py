@@ -15,13 +15,16 @@ COMMANDS = {
     "eval": "loss, bits per byte, recall and reasoning of a run, as JSON",
     "export": "fold a run into a TKV store",
     "verify": "prove a store equal to its run",
+    "copy": "move a store, verified",
     "generate": "write text with rows read from a store",
     "params": "parameters, FLOPs and bytes of a config",
+    "bench": "measure reads, decoding and export, as JSON",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    command_line = argv is None
+    argv = sys.argv[1:] if command_line else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: flexmemory COMMAND [options]\n")
         print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
@@ -36,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr, flush=True)
+        if command_line:
+            sys.stdout.flush()
+            os._exit(130)  # a reader's thread may still wait for a server, and a normal exit would wait for it
         return 130
     except BrokenPipeError:  # the reader of our output has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

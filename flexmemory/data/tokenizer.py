@@ -32,11 +32,12 @@ class Tokenizer:
     Attributes:
       vocab_size: V; every id is in 0..V-1.
       eos_id: the id that ends a document.
-      fingerprint: first 16 hex digits of the sha256 of the saved bytes; equal fingerprints mean equal ids for equal text.
+      content: bytes of its tokenizer.json.
+      fingerprint: first 16 hex digits of the sha256 of the content; equal fingerprints mean equal ids for equal text.
     """
 
     def __init__(self, saved: bytes, model: tokenizers.Tokenizer | None, vocab_size: int, eos_id: int):
-        self._saved = saved
+        self.content = saved
         self._model = model  # None: ids are bytes
         self.vocab_size = vocab_size
         self.eos_id = eos_id
@@ -73,7 +74,7 @@ class Tokenizer:
         """Writes `directory/tokenizer.json` (whole or not at all) and returns its path."""
         path = Path(directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, self._saved)
+        write_bytes(path, self.content)
         return path
 
 
@@ -108,12 +109,24 @@ def load(path: str | os.PathLike) -> Tokenizer:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     try:
-        content = json.loads(path.read_bytes())
+        return parse(path.read_bytes(), origin=str(path))
     except FileNotFoundError:
         raise UserError(f"tokenizer {path} does not exist; give a tokenizer.json or a directory that holds one") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"tokenizer {path} is not a readable JSON file ({error}); give a tokenizer.json") from None
-    return _parse(_canonical(content), origin=str(path))
+    except OSError as error:
+        raise UserError(f"tokenizer {path} is not a readable file ({error}); give a tokenizer.json") from None
+
+
+def parse(data: bytes, origin: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content; `origin` names it in errors.
+
+    Raises:
+      UserError: as `load`.
+    """
+    try:
+        content = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"tokenizer {origin} is not a readable JSON file ({error}); give a tokenizer.json") from None
+    return _parse(_canonical(content), origin)
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:

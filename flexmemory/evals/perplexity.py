@@ -8,34 +8,41 @@ import jax.numpy as jnp
 from flexmemory.config import Config
 from flexmemory.data.pipeline import eval_batches
 from flexmemory.data.shards import TokenShards
+from flexmemory.evals.rows import RowsOf, live_rows
 from flexmemory.models.transformer import build
-from flexmemory.train.step import forward_losses
+from flexmemory.train.step import token_losses
 
 
 def make_eval_step(cfg: Config, ffn_scale: float = 1.0):
-    """``step(params, micro) -> (sum of weighted losses, sum of weights)`` for one micro-batch with a float32 ``weight`` [B, T]."""
-    merge = build(cfg.model)
+    """``step(params, rows, micro) -> (sum of weighted losses, sum of weights)`` for one micro-batch with a float32 ``weight`` [B, T].
+
+    params: without ``memory``; rows: {group: rows_LRW} of the micro-batch's unique_ids.
+    """
+    merge = build(cfg.model, with_memory=False)
 
     @jax.jit
-    def step(params, micro):
-        ce_BT, _ = forward_losses(merge(params), micro, ffn_scale)
+    def step(params, rows, micro):
+        logits_BTV = merge(params)(micro["ids"], rows, micro["inverse"], segments_BT=micro.get("segments"), ffn_scale=ffn_scale)
+        ce_BT, _ = token_losses(logits_BTV, micro["targets"])
         return jnp.sum(ce_BT * micro["weight"]), jnp.sum(micro["weight"])
 
     return step
 
 
-def perplexity(cfg: Config, params: dict, shards: TokenShards, step=None, max_tokens: int | None = None) -> dict:
+def perplexity(cfg: Config, params: dict, shards: TokenShards, step=None, max_tokens: int | None = None, rows_of: RowsOf | None = None) -> dict:
     """{"loss" nats per token, "perplexity", "bits_per_byte", "tokens"} over the split's windows.
 
     ``step`` reuses a compiled step; ``max_tokens`` bounds the work (default: config train.eval_tokens; 0 is all) to windows at
-    even distances; bits per byte use the whole split's bytes per token.
+    even distances; bits per byte use the whole split's bytes per token. ``rows_of`` gives the rows, by default those of ``params``.
     """
-    step = step or make_eval_step(cfg)
+    step, rows_of = step or make_eval_step(cfg), rows_of or live_rows(cfg.model, params)
+    backbone = {name: value for name, value in params.items() if name != "memory"}
     limit = cfg.train.eval_tokens if max_tokens is None else max_tokens
     sums = []
     rows = cfg.data.batch_size // cfg.train.accum_steps  # what fits in training fits here
     for batch in eval_batches(shards, seq_len=cfg.data.seq_len, batch_size=rows, max_tokens=limit or None, segments=cfg.data.document_mask):
-        sums.append(step(params, {name: leaf[0] for name, leaf in batch.items()}))
+        micro = {name: leaf[0] for name, leaf in batch.items()}
+        sums.append(step(backbone, rows_of(micro["unique_ids"]), micro))
     tokens = sum(float(weight) for _, weight in sums)
     loss = sum(float(total) for total, _ in sums) / tokens
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": int(tokens),

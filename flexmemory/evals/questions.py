@@ -9,6 +9,7 @@ import numpy as np
 from flexmemory.config import Config
 from flexmemory.data.tokenizer import Tokenizer, encode_pair
 from flexmemory.errors import UserError
+from flexmemory.evals.rows import RowsOf, live_rows
 from flexmemory.models.transformer import build
 
 BATCH = 32
@@ -34,21 +35,22 @@ def encode_questions(questions: list[dict], tokenizer: Tokenizer, seq_len: int) 
     return ids_QT, answer_QT
 
 
-def answer_accuracy(cfg: Config, params: dict, tokenizer: Tokenizer, questions: list[dict], ffn_scale: float = 1.0) -> dict:
-    """Share of questions whose every answer token is the argmax under teacher forcing.
+def answer_accuracy(cfg: Config, params: dict, tokenizer: Tokenizer, questions: list[dict], ffn_scale: float = 1.0,
+                    rows_of: RowsOf | None = None) -> dict:
+    """Share of questions whose every answer token is the argmax under teacher forcing. ``rows_of`` gives the rows, by default those of ``params``.
 
     Returns {"recall_acc", "reasoning_acc", "<task>_chance", "kinds": {kind: accuracy}, "questions": count}; {} without questions.
     """
     if not questions:
         return {}
     ids_QT, answer_QT = encode_questions(questions, tokenizer, cfg.data.seq_len)
-    merge, vocab = build(cfg.model), cfg.model.vocab_size
+    rows_of, merge, vocab = rows_of or live_rows(cfg.model, params), build(cfg.model, with_memory=False), cfg.model.vocab_size
+    backbone = {name: value for name, value in params.items() if name != "memory"}
     rows = min(vocab, BATCH * ids_QT.shape[1])  # always enough for the unique ids of a batch
 
     @jax.jit
-    def right(params, ids_BT, unique_R, inverse_BT, answer_BT):
-        model = merge(params)
-        logits_BTV = model(ids_BT, model.rows(unique_R), inverse_BT, ffn_scale=ffn_scale)
+    def right(params, ids_BT, rows, inverse_BT, answer_BT):
+        logits_BTV = merge(params)(ids_BT, rows, inverse_BT, ffn_scale=ffn_scale)
         hit_BT = jnp.argmax(logits_BTV[:, :-1], axis=-1) == ids_BT[:, 1:]
         return jnp.all(hit_BT | ~answer_BT[:, :-1], axis=-1)
 
@@ -60,7 +62,8 @@ def answer_accuracy(cfg: Config, params: dict, tokenizer: Tokenizer, questions: 
         unique, inverse = np.unique(ids_BT, return_inverse=True)
         unique_R = np.zeros(rows, np.int32)
         unique_R[: len(unique)] = unique
-        hits.append(np.asarray(right(params, ids_BT, unique_R, inverse.reshape(ids_BT.shape).astype(np.int32), answer_BT))[: BATCH - short])
+        inverse_BT = inverse.reshape(ids_BT.shape).astype(np.int32)
+        hits.append(np.asarray(right(backbone, ids_BT, rows_of(unique_R), inverse_BT, answer_BT))[: BATCH - short])
     hits = np.concatenate(hits)
     by_task, by_kind, chance = defaultdict(list), defaultdict(list), defaultdict(list)
     for question, hit in zip(questions, hits, strict=True):

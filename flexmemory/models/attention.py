@@ -79,4 +79,6 @@ class Attention(nnx.Module):
             mask = (slots <= ctx.positions_BT[:, :, None])[:, None]
             y_BTNH = jax.nn.dot_product_attention(
                 q_BTNH, cache["k"].astype(dtype), cache["v"].astype(dtype), mask=mask, implementation="xla")
-        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.o.astype(dtype)), cache
+        # as one matrix: for two contracted axes XLA's CPU compiler copies the whole weight, transposed, in every step
+        o_ND = self.o.astype(dtype).reshape(-1, h_BTD.shape[-1])
+        return y_BTNH.reshape(*h_BTD.shape[:2], -1) @ o_ND, cache

@@ -4,8 +4,6 @@ Two calls make a forward pass: ``rows = model.rows(unique_ids)`` and ``model(ids
 first one out and hands in rows read from a TKV store.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,12 +20,14 @@ class Transformer(nnx.Module):
     """Llama-style decoder. Parameters float32; the residual stream has ``cfg.compute_dtype``; logits are float32.
 
     Parameters: embed [V, D]; head [D, V] unless tied; norm; blocks.s<i>.u<j>.* stacked over the repeats of segment i;
-    memory.* (only with ``with_memory``): everything that a fold makes superfluous.
+    memory.* (only with ``with_memory``): everything that a fold makes superfluous. With ``stacked`` False every layer is a
+    segment of its own: the form that is served, in which a step reads each weight where it lies and the cache is updated in place.
     """
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, with_memory: bool = True):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, with_memory: bool = True, stacked: bool = True):
         init = nnx.initializers.normal(cfg.init_std)
         self.specs = layer_specs(cfg)
+        self.cuts = segments(self.specs) if stacked else single_layers(self.specs)
         self.cfg = cfg
         self.embed = nnx.Param(init(rngs.params(), (cfg.vocab_size, cfg.d_model), jnp.float32))
         self.head = None if cfg.tied_head else nnx.Param(init(rngs.params(), (cfg.d_model, cfg.vocab_size), jnp.float32))
@@ -35,7 +35,7 @@ class Transformer(nnx.Module):
         self.blocks = nnx.Dict({
             f"s{i}": nnx.Dict({f"u{j}": jax.vmap(lambda key, spec=spec: KINDS[spec.kind](cfg, spec, key))(rngs.split(repeats))
                                for j, spec in enumerate(unit)})
-            for i, (unit, repeats) in enumerate(segments(self.specs))})
+            for i, (unit, repeats) in enumerate(self.cuts)})
         self.memory = TokenMemory(cfg, self.specs, {kind: block.source for kind, block in KINDS.items()}, rngs) if with_memory and row_groups(self.specs) else None
 
     def rows(self, ids_R: jax.Array) -> Rows:
@@ -49,13 +49,22 @@ class Transformer(nnx.Module):
         positions_BT defaults to 0..T-1. segments_BT int32 document numbers or None. cache as from :func:`empty_cache`.
         Returns (x_BTD in compute dtype, updated cache or None).
         """
-        cfg = self.cfg
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+        x_BTD, cache = self.layers(self.embedded(ids_BT), rows, inverse_BT, positions_BT, segments_BT, cache, ffn_scale)
+        return self.norm(x_BTD), cache
+
+    def embedded(self, ids_BT) -> jax.Array:
+        """x_BTD, the residual stream before the first layer."""
+        return self.embed[ids_BT].astype(self.cfg.compute_dtype)
+
+    def layers(self, x_BTD, rows: Rows, inverse_BT, positions_BT, segments_BT=None, cache=None, ffn_scale=1.0, first: int = 0,
+               last: int | None = None):
+        """(x_BTD, cache) after segments ``first`` to before ``last``; ``rows`` and ``cache`` are those segments' own."""
+        cfg = self.cfg
         ctx = Context(positions_BT, segments_BT, ffn_scale, attention_implementation(cfg, masked=segments_BT is not None))
-        x_BTD = self.embed[ids_BT].astype(cfg.compute_dtype)
-        cuts, new_cache = segments(self.specs), {}
-        for i, ((unit, repeats), unit_rows) in enumerate(zip(cuts, rows_by_unit(rows, cuts), strict=True)):
+        cuts, new_cache = self.cuts[first:last], {}
+        for i, ((unit, repeats), unit_rows) in enumerate(zip(cuts, rows_by_unit(rows, cuts), strict=True), first):
 
             def body(x_BTD, layer, unit=unit):
                 blocks, layer_rows, layer_cache = layer
@@ -69,7 +78,7 @@ class Transformer(nnx.Module):
             body = remat(body, repeats, cfg.scan_layers) if cfg.remat else body
             xs = (self.blocks[f"s{i}"], unit_rows, cache and cache[f"s{i}"])
             x_BTD, new_cache[f"s{i}"] = apply_stack(body, x_BTD, xs, repeats, cfg.scan_layers)
-        return self.norm(x_BTD), new_cache if cache is not None else None
+        return x_BTD, new_cache if cache is not None else None
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """logits_BTV float32 of final states x_BTD."""
@@ -103,24 +112,33 @@ def abstract_params(cfg: ModelConfig, with_memory: bool = True) -> dict:
     return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(0), with_memory))))
 
 
-def build(cfg: ModelConfig, with_memory: bool = True):
+def build(cfg: ModelConfig, with_memory: bool = True, stacked: bool = True):
     """Returns ``merge(params) -> Transformer``, cheap, for use inside jit; outside, parameters stay plain dicts."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), with_memory)))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), with_memory, stacked)))
     return lambda params: nnx.merge(graph, params)
 
 
+def single_layers(specs) -> tuple:
+    """The segments of a model that is served: every layer by itself."""
+    return tuple(((spec,), 1) for spec in specs)
+
+
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> dict:
-    """KV cache for ``batch`` sequences of up to ``length`` tokens: {segment: {unit: {"k", "v"}}}, each [repeats, B, S, K, H]."""
+    """KV cache of a served model for ``batch`` sequences of up to ``length`` tokens: {"s<layer>": {"u0": {"k", "v"}}}, each [1, B, S, K, H]."""
     n = cfg.n_kv_heads or cfg.n_heads
-    shape = (batch, length, n, cfg.head_dim or cfg.d_model // cfg.n_heads)
-    return {f"s{i}": {f"u{j}": {"k": jnp.zeros((repeats, *shape), cfg.compute_dtype), "v": jnp.zeros((repeats, *shape), cfg.compute_dtype)}
-                      for j in range(len(unit))}
-            for i, (unit, repeats) in enumerate(segments(layer_specs(cfg)))}
+    shape = (1, batch, length, n, cfg.head_dim or cfg.d_model // cfg.n_heads)
+    return {f"s{i}": {"u0": {name: jnp.zeros(shape, cfg.compute_dtype) for name in ("k", "v")}} for i in range(len(layer_specs(cfg)))}
 
 
-def served(cfg: ModelConfig) -> ModelConfig:
-    """The config under which a model is served: layers unrolled, nothing recomputed."""
-    return dataclasses.replace(cfg, scan_layers=False, remat=False)
+def served_blocks(blocks: dict, specs) -> dict:
+    """The value of ``params["blocks"]`` of a served model from that of the stacked one."""
+    made, start = {}, 0
+    for i, (unit, repeats) in enumerate(segments(specs)):
+        for r in range(repeats):
+            for j in range(len(unit)):
+                made[f"s{start}"] = {"u0": jax.tree.map(lambda a, r=r: a[r : r + 1], blocks[f"s{i}"][f"u{j}"])}
+                start += 1
+    return made
 
 
 def per_layer(params: dict, specs) -> list[dict]:

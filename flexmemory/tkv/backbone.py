@@ -3,23 +3,26 @@
 ``embed``, ``head``, ``norm.scale``, ``layers.<i>.attn.q``, ``layers.<i>.ffn.gate``, ...: see docs/formats.md.
 """
 
-import os
+import json
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.transformer import abstract_params, per_layer, stack_layers
-from flexmemory.tkv.format import BackboneFile
+from flexmemory.tkv.format import MEND, File
+from flexmemory.tkv.location import Location
+from flexmemory.tkv.reader import allocate
 
-FILE_BYTES = 2 << 30
+FILE_BYTES = 512 << 20  # one file is in memory while it is written
+READ_BYTES = 16 << 20
+LAYERS = "layers."  # begins the names of tensors that belong to one layer
 
 
 def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -55,8 +58,8 @@ def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in shapes.items()}
 
 
-def save(params: dict, cfg: ModelConfig, store: Path, file_bytes: int = FILE_BYTES) -> tuple[BackboneFile, ...]:
-    """Writes backbone/model-<k>-of-<n>.safetensors, each of at most ``file_bytes`` or one tensor, and syncs them."""
+def save(params: dict, cfg: ModelConfig, location: Location, file_bytes: int = FILE_BYTES) -> tuple[File, ...]:
+    """Writes backbone/model-<k>-of-<n>.safetensors, each of at most ``file_bytes`` or one tensor."""
     named, files, size = tensors(params, cfg), [{}], 0
     for name, array in named.items():
         if files[-1] and size + array.nbytes > file_bytes:
@@ -64,53 +67,108 @@ def save(params: dict, cfg: ModelConfig, store: Path, file_bytes: int = FILE_BYT
             size = 0
         files[-1][name] = array
         size += array.nbytes
-    directory = store / "backbone"
-    directory.mkdir(exist_ok=True)
-    for stale in directory.iterdir():  # of an interrupted export
-        stale.unlink()
-    made = []
-    for number, content in enumerate(files, 1):
-        name = f"backbone/model-{number:05d}-of-{len(files):05d}.safetensors"
-        data = safetensors.save({k: np.ascontiguousarray(v, np.float32) for k, v in content.items()})
-        with open(store / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        made.append(BackboneFile(name, len(data), zlib.crc32(data)))
-    return tuple(made)
+    return tuple(
+        save_tensors(location, f"backbone/model-{number:05d}-of-{len(files):05d}.safetensors", content) for number, content in enumerate(files, 1))
 
 
-def load(store: Path, files: tuple[BackboneFile, ...], cfg: ModelConfig) -> dict:
-    """The params dict without ``memory`` (blocks stacked as the model wants them), float32. Raises UserError on a damaged file."""
-    named: dict[str, np.ndarray] = {}
+def save_tensors(location: Location, name: str, content: dict[str, object]) -> File:
+    """Writes one safetensors file of float32 arrays."""
+    data = safetensors.save({k: np.ascontiguousarray(v, np.float32) for k, v in content.items()})
+    location.write(name, data)
+    return File(name, len(data), zlib.crc32(data))
+
+
+def load(location: Location, files: tuple[File, ...], cfg: ModelConfig, *, stacked: bool = True, dtype: str = "float32") -> dict:
+    """The params dict without ``memory``, on the device. Raises UserError on a damaged file.
+
+    stacked: blocks as the model's scan wants them, else as they are served, every layer by itself. dtype: of tensors with two or more dimensions, cast as they arrive; scales of norms stay float32.
+    Beside the result at most 16 MiB of a file are in memory (stacking takes the blocks a second time).
+    """
+    shapes, named = tensor_shapes(cfg), {}
     for file in files:
-        data = read_file(store, file)
-        try:
-            named |= safetensors.load(data)
-        except SafetensorError as error:
-            raise UserError(f"{store / file.name}: not a safetensors file ({error}); export the run again") from None
-    shapes = tensor_shapes(cfg)
+        named |= load_tensors(location, file, dtype, served=not stacked)
     for name in sorted(shapes.keys() ^ named.keys()):
         what = "has no tensor" if name in shapes else "has an unknown tensor"
-        raise UserError(f"{store}/backbone: {what} {name!r}; export the run again")
+        raise UserError(f"{location.url}/backbone: {what} {name!r}; export the run again")
     for name, shape in shapes.items():
-        if named[name].shape != shape or named[name].dtype != np.float32:
-            found = f"{named[name].dtype} {named[name].shape}"
-            raise UserError(f"{store}/backbone: {name} is {found}, the model has float32 {shape}; export the run again")
+        found = named[name].shape[not stacked and name.startswith(LAYERS):]
+        if found != shape:
+            raise UserError(f"{location.url}/backbone: {name} is {found}, the model has {shape}; export the run again")
     specs = layer_specs(cfg)
-    prefixes = [f"layers.{i}." for i in range(len(specs))]
+    prefixes = [f"{LAYERS}{i}." for i in range(len(specs))]
     layers = [nest({k.removeprefix(p): v for k, v in named.items() if k.startswith(p)}) for p in prefixes]
-    return {**nest({k: v for k, v in named.items() if not k.startswith("layers.")}), "blocks": stack_layers(layers, specs)}
+    blocks = stack_layers(layers, specs) if stacked else {f"s{i}": {"u0": layer} for i, layer in enumerate(layers)}
+    return nest({k: v for k, v in named.items() if not k.startswith(LAYERS)}) | {"blocks": blocks}
 
 
-def read_file(store: Path, file: BackboneFile) -> bytes:
-    path = store / file.name
+def load_tensors(location: Location, file: File, dtype: str = "float32", served: bool = False) -> dict[str, jax.Array]:
+    """The tensors of one safetensors file of float32, on the device; those of two or more dimensions in ``dtype``, with ``served`` those of
+    layers with a first axis of 1.
+
+    Raises UserError unless the file has the size and the CRC-32 that ``file`` says. Arrays go to the device before the whole
+    file is checked, but none is handed out.
+    """
+    crc = at = 0
+
+    def take(count: int) -> bytes:
+        nonlocal crc, at
+        data = read_exactly(location, file, at, at + count)
+        crc, at = zlib.crc32(data, crc), at + count
+        return data
+
+    found = location.sizes([file.name]).get(file.name, file.bytes)
+    if found not in (None, file.bytes):
+        raise UserError(f"{location.url}/{file.name}: {found} bytes, the manifest says {file.bytes}; {MEND}")
+    made = {}
     try:
-        data = path.read_bytes()
+        size = int.from_bytes(take(8), "little")
+        header = json.loads(take(size)) if size <= file.bytes else None
+        entries = sorted((entry["data_offsets"], name, entry) for name, entry in header.items() if name != "__metadata__")
+        for (begin, end), name, entry in entries:
+            count = int(np.prod(entry["shape"]))
+            if entry["dtype"] != "F32" or begin != at - 8 - size or end - begin != 4 * count:
+                raise ValueError(f"tensor {name!r} is not float32, or out of place")
+            host = _load_tensor(take, entry["shape"], dtype if len(entry["shape"]) > 1 else "float32")
+            made[name] = jax.device_put(host[None] if served and name.startswith(LAYERS) else host)
+        if at != file.bytes:
+            raise ValueError("bytes after the last tensor")
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if _whole_crc32(location, file) != file.crc32:
+            raise damaged(location, file) from None
+        raise UserError(f"{location.url}/{file.name}: not a safetensors file ({error}); export the run again") from None
+    if crc != file.crc32:
+        raise damaged(location, file)
+    return made
+
+
+def _load_tensor(take, shape: list[int], dtype: str) -> np.ndarray:
+    count, dtype = int(np.prod(shape)), jnp.dtype(dtype)
+    host = allocate(1, count * dtype.itemsize).reshape(-1).view(dtype)  # page-aligned: a CPU device takes it without a copy
+    for first in range(0, count, READ_BYTES // 4):
+        last = min(first + READ_BYTES // 4, count)
+        host[first:last] = np.frombuffer(take(4 * (last - first)), np.float32)
+    return host.reshape(shape)
+
+
+def read_exactly(location: Location, file: File, start: int, stop: int) -> bytes:
+    """Bytes start..stop-1 of a file of the store. Raises UserError when it is missing, cannot be read, or ends before."""
+    try:
+        data = location.read(file.name, start, stop)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again or export the run again") from None
-    if len(data) != file.bytes:
-        raise UserError(f"{path}: {len(data)} bytes, the manifest says {file.bytes}; copy it again or export the run again")
-    if zlib.crc32(data) != file.crc32:
-        raise UserError(f"{path}: its checksum is wrong, the file was changed or damaged; copy it again or export the run again")
+        raise UserError(f"{location.url}/{file.name}: cannot be read ({error.strerror or 'missing'}); {MEND}") from None
+    if len(data) != stop - start:
+        raise UserError(f"{location.url}/{file.name}: ends after {start + len(data)} bytes, the manifest says {file.bytes}; {MEND}")
     return data
+
+
+def damaged(location: Location, file: File) -> UserError:
+    return UserError(f"{location.url}/{file.name}: its checksum is wrong, the file was changed or damaged; {MEND}")
+
+
+def _whole_crc32(location: Location, file: File) -> int:
+    crc = 0
+    for start in range(0, file.bytes, READ_BYTES):
+        crc = zlib.crc32(read_exactly(location, file, start, min(start + READ_BYTES, file.bytes)), crc)
+    return crc

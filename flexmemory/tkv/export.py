@@ -1,202 +1,271 @@
 """Export: fold every memory layer over all addresses, block by block, into a TKV store.
 
-A block is one shard of every group. Blocks are written in order and counted in tkv.partial.json, so a killed export goes
-on where it stopped; tkv.json appears last, by rename.
+A block is one shard of every group; host h of n writes the blocks k with k mod n = h. Each host counts what is on the disk in
+tkv.partial.<host>.json, so a killed export goes on where it stopped; host 0 prepares the target and at the end writes tkv.json.
 """
 
+import contextlib
 import dataclasses
-import json
+import io
 import shutil
 import time
 import zlib
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
-import tensorstore as ts
 
-from flexmemory import files
 from flexmemory.config import Config
 from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.data.tokenizer import load as load_tokenizer
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
-from flexmemory.tkv import backbone, format
-from flexmemory.tkv.fold import fold_range
-from flexmemory.tkv.format import Manifest, Source, TokenizerInfo
+from flexmemory.tkv import arrays, backbone, fold, format, lowrank, target
+from flexmemory.tkv.encoding import CODE_LIMIT, DTYPES, FLOATS
+from flexmemory.tkv.format import File, Group, LayerError, Manifest, Source, TokenizerInfo
+from flexmemory.tkv.location import Location, open_location
+from flexmemory.tkv.store import load_bases
 
-CONTENTS = ("rows", "checksums", "backbone", format.TOKENIZER)
+WRITING = 2  # blocks that may be on their way to the disk while the next one is computed
 
 
-def export(workdir: str | Path, out: str | Path, *, dtype: str = "float32", step: int | None = None, block_rows: int | None = None,
-           overwrite: bool = False, progress: bool = True) -> dict:
-    """Writes the TKV store ``out`` from the run folder ``workdir``; an interrupted call is finished by the same call.
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How rows are stored. ``rank``: columns kept of every layer, a float for a share of its width; ``rank_error``: the relative error
+    (Frobenius norm) for which each layer's smallest rank is taken instead; ``scale_group``: numbers that share a scale, 0 for a whole record;
+    ``block_rows``: tokens in one shard, a power of two, by default about 32 MiB of the widest group at full rank."""
 
-    dtype: of the rows, one of float32, bfloat16, float16. step: checkpoint, the latest by default. block_rows: tokens in
-    one shard, a power of two; by default about 32 MiB of the widest group. overwrite: replace another store at ``out``.
-    Returns {store, table_bytes, backbone_bytes, seconds, rows_per_s, resumed_rows, complete_before}. Raises UserError for
-    a missing run, another store or foreign files at ``out``, a bad option, a full disk.
+    dtype: str = "float32"
+    scale_group: int = 0
+    rank: int | float | None = None
+    rank_error: float | None = None
+    block_rows: int | None = None
+
+
+def export(workdir: str | Path, out: str | Path, *, step: int | None = None, host: int | None = None, hosts: int | None = None,
+           overwrite: bool = False, progress: bool = True, **rows) -> dict:
+    """Writes the TKV store ``out``, a path or URL, from the run folder ``workdir``; an interrupted call is finished by the same call.
+
+    rows: fields of :class:`Rows`. step: checkpoint, the latest by default. host, hosts: this process's number and how many share
+    the work, by default JAX's processes; host 0 waits for the others. overwrite: replace another store at ``out``. Returns the dict of
+    :func:`export_params`. Raises UserError for a missing run, another store or foreign files at ``out``, another process that
+    exports there, a bad option, rows that are not finite, a full disk.
     """
     from flexmemory.train.checkpoint import load_params  # late: Orbax takes a second to import
 
-    check_options(dtype, block_rows)
+    check_options(Rows(**rows), host, hosts)
     config, params, step = load_params(Path(workdir), step)
-    tokenizer = load_tokenizer(Path(workdir))
-    return export_params(config, params, tokenizer, Path(out), run=Path(workdir).resolve().name, step=step, dtype=dtype,
-                         block_rows=block_rows, overwrite=overwrite, progress=progress)
+    return export_params(config, params, load_tokenizer(Path(workdir)), out, run=Path(workdir).resolve().name, step=step,
+                         counts_V=read_counts(config), host=host, hosts=hosts, overwrite=overwrite, progress=progress, **rows)
 
 
-def export_params(config: Config, params: dict, tokenizer: Tokenizer, out: Path, *, run: str, step: int, dtype: str = "float32",
-                  block_rows: int | None = None, overwrite: bool = False, progress: bool = True) -> dict:
-    """:func:`export` of parameters already loaded (as ``init_params`` gives them); ``run`` and ``step`` name their source."""
-    check_options(dtype, block_rows)
-    began, model = time.perf_counter(), config.model
+def export_params(config: Config, params: dict, tokenizer: Tokenizer, out: str | Path, *, run: str, step: int, counts_V: np.ndarray | None = None,
+                  host: int | None = None, hosts: int | None = None, overwrite: bool = False, progress: bool = True, **rows) -> dict:
+    """:func:`export` of parameters already loaded (as ``init_params`` gives them); ``run`` and ``step`` name their source.
+
+    Returns {store, seconds, rows_per_s, resumed_rows, complete_before, and the figures of :func:`sizes`}; a host above 0 has no errors yet.
+    """
+    rows, model, began = Rows(**rows), config.model, time.perf_counter()
+    check_options(rows, host, hosts)
+    host, hosts = (jax.process_index(), jax.process_count()) if host is None else (host, hosts)
     if not model.vocab_size:
         raise UserError("config model.vocab_size: 0; the config.json of a trained run has the vocabulary of its data")
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"tokenizer: {tokenizer.vocab_size} ids, the model has {model.vocab_size}; give the tokenizer of the run's data")
     on_device, params = jax.device_put(params), jax.tree.map(np.asarray, params)
-    shard_rows = block_rows or format.default_shard_rows(model, dtype)
-    manifest = Manifest(
-        model=model, dtype=dtype, shard_rows=shard_rows, fold_rows=min(shard_rows, format.FOLD_ROWS),
-        tokenizer=TokenizerInfo(tokenizer.fingerprint, tokenizer.eos_id, tokenizer.vocab_size),
-        source=Source(run, step, format.config_hash(config), params_crc32(params)))
-    backbone_bytes = sum(array.nbytes for array in backbone.tensors(params, model).values())
-    needed = manifest.table_bytes + backbone_bytes
-    summary = {"store": str(out), "table_bytes": manifest.table_bytes, "backbone_bytes": backbone_bytes}
-    try:
-        done = prepare_target(out, manifest, overwrite)
-        if done is None:
-            return {**summary, "seconds": 0.0, "rows_per_s": 0.0, "resumed_rows": model.vocab_size, "complete_before": True}
-        resumed = min(done * shard_rows, model.vocab_size)
-        needed -= resumed * manifest.bundle_bytes
-        if shutil.disk_usage(out).free < needed:
-            raise UserError(full_disk(out, needed))
-        _write_blocks(out, manifest, on_device, done, progress)
-        publish(out, manifest, params, tokenizer)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        if files.is_disk_full(error):
-            raise UserError(full_disk(out, needed)) from error
-        if isinstance(error, OSError):
-            raise UserError(f"--out: {out} cannot be written ({error.strerror})") from error
-        raise
+    manifest = plan(config, rows, TokenizerInfo(tokenizer.fingerprint, tokenizer.eos_id, tokenizer.vocab_size), run, step, params_crc32(params))
+    location = open_location(out)
+    needed = manifest.table_bytes // hosts + sum(array.nbytes for array in backbone.tensors(params, model).values())
+    with _clear_errors(location), target.held(location, host):
+        _check_space(location, needed - target.bytes_there(location))  # what is there is gone on with, or cleared
+        resume = target.prepare(location, manifest, host, overwrite, lambda: _prepared(location, manifest, on_device, progress), progress)
+        if resume is None:
+            manifest = format.read_manifest(location)
+            return {"store": location.url, "seconds": 0.0, "rows_per_s": 0.0, "resumed_rows": model.vocab_size, "complete_before": True,
+                    **sizes(manifest)}
+        record, done = resume
+        manifest, bases = _with_bases(location, manifest, record.prepared)
+        mine = range(host, manifest.blocks, hosts)
+        todo = [block for block in mine if block not in done]
+        _write_blocks(location, manifest, on_device, bases, todo, record, progress)
+        resumed, written = (sum(_block_rows(manifest, block) for block in blocks) for blocks in (set(mine) & done.keys(), todo))
+        if host == 0:
+            blocks = target.wait_for_hosts(location, manifest, record, progress)
+            manifest = _publish(location, manifest, record, blocks, params, tokenizer, counts_V)
     seconds = time.perf_counter() - began
-    written = model.vocab_size - resumed if manifest.groups else 0
-    return {**summary, "seconds": seconds, "rows_per_s": written / seconds, "resumed_rows": resumed, "complete_before": False}
+    return {"store": location.url, "seconds": seconds, "rows_per_s": written / seconds, "resumed_rows": resumed, "complete_before": False,
+            **sizes(manifest)}
 
 
-def check_options(dtype: str, block_rows: int | None) -> None:
-    if dtype not in format.DTYPES:
-        raise UserError(f"--dtype: {dtype!r} is not one of {', '.join(format.DTYPES)}")
-    if block_rows is not None and (block_rows < 1 or block_rows & (block_rows - 1)):
-        raise UserError(f"--block_rows: {block_rows} is not a power of two")
+def check_options(rows: Rows, host: int | None = None, hosts: int | None = None) -> None:
+    if rows.dtype not in DTYPES:
+        raise UserError(f"--dtype: {rows.dtype!r} is not one of {', '.join(DTYPES)}")
+    if rows.scale_group < 0 or (rows.scale_group and rows.dtype in FLOATS):
+        raise UserError(f"--scale_group: {rows.scale_group} needs --dtype={' or '.join(CODE_LIMIT)}, and is 0 for one scale a row, or above")
+    if rows.rank is not None and rows.rank_error is not None:
+        raise UserError(f"--rank, --rank_error: {rows.rank} and {rows.rank_error} both choose the ranks; give one of them")
+    if rows.rank_error is not None and not 0 < rows.rank_error < 1:
+        raise UserError(f"--rank_error: {rows.rank_error} is not above 0 and below 1")
+    if rows.block_rows is not None and (rows.block_rows < 1 or rows.block_rows & (rows.block_rows - 1)):
+        raise UserError(f"--block_rows: {rows.block_rows} is not a power of two")
+    if (host is None) != (hosts is None) or (hosts is not None and not 0 <= host < hosts):
+        raise UserError(f"--host, --hosts: {host} of {hosts}; give both, the first from 0 to one below the second")
 
 
-def prepare_target(out: Path, manifest: Manifest, overwrite: bool) -> int | None:
-    """Blocks already written by an interrupted export of the same source, or None when ``out`` is this store already."""
-    identity, partial = identity_of(manifest), out / format.PARTIAL
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; give a directory")
-    if (out / format.MANIFEST).exists():
-        if not overwrite:
-            if identity_of(format.read_manifest(out)) == identity:
-                for leftover in (partial, partial.with_name(partial.name + files.SCRATCH)):  # of a kill after the rename, or before an overwrite
-                    leftover.unlink(missing_ok=True)
-                return None
-            raise UserError(f"--out: {out} holds a store of another run, step or dtype; give --overwrite to replace it, or another directory")
-    elif partial.exists():
-        found = {} if overwrite else _read_partial(partial)
-        if found.get("identity") == identity and found["blocks_done"]:
-            return found["blocks_done"]
-        if found and found["identity"] != identity:
-            raise UserError(f"--out: {out} holds an unfinished export of another run, step or dtype; give --overwrite to start again, "
-                            "or another directory")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"--out: {out} is not empty and no TKV store; give a new or empty directory")
-    out.mkdir(parents=True, exist_ok=True)
-    _record(out, manifest, 0)  # before clearing: a kill in between leaves an unfinished export, not foreign files
-    _clear(out)
-    return 0
-
-
-def identity_of(manifest: Manifest) -> dict:
-    """What must agree for blocks of two exports to be the same bytes."""
-    body = format.to_json(manifest)
-    source = {name: value for name, value in body["source"].items() if name != "config_hash"}  # logging intervals do not change a row
-    return {name: body[name] for name in ("version", "model", "dtype", "shard_rows", "fold_rows", "tokenizer")} | {"source": source}
-
-
-def _read_partial(path: Path) -> dict:
+def read_counts(config: Config) -> np.ndarray | None:
+    """How often each id occurs in the data of a run; None where they are not at hand or have been prepared anew with another vocabulary."""
+    path = Path(config.data.path) / "train_counts.npy"
+    if not config.data.path or not path.is_file():
+        return None
     try:
-        content = json.loads(path.read_bytes())
-        return {"identity": content["identity"], "blocks_done": int(content["blocks_done"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error!r}); give --overwrite to start again") from None
+        counts_V = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not readable ({error}); prepare the data again, or move it away to export without counts") from None
+    return counts_V if counts_V.shape == (config.model.vocab_size,) else None
 
 
-def _record(out: Path, manifest: Manifest, blocks_done: int) -> None:
-    files.write_json(out / format.PARTIAL, {"identity": identity_of(manifest), "blocks_done": blocks_done})
+def plan(config: Config, rows: Rows, tokenizer: TokenizerInfo, run: str, step: int, crc32: int) -> Manifest:
+    """The manifest as far as it is known before any row is: without files and errors, and without ranks that an error budget will choose."""
+    model = config.model
+    shard_rows = rows.block_rows or format.default_shard_rows(model, rows.dtype)
+    groups = format.model_groups(model, rows.dtype, shard_rows)
+    if not groups and (rows.rank is not None or rows.rank_error is not None):
+        raise UserError("--rank: the model has no memory layer; leave it out")
+    return Manifest(
+        model=model, dtype=rows.dtype, shard_rows=shard_rows, fold_rows=min(shard_rows, format.FOLD_ROWS), tokenizer=tokenizer,
+        source=Source(run, step, format.config_hash(config), crc32), scale_group=rows.scale_group,
+        ranks=None if rows.rank is None else lowrank.uniform_ranks(groups, rows.rank), rank_error=rows.rank_error)
 
 
-def _clear(out: Path) -> None:
-    """Removes the contents of a store or an unfinished export, and nothing else. The manifest goes first: what is left is no store."""
-    (out / format.MANIFEST).unlink(missing_ok=True)
-    for name in CONTENTS:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _prepared(location: Location, manifest: Manifest, params: dict, progress: bool) -> list[File]:
+    """Writes what must be there before the first row: the basis of low-rank rows."""
+    if manifest.ranks is None and manifest.rank_error is None:
+        return []
+    bases = lowrank.find_bases(params, cfg=manifest.model, groups=manifest.groups, fold_rows=manifest.fold_rows, ranks=manifest.ranks,
+                               rank_error=manifest.rank_error, progress=progress)
+    return [backbone.save_tensors(location, format.BASIS, {f"layers.{layer}": basis_rW for layer, basis_rW in bases.items()})]
 
 
-def _write_blocks(out: Path, manifest: Manifest, params: dict, done: int, progress: bool) -> None:
-    """Folds and writes blocks done..end; block k+1 is folded while block k is written."""
-    arrays = {
-        group.name: (
-            ts.open(format.rows_spec(out, manifest, group), open=True, create=True).result(),
-            ts.open(format.checksums_spec(out, manifest, group), open=True, create=True).result(),
-        ) for group in manifest.groups}
-    v, size = manifest.vocab_size, manifest.shard_rows
-    pending: list[Future] = []
-    with ProgressLine("export", v, "rows", enabled=progress, start=done * size) as line:
-        for block in range(done, manifest.blocks):
-            start, stop = block * size, min((block + 1) * size, v)
-            rows = fold_range(params, start, stop, cfg=manifest.model, dtype=manifest.dtype, fold_rows_count=manifest.fold_rows)
-            _finish(out, manifest, pending, block, line)
-            for name, rows_RLW in rows.items():
-                array, checksums = arrays[name]
-                pending.append(array[start:stop].write(rows_RLW).commit)
-                pending.append(checksums[start:stop].write(format.bundle_crc32(rows_RLW)).commit)
-        _finish(out, manifest, pending, manifest.blocks, line)
+def _with_bases(location: Location, manifest: Manifest, prepared: list[File]) -> tuple[Manifest, fold.Bases]:
+    """The manifest with its ranks, and the bases as every host reads them from the store."""
+    file = next((file for file in prepared if file.name == format.BASIS), None)
+    if file is None:
+        return manifest, load_bases(location, manifest.groups, None)
+    shapes = {name: tensor.shape for name, tensor in backbone.load_tensors(location, file).items()}
+    manifest = dataclasses.replace(manifest, ranks=tuple(shapes[f"layers.{layer}"][0] for layer in format.memory_layers(manifest.model)))
+    return manifest, load_bases(location, manifest.groups, file)
 
 
-def _finish(out: Path, manifest: Manifest, pending: list, block: int, line: ProgressLine) -> None:
-    """Waits for the writes of the block before ``block`` and records it."""
-    if not pending:
-        return
-    for write in pending:
-        write.result()  # on the disk: TensorStore syncs each file
-    pending.clear()
-    _record(out, manifest, block)
-    line.update(min(block * manifest.shard_rows, manifest.vocab_size))
+def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: fold.Bases, todo: list[int], record: target.Record,
+                  progress: bool) -> None:
+    """Folds and writes ``todo``: the device computes the next block while the last ones are checked and written by threads."""
+    tails = {group.name: arrays.shard_tails(manifest, group) for group in manifest.groups if todo}
+    layouts, groups = fold.layouts_of(manifest.groups), manifest.groups
+    total, began = sum(_block_rows(manifest, block) for block in todo), time.perf_counter()
+    pending: deque[tuple[int, list[Future], dict]] = deque()
+    written = 0
+
+    def finish(at_most: int) -> None:
+        """Waits until ``at_most`` blocks are on their way, and records what has arrived."""
+        nonlocal written
+        while len(pending) > at_most:
+            block, writes, sums = pending.popleft()
+            record.add(block, [file for write in writes for file in write.result()], sums)
+            written += _block_rows(manifest, block)
+            line.update(written, f"{written * manifest.bundle_bytes / (time.perf_counter() - began) / 1e6:,.0f} MB/s")
+
+    with ProgressLine("export", total, "rows", enabled=progress) as line, ThreadPoolExecutor(WRITING) as pool, record:
+        ahead = None
+        for block in [*todo, None]:
+            parts = None
+            if block is not None:
+                start = block * manifest.shard_rows
+                parts = fold.start_block(params, bases, start, start + _block_rows(manifest, block), cfg=manifest.model, layouts=layouts,
+                                         fold_rows=manifest.fold_rows)
+            if ahead is not None:
+                bundles, sums = fold.fetch_block(ahead[1], groups)
+                finish(WRITING - 1)
+                pending.append((ahead[0], [pool.submit(_write_shard, location, manifest, group, ahead[0], bundles[group.name], tails[group.name])
+                                           for group in groups], sums))
+                del bundles
+            ahead = (block, parts)
+        finish(0)
 
 
-def publish(out: Path, manifest: Manifest, params: dict, tokenizer: Tokenizer) -> None:
-    """Writes what is left, checks that every file is whole, and makes ``out`` a store by renaming tkv.json into place."""
-    expected = format.expected_files(manifest)
-    for leftover in out.rglob("*.__lock"):  # of a killed TensorStore write
-        leftover.unlink()
-    for name, size in expected.items():
-        found = (out / name).stat().st_size if (out / name).exists() else None
-        if found != size:
-            raise UserError(f"{out / name}: {'missing' if found is None else f'{found} bytes instead of {size}'} although it was written; "
-                            "give --overwrite to export again, and check the disk")
-    manifest = dataclasses.replace(manifest, backbone=backbone.save(params, manifest.model, out))
-    tokenizer.save(out)
-    for directory in [out, *(path for path in out.rglob("*") if path.is_dir())]:
-        files.sync_directory(directory)
-    files.write_json(out / format.MANIFEST, format.to_json(manifest))
-    (out / format.PARTIAL).unlink()
+def _write_shard(location: Location, manifest: Manifest, group: Group, block: int, parts: list[np.ndarray], tails: tuple[bytes, bytes]) -> list[File]:
+    """Writes one shard and its checksums; both are on the disk when it returns."""
+    crc32_S = np.zeros(manifest.shard_rows, "<u4")
+    crc32_R = np.concatenate([format.bundle_crc32(part_RB) for part_RB in parts])
+    crc32_S[: len(crc32_R)] = crc32_R
+    rows = [*(part_RB.data for part_RB in parts), tails[block == manifest.blocks - 1]]
+    return [_write(location, format.shard_file(group, block), *rows), _write(location, format.checksum_file(group, block), crc32_S.tobytes())]
+
+
+def _publish(location: Location, manifest: Manifest, record: target.Record, blocks: dict[int, target.Block], params: dict, tokenizer: Tokenizer,
+             counts_V: np.ndarray | None) -> Manifest:
+    """Writes what is left, checks that every file is whole, and makes it a store by writing tkv.json."""
+    made = [*record.prepared, *(file for block in blocks.values() for file in block.files)]
+    found = location.sizes([file.name for file in made])
+    for file in made:
+        if found.get(file.name, -1) not in (None, file.bytes):
+            what = f"{found[file.name]} bytes instead of {file.bytes}" if file.name in found else "missing"
+            raise UserError(f"{location.url}/{file.name}: {what} although it was written; run the same command again, and check the disk")
+    for group in manifest.groups:
+        for name, content in arrays.zarr_metadata(manifest, group).items():
+            made.append(_write(location, name, content))
+    made += backbone.save(params, manifest.model, location)
+    made.append(_write(location, format.TOKENIZER, tokenizer.content))
+    if counts_V is not None:
+        made.append(_write(location, format.COUNTS, npy_bytes(np.asarray(counts_V, np.uint64))))
+    manifest = dataclasses.replace(manifest, files=tuple(sorted(made, key=lambda file: file.name)), errors=_errors(manifest, blocks))
+    target.publish(location, manifest, record)
+    return manifest
+
+
+def _write(location: Location, name: str, *parts: bytes | memoryview) -> File:
+    location.write_parts(name, parts)
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return File(name, sum(memoryview(part).nbytes for part in parts), crc)
+
+
+def _errors(manifest: Manifest, blocks: dict[int, target.Block]) -> tuple[LayerError, ...] | None:
+    """Errors of the memory layers from the sums of all blocks, added in order of blocks whoever wrote them."""
+    made = []
+    for layer in format.memory_layers(manifest.model):
+        sums = [block.sums[layer] for block in blocks.values() if layer in block.sums]
+        if not sums:
+            return None
+        error, squares = (sum(block[i] for block in sums) for i in (0, 1))
+        made.append(LayerError(layer, (error / squares) ** 0.5 if squares else 0.0, max(block[2] for block in sums)))
+    return tuple(made)
+
+
+def sizes(manifest: Manifest) -> dict:
+    """Bytes of the table beside those of full-rank floats, and what the rows cost in exactness.
+
+    {dtype, scale_group, rank_error, table_bytes, float32_bytes, bfloat16_bytes, backbone_bytes, basis_bytes, layers: [{layer, width, bytes, rank,
+    useful_rank, relative_rms, max_abs}]}; rank None at full rank, errors None where there are none (plain float32) or not yet.
+    useful_rank: above it, a rank saves nothing.
+    """
+    v, model = manifest.vocab_size, manifest.model
+    errors = {error.layer: error for error in manifest.errors or ()}
+    layers = []
+    for group in manifest.groups:
+        for place, layer in enumerate(group.layers):
+            n, error = group.layout.numbers[place], errors.get(layer)
+            layers.append({"layer": layer, "width": group.width, "bytes": v * group.layout.record_bytes(n),
+                           "rank": n if group.layout.ranks else None, "useful_rank": lowrank.useful_rank(v, group.width),
+                           "relative_rms": error and error.relative_rms, "max_abs": error and error.max_abs})
+    basis = sum(4 * layer["width"] * layer["rank"] for layer in layers if layer["rank"])
+    plain = {f"{dtype}_bytes": sum(group.bytes for group in format.model_groups(model, dtype, 1)) for dtype in ("float32", "bfloat16")}
+    return {"dtype": manifest.dtype, "scale_group": manifest.scale_group, "rank_error": manifest.rank_error, "table_bytes": manifest.table_bytes,
+            **plain, "backbone_bytes": sum(4 * int(np.prod(shape)) for shape in backbone.tensor_shapes(model).values()), "basis_bytes": basis,
+            "layers": sorted(layers, key=lambda layer: layer["layer"])}
 
 
 def params_crc32(params: dict) -> int:
@@ -207,7 +276,27 @@ def params_crc32(params: dict) -> int:
     return crc
 
 
-def full_disk(out: Path, needed: int) -> str:
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())
-    return (f"--out: {out} needs {needed:,} bytes and its disk has {shutil.disk_usage(place).free:,}; free some and run the same command again "
-            "(it goes on where it stopped), or export --dtype=bfloat16")
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array in NumPy's npy format 1.0."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def _block_rows(manifest: Manifest, block: int) -> int:
+    return min(manifest.shard_rows, manifest.vocab_size - block * manifest.shard_rows)
+
+
+def _check_space(location: Location, needed: int) -> None:
+    if location.local is not None and (free := shutil.disk_usage(location.local).free) < needed:
+        raise UserError(f"--out: {location.url} needs {needed:,} bytes and its disk has {free:,}; free some and run the same command again, "
+                        "or export --dtype=bfloat16")
+
+
+@contextlib.contextmanager
+def _clear_errors(location: Location) -> Iterator[None]:
+    """Errors of the target's folder as one line; those of its files are so already."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out: {location.url} cannot be written ({error.strerror}); mend that and run the same command again") from error

@@ -1,124 +1,211 @@
 """Opening and reading a TKV store. Every row that leaves here was checked against its checksum unless checking is off."""
 
 import dataclasses
+import functools
+import io
+import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import tensorstore as ts
 
 from flexmemory.config import ModelConfig
 from flexmemory.data.tokenizer import Tokenizer
-from flexmemory.data.tokenizer import load as load_tokenizer
+from flexmemory.data.tokenizer import parse as parse_tokenizer
 from flexmemory.errors import UserError
-from flexmemory.tkv import backbone, format
-from flexmemory.tkv.format import Group, Manifest
+from flexmemory.tkv import backbone, encoding, format
+from flexmemory.tkv.encoding import Basis
+from flexmemory.tkv.format import BASIS, COUNTS, MEND, TOKENIZER, File, Group, Manifest
+from flexmemory.tkv.location import Location, open_location
+from flexmemory.tkv.reader import LocalReader, TensorStoreReader, allocate, open_reader
 
-CHUNK_CACHE_BYTES = 16 << 20  # beside the shard indexes; the pool keeps both, and an evicted index costs a read per call
+_decode = jax.jit(encoding.decode, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
     """An open store. Made by :func:`open_store`."""
 
-    path: Path
+    location: Location
     manifest: Manifest
     check: bool
-    _arrays: dict[str, ts.TensorStore]
+    _readers: dict[str, LocalReader | TensorStoreReader]  # by group
     _crc32_V: dict[str, np.ndarray]  # by group; empty without checking
 
     @property
     def model(self) -> ModelConfig:
         return self.manifest.model
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[Group, ...]:
         return self.manifest.groups
 
-    def read_rows(self, ids_R: np.ndarray) -> dict[str, np.ndarray]:
-        """{group: rows_RLW in the store's dtype} of token ids, any order, repeats allowed; one read per group.
+    def read_bundles(self, ids_U: np.ndarray, out: dict[str, np.ndarray]) -> None:
+        """Fills ``out``, {group: uint8 [U, B] C-contiguous}, with the bundles of ascending different token ids int64.
 
-        Raises UserError for an id outside the vocabulary, a chunk that is missing or damaged, a bundle that fails its checksum.
+        Raises UserError for an id outside the vocabulary, a shard that is missing or damaged, a bundle that fails its
+        checksum; what ``out`` then holds must not be used.
         """
-        ids_R = np.asarray(ids_R, np.int64)
-        v = self.manifest.vocab_size
-        if ids_R.size and not (0 <= ids_R.min() and ids_R.max() < v):
-            bad = next(int(i) for i in ids_R if not 0 <= i < v)
-            raise UserError(f"token id {bad} is outside the store's vocabulary of {v}; use the store's tokenizer")
-        unique_U, inverse_R = np.unique(ids_R, return_inverse=True)
-        ordered = len(unique_U) == len(ids_R) and bool((unique_U == ids_R).all())
-        reads = {name: array[unique_U].read() for name, array in self._arrays.items()} if ids_R.size else {}
+        if not len(ids_U):
+            return
+        if ids_U[0] < 0 or ids_U[-1] >= self.manifest.vocab_size:
+            bad = ids_U[0] if ids_U[0] < 0 else ids_U[-1]
+            raise UserError(f"token id {bad} is outside the store's vocabulary of {self.manifest.vocab_size}; use the store's tokenizer")
+        for group in self.groups:
+            self._readers[group.name].read(ids_U, out[group.name])
+            if self.check:
+                self._verify(group, ids_U, out[group.name])
+
+    def _verify(self, group: Group, ids_U: np.ndarray, bundles_UB: np.ndarray) -> None:
+        wrong = np.flatnonzero(format.bundle_crc32(bundles_UB) != self._crc32_V[group.name][ids_U])
+        if len(wrong):
+            raise UserError(f"{self.location.url}/rows/{group.name}: the rows of token {ids_U[wrong[0]]} fail their checksum"
+                            f"{f', and {len(wrong) - 1} more tokens' if len(wrong) > 1 else ''}; {MEND}")
+
+    def read_rows(self, ids_R: np.ndarray) -> dict[str, np.ndarray]:
+        """{group: rows_RLW, decoded} of token ids, any order, repeats allowed; in the store's dtype, float32 where rows are encoded."""
+        unique_U, inverse_R = np.unique(np.asarray(ids_R, np.int64), return_inverse=True)
+        ordered = len(unique_U) == len(inverse_R) and bool((np.diff(inverse_R) > 0).all())
+        stored = {group.name: allocate(len(unique_U), group.bundle_bytes) for group in self.groups}
+        self.read_bundles(unique_U, stored)
         rows = {}
         for group in self.groups:
-            shape = (0, len(group.layers), group.width)
-            rows_ULW = self._result(group, reads[group.name]) if reads else np.empty(shape, self.manifest.numpy_dtype)
-            if self.check:
-                self._verify(group, unique_U, rows_ULW)
+            rows_ULW = decoded(group, stored[group.name], self.bases()[group.name])
             rows[group.name] = rows_ULW if ordered else rows_ULW[inverse_R]
         return rows
 
-    def _result(self, group: Group, read) -> np.ndarray:
-        try:
-            return read.result()
-        except ValueError as error:
-            reason = str(error).strip().splitlines()[0][:160]
-            raise UserError(f"{self.path}/rows/{group.name}: cannot be read ({reason}); copy the store again or export the run again") from error
+    def bases(self) -> dict[str, Basis]:
+        """{group: basis float32 [r, W] of each layer}, () for a group that is not low-rank. Raises UserError on a damaged file."""
+        return self._bases
 
-    def _verify(self, group: Group, ids_U: np.ndarray, rows_ULW: np.ndarray) -> None:
-        wrong = np.flatnonzero(format.bundle_crc32(rows_ULW) != self._crc32_V[group.name][ids_U])
-        if len(wrong):
-            raise UserError(f"{self.path}/rows/{group.name}: the rows of token {ids_U[wrong[0]]} fail their checksum"
-                            f"{f', and {len(wrong) - 1} more tokens' if len(wrong) > 1 else ''}; copy the store again or export the run again")
+    @functools.cached_property
+    def _bases(self) -> dict[str, Basis]:
+        return load_bases(self.location, self.groups, self.manifest.file(BASIS))
 
-    def backbone(self) -> dict:
-        """Parameters without ``memory``, as ``build(cfg, with_memory=False)`` takes them. Raises UserError on a damaged file."""
-        return backbone.load(self.path, self.manifest.backbone, self.model)
+    def backbone(self, *, stacked: bool = True, dtype: str = "float32") -> dict:
+        """Parameters without ``memory`` on the device, see :func:`backbone.load`. Raises UserError on a damaged file."""
+        return backbone.load(self.location, self.manifest.backbone, self.model, stacked=stacked, dtype=dtype)
 
     def tokenizer(self) -> Tokenizer:
         """The store's tokenizer. Raises UserError when tokenizer.json is not the one that was exported."""
-        return load_tokenizer(self.path)
+        return read_tokenizer(self.location, self.manifest)
+
+    def counts(self) -> np.ndarray | None:
+        """How often each id occurs in the training data, uint64 [V]; None where the export had no counts."""
+        file = self.manifest.file(COUNTS)
+        if file is None:
+            return None
+        counts_V = np.load(io.BytesIO(_read_checked(self.location, file)))
+        if counts_V.shape != (self.manifest.vocab_size,) or counts_V.dtype != np.uint64:
+            raise UserError(f"{self.location.url}/{COUNTS}: {counts_V.dtype} {counts_V.shape}, not uint64 [V]; export the run again")
+        return counts_V
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
 
 
 def open_store(path: str | Path, *, check: bool = True) -> Store:
-    """Opens a TKV store and checks all that can be checked without reading rows: manifest, sizes of files, zarr metadata, tokenizer.
+    """Opens a TKV store at a path or URL and checks all that can be checked without reading rows: manifest, sizes of files, zarr
+    metadata, tokenizer.
 
     check: verify the checksum of every bundle that is read. Raises UserError: no store, an unfinished export, another
     version, a missing or truncated file, another tokenizer.
     """
-    path = Path(path)
-    manifest = format.read_manifest(path)
-    sizes = format.expected_files(manifest) | {file.name: file.bytes for file in manifest.backbone}
-    for name, size in sizes.items():
-        try:
-            found = (path / name).stat().st_size
-        except OSError as error:
-            raise UserError(f"{path / name}: missing ({error.strerror}); copy the store again or export the run again") from None
-        if found != size:
-            raise UserError(f"{path / name}: {found} bytes, {size} expected; copy the store again or export the run again")
-    _check_tokenizer(path, manifest)
-    index_bytes = sum(group.shards for group in manifest.groups) * manifest.shard_rows * format.INDEX_ENTRY_BYTES
-    context = ts.Context({
-        "cache_pool": {"total_bytes_limit": CHUNK_CACHE_BYTES + 2 * index_bytes},
-        "file_io_concurrency": {"limit": 32},
-    })
-    arrays = {group.name: _open(format.rows_spec(path, manifest, group), context) for group in manifest.groups}
-    checksums = {group.name: _open(format.checksums_spec(path, manifest, group), context).read().result() for group in manifest.groups if check}
-    return Store(path, manifest, check, arrays, checksums)
+    location = open_location(path)
+    manifest = format.read_manifest(location)
+    check_sizes(location, format.expected_files(manifest) | {file.name: file.bytes for file in manifest.files})
+    read_tokenizer(location, manifest)
+    for group in manifest.groups:
+        _open_array(location, f"rows/{group.name}", lambda kvstore, group=group: format.rows_spec(kvstore, manifest, group))
+    crc32_V = {group.name: read_checksums(location, manifest, group) for group in manifest.groups if check}
+    readers = {group.name: open_reader(location, manifest, group) for group in manifest.groups}
+    return Store(location, manifest, check, readers, crc32_V)
 
 
-def _open(spec: dict, context: ts.Context) -> ts.TensorStore:
+def decoded(group: Group, bundles_RB: np.ndarray, basis: Basis) -> np.ndarray:
+    """rows_RLW of bundles uint8 [R, B]: a view in the stored dtype where they are plain, else float32."""
+    stored = encoding.host_view(group.layout, bundles_RB)
+    if group.layout.plain:
+        return stored
+    padded = np.zeros((format.next_power(len(stored)), group.bundle_bytes), np.uint8)  # few shapes are compiled
+    padded[: len(stored)] = stored
+    return np.swapaxes(np.asarray(_decode(group.layout, padded, basis)), 0, 1)[: len(stored)]
+
+
+def check_sizes(location: Location, expected: dict[str, int]) -> None:
+    """Raises UserError naming the first file that is missing or of another size; a location that knows no sizes is trusted."""
+    found = location.sizes(list(expected))
+    for name, size in expected.items():
+        if name not in found:
+            raise UserError(f"{location.url}/{name}: missing; {MEND}")
+        if found[name] not in (None, size):
+            raise UserError(f"{location.url}/{name}: {found[name]} bytes, {size} expected; {MEND}")
+
+
+def read_checksums(location: Location, manifest: Manifest, group: Group) -> np.ndarray:
+    """uint32 [V], the CRC-32 of each token's bundle. From version 2 on they are those that the manifest knows, so no other store's rows pass."""
+    array = _open_array(location, f"checksums/{group.name}", lambda kvstore: format.checksums_spec(kvstore, manifest))
+    crc32_V = _result(location, f"checksums/{group.name}: cannot be read", array.read())
+    files = {file.name: file for file in manifest.files}
+    whole = np.zeros((group.shards, manifest.shard_rows), "<u4")  # as in the files: unused places of the last are 0
+    whole.reshape(-1)[: len(crc32_V)] = crc32_V
+    for block in range(group.shards if manifest.version > 1 else 0):
+        if zlib.crc32(whole[block]) != (file := files[format.checksum_file(group, block)]).crc32:
+            raise backbone.damaged(location, file)
+    return crc32_V
+
+
+def load_bases(location: Location, groups: tuple[Group, ...], file: File | None) -> dict[str, Basis]:
+    """{group: basis float32 [r, W] of each layer} from basis.safetensors; () for every group when there is no such file."""
+    if file is None:
+        return {group.name: () for group in groups}
+    named, bases = backbone.load_tensors(location, file), {}
+    for group in groups:
+        wanted = [(f"layers.{i}", (rank, group.width)) for i, rank in zip(group.layers, group.layout.ranks, strict=True)]
+        if bad := [name for name, shape in wanted if name not in named or named[name].shape != shape]:
+            raise UserError(f"{location.url}/{BASIS}: {bad[0]} is missing or not as the manifest says; {MEND}")
+        bases[group.name] = tuple(named[name] for name, _ in wanted)
+    return bases
+
+
+def _open_array(location: Location, name: str, spec) -> ts.TensorStore:
+    return _result(location, f"{name}/zarr.json: missing or not as the manifest says", ts.open(spec(location.spec(name)), open=True, read=True))
+
+
+def _result(location: Location, wrong: str, future: ts.Future):
+    """Waits as long as the location has patience. ``wrong``: the name, and what a failure means."""
+    timeout_s = None if location.local is not None else location.timeout_s
     try:
-        return ts.open(spec, open=True, read=True, context=context).result()
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(f"{spec['kvstore']['path']}zarr.json: missing or not as the manifest says ({reason}); "
-                        "copy the store again or export the run again") from None
+        return future.result(timeout=timeout_s)
+    except TimeoutError:
+        raise UserError(f"{location.url}/{wrong.partition(':')[0]}: cannot be read (no answer within {timeout_s:g} s); check the network and the "
+                        "server, then run the same command again") from None
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{location.url}/{wrong} ({_reason(error)}); {MEND}") from None
 
 
-def _check_tokenizer(path: Path, manifest: Manifest) -> None:
-    file = path / format.TOKENIZER
-    if not file.exists():
-        raise UserError(f"{file}: missing; copy the tokenizer.json of the run there")
-    fingerprint = load_tokenizer(file).fingerprint
-    if fingerprint != manifest.tokenizer.fingerprint:
-        raise UserError(f"{file}: fingerprint {fingerprint}, the store was exported with {manifest.tokenizer.fingerprint}; "
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
+
+
+def _read_checked(location: Location, file: File) -> bytes:
+    data = backbone.read_exactly(location, file, 0, file.bytes)
+    if zlib.crc32(data) != file.crc32:
+        raise backbone.damaged(location, file)
+    return data
+
+
+def read_tokenizer(location: Location, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of a store. Raises UserError when it is missing or another than the manifest's."""
+    name = f"{location.url}/{TOKENIZER}"
+    try:
+        data = location.read(TOKENIZER)
+    except FileNotFoundError:
+        raise UserError(f"{name}: missing; copy the tokenizer.json of the run there") from None
+    tokenizer = parse_tokenizer(data, origin=name)
+    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
+        raise UserError(f"{name}: fingerprint {tokenizer.fingerprint}, the store was exported with {manifest.tokenizer.fingerprint}; "
                         "copy the tokenizer.json of the run there")
+    return tokenizer

@@ -1,17 +1,24 @@
 """Verify: does a store hold what the run's weights fold to, and does the model run from disk as it does from the weights?"""
 
+import itertools
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
-from flexmemory.runtime.engine import Engine
-from flexmemory.runtime.rows import LiveRows
-from flexmemory.tkv.fold import fold_range
-from flexmemory.tkv.store import Store, open_store
+from flexmemory.tkv import format
+from flexmemory.tkv.fold import fold_table
+from flexmemory.tkv.format import Group, Manifest
+from flexmemory.tkv.location import Location, open_location
+from flexmemory.tkv.reader import allocate
+from flexmemory.tkv.store import Store, decoded, open_store, read_tokenizer
 
+READ_BYTES, READERS = 16 << 20, 4
 TOLERANCE = 1e-5  # of the largest value; 0 is expected on the backend that exported
 
 
@@ -41,28 +48,31 @@ def verify_params(store: Store, cfg: ModelConfig, params: dict, *, tokens: int =
     float32 store. ok: all relative differences within ``tolerance`` and the greedy tokens equal. Also tokens, prompts,
     tolerance, dtype, and what the row cache saw.
     """
+    from flexmemory.runtime.engine import Engine  # late: rows and files are checked without the runtime
+    from flexmemory.runtime.rows import Budgets, LiveRows
+
     if cfg != store.model:
-        raise UserError(f"{store.path}: its model is not the run's; give the run {store.manifest.source.run!r} that it was exported from")
+        raise UserError(f"{store.location.url}: its model is not the run's; give the run {store.manifest.source.run!r} that it was exported from")
     if tokens < 1 or prompts < 1:
         raise UserError(f"--tokens, --prompts: {tokens}, {prompts} must be above 0")
-    result = _compare_rows(store, cfg, params, progress)
+    result = compare_rows(store, cfg, params, progress)
 
     dtype, m = store.manifest.dtype, store.manifest
     tokenizer = store.tokenizer()
     if ram_budget is None:
         ram_budget = max(1, tokens // 4) * m.bundle_bytes
-    kept = {name: value for name, value in params.items() if name != "memory"}
-    live = Engine(cfg, kept, LiveRows(cfg, params, dtype, m.fold_rows), tokenizer, max_batch=prompts)
-    offloaded = Engine.from_store(store, ram_budget, max_batch=prompts)
+    live = Engine.of(cfg, params, LiveRows(cfg, params, store.groups, store.bases(), m.fold_rows), tokenizer, max_batch=prompts)
+    offloaded = Engine(store, Budgets(ram=ram_budget), max_batch=prompts)
     ids_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (prompts, tokens))
     live_logits_BTV = live.logits(ids_BT)
     scale = float(np.abs(live_logits_BTV).max())
     result["logits_max_abs_diff"] = max_abs(offloaded.logits(ids_BT), live_logits_BTV)
     result["logits_max_rel_diff"] = relative(result["logits_max_abs_diff"], scale)
-    if dtype == "float32":
+    exact_groups = format.model_groups(cfg, "float32", m.shard_rows)
+    if [group.layout for group in exact_groups] == [group.layout for group in store.groups]:
         result["rounding_logits_max_rel_diff"] = 0.0
     else:
-        exact = Engine(cfg, kept, LiveRows(cfg, params, "float32", m.fold_rows), tokenizer)
+        exact = Engine.of(cfg, params, LiveRows(cfg, params, exact_groups, {group.name: () for group in exact_groups}, m.fold_rows), tokenizer)
         result["rounding_logits_max_rel_diff"] = relative(max_abs(exact.logits(ids_BT), live_logits_BTV), scale)
     # ragged on purpose, and past the end of documents, so that all tokens are compared
     ragged = [ids[: max(1, tokens - b)] for b, ids in enumerate(ids_BT.tolist())]
@@ -73,22 +83,95 @@ def verify_params(store: Store, cfg: ModelConfig, params: dict, *, tokens: int =
             "tolerance": tolerance, "rows": offloaded.source.stats()}
 
 
-def _compare_rows(store: Store, cfg: ModelConfig, params: dict, progress: bool) -> dict:
-    """Every row of the store against the live fold, a block at a time."""
-    m, v = store.manifest, cfg.vocab_size
+def compare_rows(store: Store, cfg: ModelConfig, params: dict, progress: bool = False) -> dict:
+    """Every row of the store against the live fold, a block at a time.
+
+    rows_max_abs_diff, rows_max_rel_diff: against the fold encoded as the store is (with the store's bases), 0 on the backend that
+    exported. rounding_rows_max_abs_diff: of that encoding against float32 rows.
+    """
+    m, v, bases = store.manifest, cfg.vocab_size, store.bases()
+    exact_groups, none = format.model_groups(cfg, "float32", m.shard_rows), {group.name: () for group in store.groups}
+    same = tuple(group.layout for group in exact_groups) == tuple(group.layout for group in store.groups)
+    params, call = jax.device_put(params), dict(cfg=cfg, fold_rows=m.fold_rows, block_rows=m.shard_rows)
+    live_blocks = fold_table(params, bases, groups=store.groups, **call) if store.groups else ()
+    exact_blocks = itertools.repeat(None) if same else fold_table(params, none, groups=exact_groups, **call)
     stored_diff = rounding_diff = largest = 0.0
     with ProgressLine("verify", v, "rows", enabled=progress) as line:
-        for start in range(0, v if m.groups else 0, m.shard_rows):
-            stop = min(start + m.shard_rows, v)
-            exact = fold_range(params, start, stop, cfg=cfg, dtype="float32", fold_rows_count=m.fold_rows)
-            stored = store.read_rows(np.arange(start, stop))
-            for name, exact_RLW in exact.items():
-                rounded_RLW = exact_RLW.astype(m.numpy_dtype)
-                stored_diff = _worst(stored_diff, max_abs(stored[name], rounded_RLW))
-                rounding_diff = _worst(rounding_diff, max_abs(rounded_RLW, exact_RLW))
+        for (start, live), exact_block in zip(live_blocks, exact_blocks, strict=False):
+            stop, exact = min(start + m.shard_rows, v), live if same else exact_block[1]
+            found = {group.name: allocate(stop - start, group.bundle_bytes) for group in store.groups}
+            store.read_bundles(np.arange(start, stop), found)
+            for group, exact_group in zip(store.groups, exact_groups, strict=True):
+                name, basis = group.name, bases[group.name]
+                live_RLW, exact_RLW = decoded(group, live[name], basis), decoded(exact_group, exact[name], ())
+                stored_diff = _worst(stored_diff, max_abs(decoded(group, found[name], basis), live_RLW))
+                rounding_diff = _worst(rounding_diff, max_abs(live_RLW, exact_RLW))
                 largest = _worst(largest, float(np.abs(exact_RLW).max()))
             line.update(stop)
     return {"rows_max_abs_diff": stored_diff, "rows_max_rel_diff": relative(stored_diff, largest), "rounding_rows_max_abs_diff": rounding_diff}
+
+
+def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
+    """Reads every file of a store again: its size and CRC-32 against the manifest, every bundle's CRC-32 against checksums/.
+
+    Returns {files, bytes, bundles: counts of what was read, damaged: [{name, what}], ok}. A version 1 manifest knows the CRC-32 of backbone files
+    alone; the others are then checked by size, bundles and tokenizer. Raises UserError where there is no readable manifest.
+    """
+    location = open_location(path)
+    manifest = format.read_manifest(location)
+    shards = {format.shard_file(group, block): (group, block) for group in manifest.groups for block in range(group.shards)}
+    known = {name: (size, None) for name, size in format.expected_files(manifest).items()} | {f.name: (f.bytes, f.crc32) for f in manifest.files}
+    total, damaged, done = sum(size for size, _ in known.values()), [], 0
+
+    def check(name: str) -> tuple[str | None, int]:
+        """(what is wrong, bundles read)"""
+        size, crc32 = known[name]
+        try:
+            if name in shards:
+                return _check_shard(location, manifest, *shards[name], crc32, *known[format.checksum_file(*shards[name])])
+            found, crc = location.sizes([name]).get(name, 0), 0
+            for start in range(0, size if found in (None, size) else 0, READ_BYTES):
+                crc = zlib.crc32(location.read(name, start, min(start + READ_BYTES, size)), crc)
+            return _wrong(size if found is None else found, size, crc, crc32), 0
+        except OSError as error:
+            return f"cannot be read ({error.strerror or 'missing'})", 0
+        except UserError as error:  # a remote location's own words
+            return str(error), 0
+
+    bundles = 0
+    with ProgressLine("verify", total / 1e6, "MB", enabled=progress) as line, ThreadPoolExecutor(READERS) as pool:
+        for name, (what, read) in zip(known, pool.map(check, known), strict=True):
+            bundles, done = bundles + read, done + known[name][0]
+            if what:
+                damaged.append({"name": name, "what": what})
+            line.update(done / 1e6)
+    if not any(entry["name"] == format.TOKENIZER for entry in damaged):
+        try:
+            read_tokenizer(location, manifest)
+        except UserError as error:
+            damaged.append({"name": format.TOKENIZER, "what": str(error)})
+    return {"files": len(known), "bytes": total, "bundles": bundles, "damaged": damaged, "ok": not damaged}
+
+
+def _check_shard(location: Location, manifest: Manifest, group: Group, block: int, crc32: int | None, sums_bytes: int,
+                 sums_crc32: int | None) -> tuple[str | None, int]:
+    data = location.read(format.shard_file(group, block))
+    if wrong := _wrong(len(data), format.shard_bytes(manifest, group, block), zlib.crc32(data), crc32):
+        return wrong, 0
+    start = block * manifest.shard_rows
+    rows = min(manifest.shard_rows, manifest.vocab_size - start)
+    bundles_RB = np.frombuffer(data, np.uint8, rows * group.bundle_bytes).reshape(rows, group.bundle_bytes)
+    sums = location.read(format.checksum_file(group, block))
+    if _wrong(len(sums), sums_bytes, zlib.crc32(sums), sums_crc32):
+        return None, 0  # damaged itself, and named as such
+    bad = np.flatnonzero(format.bundle_crc32(bundles_RB) != np.frombuffer(sums, "<u4", rows))
+    return f"{len(bad)} bundles, the first of token {start + bad[0]}, fail their checksum" if len(bad) else None, rows
+
+
+def _wrong(size: int, wanted_size: int, crc32: int, wanted_crc32: int | None) -> str | None:
+    if size != wanted_size:
+        return f"{size} bytes, {wanted_size} expected"
+    return None if wanted_crc32 in (None, crc32) else "its checksum is wrong"
 
 
 def _worst(a: float, b: float) -> float:

@@ -1,6 +1,7 @@
 """The command line: one clear line and exit code 2 for a user's mistake, before any long work, nothing left behind."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexmemory.cli.main import COMMANDS, main
+from flexmemory.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"--config={ROOT / 'configs/quickstart.py'}:smoke"
@@ -113,6 +115,73 @@ def test_generate_prints_nothing_before_it_is_accepted(tiny_config, tmp_path, ca
         assert main(["generate", f"--tkv={tmp_path / 'store'}", *(extra if "prompt" in extra[0] else ["--prompt=Question:", *extra])]) == 2
         said = capsys.readouterr()
         assert said.out == "" and says in said.err
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_config, tmp_path_factory):
+    """A run of one step."""
+    from flexmemory.train.loop import train
+
+    workdir = tmp_path_factory.mktemp("cli") / "run"
+    train(tiny_config("dense memoryllm", **{"train.steps": 1}), workdir, progress=False)
+    return workdir
+
+
+def output(capsys, *argv) -> str:
+    assert main([str(word) for word in argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_papers_tables_7_and_8_are_commands(run_folder, tmp_path, capsys):
+    """export prints sizes and errors; eval --tkv the loss with those rows: equal to the run's with exact rows, further off with coarser ones."""
+    whole = json.loads(output(capsys, "eval", f"--workdir={run_folder}"))
+    losses = {}
+    for name, options in (("float32", []), ("int8", ["--dtype=int8"]), ("int4", ["--dtype=int4"]), ("half", ["--rank=0.5"])):
+        said = output(capsys, "export", f"--workdir={run_folder}", f"--out={tmp_path / name}", *options)
+        assert ("relative RMS" in said) == (name != "float32") and "rows, " in said
+        made = json.loads(output(capsys, "eval", f"--tkv={tmp_path / name}", f"--workdir={run_folder}"))
+        losses[name] = made["loss"]
+        assert made["table_bytes"] < 400 * 32 * 4 or name == "float32"
+    assert losses["float32"] == whole["loss"] and losses["int8"] != losses["float32"]
+    assert abs(losses["int8"] - whole["loss"]) < abs(losses["int4"] - whole["loss"]) < 0.1
+
+
+def test_plan_and_generate_with_budgets(run_folder, tmp_path, capsys):
+    store = tmp_path / "store"
+    output(capsys, "export", f"--workdir={run_folder}", f"--out={store}")
+    said = output(capsys, "generate", f"--tkv={store}", "--plan", "--max_batch=4", "--hot_budget=5%")
+    assert "100.00%" in said and "proposed" in said
+    texts = {output(capsys, "generate", f"--tkv={store}", "--prompt=Question:", "--max_tokens=8", *options) for options in (
+        ["--ram_budget=all"], ["--ram_budget=0"], ["--ram_budget=10%", "--ram_policy=static", "--hot_budget=5%"], ["--read_ahead=3"],
+        ["--ram_policy=window", "--window=2"], ["--no_check"])}
+    assert len(texts) == 1 and texts.pop().startswith("Question:")
+    assert main(["generate", f"--tkv={store}", "--prompt=a", "--prompt=b", "--max_tokens=3", "--stats"]) == 0
+    said = capsys.readouterr()
+    stats = json.loads(said.err.strip().splitlines()[-1])
+    assert said.out.startswith("--- 1\na") and "\n--- 2\nb" in said.out
+    assert stats["rows"]["cold"]["rows"] > 0 and stats["peak_rss_bytes"] > 1 << 20 and stats["first_token_seconds"] > stats["open_seconds"] > 0
+    (store / "counts.npy").unlink()
+    assert "missing" in refused(capsys, "generate", f"--tkv={store}", "--plan")
+
+
+def test_sizes_of_budgets():
+    from flexmemory.cli.generate import parse_bytes
+
+    assert [parse_bytes("ram_budget", text, 1000) for text in ("0", "4096", "64MiB", "1.5GiB", "2 kB", "5%")] == [0, 4096, 64 << 20, 3 << 29, 2000, 50]
+    for text in ("", "64mib", "-1", "lots", "64MiBs", "%"):
+        with pytest.raises(UserError, match="--ram_budget"):
+            parse_bytes("ram_budget", text, 1000)
+
+
+def test_bench_refuses(capsys, tmp_path):
+    assert "did you mean 'decode'" in refused(capsys, "bench", "decod")
+    assert "--scale: 'huge'" in refused(capsys, "bench", "read", "--scale=huge")
+    assert "is not a folder" in refused(capsys, "bench", "read", f"--dir={tmp_path / 'nowhere'}")
+
+
+def test_bench_writes_its_json(capsys, tmp_path):
+    said = output(capsys, "bench", "export", "--scale=smoke", f"--dir={tmp_path}", f"--out={tmp_path / 'x.json'}")
+    assert json.loads(said) == json.loads((tmp_path / "x.json").read_text()) and [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_a_missing_argument_is_a_users_mistake(capsys):

@@ -21,6 +21,7 @@ from flexmemory.models.ffn import RMSNorm
 from flexmemory.models.patterns import LayerSpec
 from flexmemory.models.transformer import build, init_params
 from flexmemory.runtime.engine import Engine
+from flexmemory.runtime.rows import Budgets
 from flexmemory.tkv.export import export
 from flexmemory.tkv.verify import verify
 from flexmemory.train.loop import train
@@ -98,4 +99,4 @@ def test_it_trains_folds_and_is_served_from_disk(tiny_config, tmp_path):
     export(tmp_path / "run", tmp_path / "store", progress=False)
     proof = verify(tmp_path / "store", tmp_path / "run", tokens=12, prompts=2, progress=False)
     assert proof["ok"] and proof["rows_max_abs_diff"] == 0 and proof["greedy_equal"]
-    assert len(Engine.from_store(tmp_path / "store", ram_budget=0).generate(["Question:"], 4, stop_at_eos=False)[0].ids) == 4
+    assert len(Engine(tmp_path / "store", Budgets(ram=0)).generate(["Question:"], 4, stop_at_eos=False)[0].ids) == 4

@@ -1,108 +1,257 @@
-"""Row sources: each gives exactly the table's rows, whatever its cache does."""
+"""Row sources: each gives exactly the table's rows, whatever its tiers do."""
 
+import threading
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmemory.errors import UserError
-from flexmemory.runtime.rows import LiveRows, OffloadedRows, ResidentRows
+from flexmemory.runtime.cache import POLICIES
+from flexmemory.runtime.rows import Budgets, LiveRows, ResidentRows, TieredRows
+from flexmemory.tkv.encoding import Layout
+from flexmemory.tkv.format import model_groups
 from flexmemory.tkv.store import open_store
 from tkv.making import SHARD, VOCAB, config, make_store, params
 
 V, L, W = 40, 2, 3
 TABLE_VLW = np.arange(V * L * W, dtype=np.float32).reshape(V, L, W)
+BUNDLE = L * W * 4
 
 
 class FakeStore:
-    """A store in memory that notes what is read."""
+    """A store in memory that notes what is read, and can hold reads back."""
 
     def __init__(self):
-        self.groups = (SimpleNamespace(name="w3", layers=(0, 1), width=W),)
-        self.manifest = SimpleNamespace(bundle_bytes=L * W * 4, vocab_size=V, numpy_dtype=np.dtype(np.float32))
+        self.groups = (SimpleNamespace(name="w3", layout=Layout(L, W, "float32"), bundle_bytes=BUNDLE),)
+        self.manifest = SimpleNamespace(bundle_bytes=BUNDLE, vocab_size=V)
+        self.location = SimpleNamespace(url="fake")
         self.reads: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
 
-    def read_rows(self, ids_R):
-        self.reads.append(ids_R.tolist())
-        return {"w3": TABLE_VLW[ids_R]}
+    def bases(self):
+        return {"w3": ()}
 
+    def counts(self):
+        return np.arange(V, 0, -1).astype(np.uint64)
 
-@given(st.integers(0, 6), st.lists(st.lists(st.integers(0, V - 1), unique=True, max_size=12), max_size=12))
-def test_cache_against_a_model(slots, calls):
-    store = FakeStore()
-    source = OffloadedRows(store, slots * store.manifest.bundle_bytes)
-    kept: list[int] = []  # ids, the least recently used first
-    hits = misses = 0
-    results = []
-    for ids in calls:
-        store.reads.clear()
-        got = source.rows(np.asarray(ids, np.int32), len(ids) + 1)["w3"]
-        results.append((ids, got))
-        missing = [i for i in ids if i not in kept]
-        assert store.reads == ([missing] if missing else [])  # one read of what is missing, nothing else
-        hits, misses = hits + len(ids) - len(missing), misses + len(missing)
-        kept = [i for i in kept if i not in ids] + [i for i in ids if i in kept] + missing
-        kept = kept[max(0, len(kept) - slots) :]
-        assert list(source._slot_of) == kept
-        stats = source.stats()
-        assert (stats["hits"], stats["misses"], stats["bytes_read"]) == (hits, misses, misses * store.manifest.bundle_bytes)
-    for ids, got in results:  # after all calls: nothing handed out was overwritten since
-        np.testing.assert_array_equal(got, np.concatenate([TABLE_VLW[ids], np.zeros((1, L, W), np.float32)]))
+    def read_bundles(self, ids_U, out):
+        assert self.gate.wait(10)
+        assert (np.diff(ids_U) > 0).all() and out["w3"].flags.carray
+        self.reads.append(ids_U.tolist())
+        out["w3"][:] = TABLE_VLW[ids_U].reshape(len(ids_U), -1).view(np.uint8)
 
 
-def test_more_ids_than_slots_in_one_call():
-    source = OffloadedRows(store := FakeStore(), 3 * L * W * 4)
-    source.rows(np.asarray([1, 2, 3]), 3)
-    ids = np.asarray([2, 10, 11, 12, 13, 14, 3])  # the misses would evict the hits 2 and 3 that this call hands out
-    np.testing.assert_array_equal(source.rows(ids, 7)["w3"], TABLE_VLW[ids])
-    assert store.reads == [[1, 2, 3], [10, 11, 12, 13, 14]]
-    np.testing.assert_array_equal(source.rows(ids[::-1], 7)["w3"], TABLE_VLW[ids[::-1]])
+def rows_of(ticket) -> np.ndarray:
+    """Rows in the order of the ticket's ids; a copy, as later steps may use the buffer again."""
+    return np.array(ticket.collect()["w3"])[ticket.places_U]
 
 
-def test_slots_are_allocated_once():
-    source = OffloadedRows(FakeStore(), 5 * L * W * 4 + 7)
-    slab = source._slab["w3"]
+steps = st.lists(st.lists(st.integers(0, V - 1), unique=True, min_size=1, max_size=12).map(sorted), max_size=12)
+
+
+@given(st.integers(0, 8), st.integers(0, 8), st.sampled_from(POLICIES), st.sampled_from(POLICIES), steps, st.booleans(), st.data())
+def test_every_policy_gives_the_tables_rows(ram, hot, ram_policy, hot_policy, calls, overlapping, data):
+    """Also with two steps under way at once, collected in either order, and rows read ahead for steps that do or do not come."""
+    source = TieredRows(store := FakeStore(), Budgets(ram=ram * BUNDLE, hot=hot * BUNDLE, ram_policy=ram_policy, hot_policy=hot_policy, window=3))
+    at = 0
+    while at < len(calls):
+        if data.draw(st.booleans()):
+            source.read_ahead(np.asarray(data.draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=6))))
+        part = calls[at : at + (2 if overlapping else 1)]
+        tickets = [(ids, source.request(np.asarray(ids), 12)) for ids in part]
+        for ids, ticket in tickets if data.draw(st.booleans()) else tickets[::-1]:
+            np.testing.assert_array_equal(rows_of(ticket), TABLE_VLW[ids])
+        for _, ticket in tickets:
+            ticket.release()
+        at += len(part)
+    stats = source.stats()
+    looked = sum(len(ids) for ids in calls)
+    assert (looked if hot else 0) == stats["hot"]["hits"] + stats["hot"]["misses"]
+    assert looked - stats["hot"]["hits"] == stats["ram"]["hits"] + stats["ram"]["misses"]
+    assert stats["ram"]["misses"] == stats["cold"]["rows"] + stats["cold"]["ahead_used"]
+    assert stats["cold"]["bytes"] == (stats["cold"]["rows"] + stats["cold"]["ahead_rows"]) * BUNDLE
+    assert stats["hot"]["resident"] <= hot and stats["ram"]["resident"] <= ram and len(store.reads) >= (stats["cold"]["rows"] > 0)
+    source.close()
+
+
+def test_only_what_is_missing_is_read():
+    source = TieredRows(store := FakeStore(), Budgets(ram=3 * BUNDLE, ram_policy="lru"))
+    ticket = source.request(np.asarray([1, 2, 3]), 3)
+    ticket.collect()
+    ticket.release()
+    ids = np.asarray([2, 3, 10, 11, 12, 13])  # the misses would evict the hits 2 and 3 that this step hands out
+    ticket = source.request(ids, 7)
+    np.testing.assert_array_equal(rows_of(ticket), TABLE_VLW[ids])
+    assert store.reads == [[1, 2, 3], [10, 11, 12, 13]]
+
+
+def test_a_read_starts_at_the_request_and_is_waited_for_at_collect():
+    source = TieredRows(store := FakeStore(), Budgets(ram=4 * BUNDLE))
+    store.gate.clear()
+    ticket = source.request(np.asarray([5, 6]), 2)  # returns although the store does not answer
+    threading.Timer(0.05, store.gate.set).start()
+    np.testing.assert_array_equal(rows_of(ticket), TABLE_VLW[[5, 6]])
+    assert ticket.waited > 0.01 and source.stats()["cold"]["wait_seconds"] == ticket.waited
+    again = source.request(np.asarray([5, 6]), 2)
+    again.collect()
+    assert again.waited == 0 and store.reads == [[5, 6]]
+
+
+def test_rows_read_ahead_are_not_read_again():
+    source = TieredRows(store := FakeStore(), Budgets(ram=0))
+    source.read_ahead(np.asarray([7, 3, 9, 3]))
+    ticket = source.request(np.asarray([3, 8, 9]), 4)
+    np.testing.assert_array_equal(rows_of(ticket), TABLE_VLW[[3, 8, 9]])
+    assert sorted(store.reads) == [[3, 7, 9], [8]] and source.stats()["cold"]["ahead_used"] == 2
+
+
+def test_a_failed_read_reaches_the_step_that_needs_it():
+    source = TieredRows(store := FakeStore(), Budgets(ram=4 * BUNDLE))
+
+    def fail(ids_U, out):
+        raise UserError("rows: damaged")
+
+    store.read_bundles = fail
+    ticket = source.request(np.asarray([1]), 1)
+    with pytest.raises(UserError, match="damaged"):
+        ticket.collect()
+    source.read_ahead(np.asarray([2]))
+    del store.read_bundles
+    source.abandon()
+    ticket = source.request(np.asarray([2]), 1)  # read again, not taken from the read-ahead that failed
+    np.testing.assert_array_equal(rows_of(ticket), TABLE_VLW[[2]])
+    ticket = source.request(np.asarray([1]), 1)  # nothing of the failed read was kept
+    np.testing.assert_array_equal(rows_of(ticket), TABLE_VLW[[1]])
+
+
+def test_buffers_are_used_again():
+    source = TieredRows(FakeStore(), Budgets(ram=5 * BUNDLE))
+    seen = set()
     for start in range(0, 30, 3):
-        source.rows(np.arange(start, start + 10), 16)
-    assert source._slab["w3"] is slab and slab.shape == (5, L, W) and source.stats()["cache_bytes"] == slab.nbytes
+        ticket = source.request(np.arange(start, start + 10), 16)
+        seen.add(ticket.collect()["w3"].ctypes.data)
+        ticket.release()
+        ticket.release()  # twice does not hand it out twice
+    assert len(seen) == 1
+    first, second = (source.request(np.arange(4), 16) for _ in range(2))
+    assert first.collect()["w3"].ctypes.data != second.collect()["w3"].ctypes.data
 
 
-def test_budget():
-    assert OffloadedRows(FakeStore(), 10**9).slots == V
-    assert OffloadedRows(FakeStore(), 0).slots == 0
-    for bytes_ in (-1, 1, 23):
-        with pytest.raises(UserError, match=f"--ram_budget: {bytes_} bytes is below one token's rows, 24 bytes"):
-            OffloadedRows(FakeStore(), bytes_)
+def test_budgets():
+    source = TieredRows(FakeStore(), Budgets(ram=10**9, hot=2 * BUNDLE + 7))
+    assert source.stats()["ram"]["slots"] == V and source.stats()["ram"]["bytes"] == V * BUNDLE
+    assert source.stats()["hot"] | {"slots": 2, "resident": 2, "bytes": 2 * BUNDLE} == source.stats()["hot"]  # static: loaded at the start
+    for budget in (-1, 1, BUNDLE - 1):
+        with pytest.raises(UserError, match=f"--ram_budget: {budget} bytes is below one token's rows, {BUNDLE} bytes"):
+            TieredRows(FakeStore(), Budgets(ram=budget))
+        with pytest.raises(UserError, match=f"--hot_budget: {budget} bytes"):
+            TieredRows(FakeStore(), Budgets(hot=budget))
+    store = FakeStore()
+    store.counts = lambda: None
+    with pytest.raises(UserError, match="--ram_policy: static needs how often each token occurs, and fake has no counts.npy; use lru"):
+        TieredRows(store, Budgets(ram_policy="static"))
+    with pytest.raises(UserError, match="policy: 'lruu'"):
+        TieredRows(store, Budgets(ram_policy="lruu"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_source_gives_the_same_bits(dtype, mixed, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"dtype": "int4", "scale_group": 8}, {"dtype": "int8", "rank": 0.5}])
+def test_every_source_gives_the_same_bytes(options, mixed, tmp_path):
     cfg, weights = mixed
-    make_store(tmp_path / "s", cfg, weights, dtype=dtype)
+    make_store(tmp_path / "s", cfg, weights, **options)
     store = open_store(tmp_path / "s")
+    m, bases = store.manifest, store.bases()
     sources = [
         ResidentRows.from_store(store),
-        ResidentRows.from_params(cfg.model, weights, dtype, SHARD),
-        LiveRows(cfg.model, weights, dtype, SHARD),
-        OffloadedRows(store, 10 * store.manifest.bundle_bytes),
-        OffloadedRows(store, 0),
+        ResidentRows.from_params(cfg.model, weights, store.groups, bases, m.fold_rows),
+        LiveRows(cfg.model, weights, store.groups, bases, m.fold_rows),
+        TieredRows(store, Budgets(ram=10 * m.bundle_bytes)),
+        TieredRows(store, Budgets(ram=0, hot=20 * m.bundle_bytes, hot_policy="lru")),
     ]
-    for ids in (np.arange(0, 30), np.asarray([259, 7, 20]), np.arange(VOCAB - 1)):
-        want = store.read_rows(ids)
+    for ids in (np.arange(0, 30), np.asarray([7, 20, 259]), np.arange(VOCAB - 1)):
+        want = {group.name: np.empty((len(ids), group.bundle_bytes), np.uint8) for group in store.groups}
+        store.read_bundles(ids, want)
         for source in sources:
-            for name, got_SLW in source.rows(ids, VOCAB).items():
-                np.testing.assert_array_equal(np.asarray(got_SLW)[: len(ids)], want[name])
-                assert not np.asarray(got_SLW)[len(ids) :].any()
-    assert {source.stats()["source"] for source in sources} == {"resident", "live", "offloaded"}
+            ticket = source.request(ids, VOCAB)
+            for name, stored in ticket.collect().items():
+                got = np.ascontiguousarray(np.asarray(stored)[ticket.places_U]).view(np.uint8).reshape(len(ids), -1)
+                np.testing.assert_array_equal(got, want[name])
+            ticket.release()
+    assert [source.stats()["source"] for source in sources] == ["resident", "resident", "live", "tiered", "tiered"]
 
 
 def test_sources_without_memory_layers(tmp_path):
     cfg = config("dense")
     make_store(tmp_path / "s", cfg, weights := params(cfg))
     store = open_store(tmp_path / "s")
-    for source in (ResidentRows.from_store(store), ResidentRows.from_params(cfg.model, weights), OffloadedRows(store, 1 << 20),
-                   LiveRows(cfg.model, weights, "float32", 64)):
-        assert source.rows(np.asarray([1, 2]), 4) == {}
-        source.stats()
+    groups = model_groups(cfg.model, "float32", SHARD)
+    for source in (ResidentRows.from_store(store), ResidentRows.from_params(cfg.model, weights, groups, {}, SHARD), TieredRows(store, Budgets()),
+                   LiveRows(cfg.model, weights, groups, {}, SHARD)):
+        assert source.request(np.asarray([1, 2]), 4).collect() == {}
+
+
+@jax.jit
+def later(tables: dict) -> dict:
+    """The same tables, after some time."""
+    busy = jax.lax.fori_loop(0, 40, lambda _, m: jnp.tanh(m @ m), jnp.ones((400, 400)))
+    return {name: table + 0 * busy[0, 0] for name, table in tables.items()}
+
+
+def test_a_hot_tier_has_its_rows_before_buffers_are_used_again():
+    """A device that shares the host's memory reads the step's buffers themselves, perhaps later than the call returns."""
+    layout, v = Layout(8, 1024, "float32"), 200
+    table_VN = np.repeat(np.arange(v, dtype=np.float32)[:, None], 8 * 1024, 1).view(np.uint8)
+    store = FakeStore()
+    store.groups = (SimpleNamespace(name="w3", layout=layout, bundle_bytes=layout.bundle_bytes),)
+    store.manifest, store.counts = SimpleNamespace(bundle_bytes=layout.bundle_bytes, vocab_size=v), lambda: None
+    store.read_bundles = lambda ids_U, out: out["w3"].__setitem__(slice(None), table_VN[ids_U])
+    for _ in range(3):  # the first time compiles
+        source = TieredRows(store, Budgets(ram=0, hot=v * layout.bundle_bytes, hot_policy="lru"))
+        source._tables = later(source._tables)
+        for ids in (np.arange(0, 64), np.arange(64, 128)):
+            ticket = source.request(ids, 64)
+            ticket.collect()
+            ticket.release()
+        stored = source.request(np.arange(64), 64).collect()["w3"]
+        np.testing.assert_array_equal(np.asarray(stored).reshape(64, -1).view(np.uint8), table_VN[:64])
+
+
+def test_static_tiers_keep_different_rows():
+    source = TieredRows(store := FakeStore(), Budgets(ram=5 * BUNDLE, hot=3 * BUNDLE, ram_policy="static", hot_policy="static"))
+    assert sorted(store.reads) == [[0, 1, 2], [3, 4, 5, 6, 7]]
+    ticket = source.request(np.arange(9), 9)
+    np.testing.assert_array_equal(rows_of(ticket), TABLE_VLW[:9])
+    assert store.reads[2:] == [[8]]
+
+
+@pytest.mark.parametrize("tier", ["ram", "hot"])
+def test_an_interrupt_between_a_slot_and_its_row_leaves_no_wrong_row(tier, monkeypatch):
+    source = TieredRows(FakeStore(), Budgets(ram=6 * BUNDLE if tier == "ram" else 0, hot=6 * BUNDLE if tier == "hot" else 0, ram_policy="lru",
+                                             hot_policy="lru"))
+    cache = getattr(source, tier)
+    admit = cache.admit
+
+    def interrupted(*args):
+        admit(*args)
+        raise KeyboardInterrupt
+
+    ticket = source.request(np.asarray([4, 5]), 2)
+    monkeypatch.setattr(cache, "admit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ticket.collect()
+    source.abandon()  # as the engine does
+    np.testing.assert_array_equal(rows_of(source.request(np.asarray([4, 5, 6]), 3)), TABLE_VLW[[4, 5, 6]])
+
+
+def test_buffers_of_rare_sizes_are_not_kept():
+    source = TieredRows(FakeStore(), Budgets(ram=0))
+    for size in range(3, 30):
+        ticket = source.request(np.arange(3), size)
+        ticket.collect()
+        ticket.release()
+    assert len(source._buffers) == 2

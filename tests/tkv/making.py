@@ -1,5 +1,10 @@
-"""Toy models and the stores made of them, shared by the tests of tkv and runtime."""
+"""Toy models and the stores made of them, shared by the tests of tkv and runtime.
 
+``python -m tests.tkv.making`` wrote tests/tkv/stores/v2 and v2_int4_rank (and the .json beside each) when version 2 was new; v1 was written the
+same way by the flexmemory of its time. They are never written again: the script refuses while they are there.
+"""
+
+import json
 from pathlib import Path
 
 import jax
@@ -41,3 +46,29 @@ def make_store(out: Path, cfg: Config, weights: dict, **options) -> dict:
 
 def tree_bytes(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+FROZEN = {"v2": {}, "v2_int4_rank": {"dtype": "int4", "scale_group": 5, "rank": 0.75}}
+
+
+def frozen_weights() -> tuple[Config, dict]:
+    cfg = config("dense memoryllm flex stem-gate", vocab_size=257, d_model=8, n_heads=2, n_kv_heads=1, d_ff=24)
+    return cfg, params(cfg, seed=5)
+
+
+def main() -> None:
+    """Writes a store of every frozen kind, and what a reader must find in it."""
+    from . import raw_reader
+
+    cfg, weights = frozen_weights()
+    for name, rows in FROZEN.items():
+        out, ids = Path(__file__).parent / "stores" / name, list(b"token memory")
+        if out.exists():
+            raise SystemExit(f"{out} exists; stores of released versions are never written again")
+        export_params(cfg, weights, byte_tokenizer(), out, run="frozen", step=0, counts_V=np.arange(257), block_rows=128, progress=False, **rows)
+        expected = {"ids": ids, "logits_of_the_last": raw_reader.forward(out, ids)[-1].tolist()}
+        (out.parent / f"{name}.json").write_text(json.dumps(expected))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,28 +6,58 @@ from pathlib import Path
 
 import numpy as np
 
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def read_manifest(store: Path) -> dict:
     manifest = json.loads((store / "tkv.json").read_bytes())
-    assert manifest["format"] == "tkv" and manifest["version"] == 1
+    assert manifest["format"] == "tkv" and manifest["version"] in (1, 2)
     body = {k: v for k, v in manifest.items() if k != "crc32"}
     assert manifest["crc32"] == zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    for file in manifest["files"] if manifest["version"] == 2 else manifest["backbone"]["files"]:
+        data = (store / file["name"]).read_bytes()
+        assert len(data) == file["bytes"] and zlib.crc32(data) == file["crc32"]
     return manifest
 
 
-def decode(data: bytes, dtype: str) -> np.ndarray:
+def floats(data: bytes, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(data, {"float32": "<f4", "float16": "<f2"}[dtype]).astype(np.float32)
+
+
+def numbers(record: bytes, n: int, dtype: str, scale_group: int) -> np.ndarray:
+    """The n numbers of one layer's record."""
+    if dtype in FLOATS:
+        return floats(record, dtype)
+    size = n if dtype == "int8" else (n + 1) // 2
+    codes = np.frombuffer(record[:size], np.int8)
+    if dtype == "int4":
+        codes = np.stack([(codes << 4) >> 4, codes >> 4], axis=1).ravel()[:n]
+    scales = np.frombuffer(record[size:], "<f4")
+    return codes * scales[np.arange(n) // (scale_group or n)]
+
+
+def decode(found: bytes, store: Path, manifest: dict, group: dict) -> np.ndarray:
+    """rows_LW float32 of one bundle."""
+    dtype, ranks, rows, at = manifest["dtype"], group.get("ranks"), [], 0
+    basis = read_tensors(store / "basis.safetensors") if ranks else {}
+    for layer, n in zip(group["layers"], ranks or [group["width"]] * len(group["layers"]), strict=True):
+        g = manifest.get("scale_group") or n
+        size = n * FLOATS[dtype] if dtype in FLOATS else (n if dtype == "int8" else (n + 1) // 2) + 4 * -(-n // g)
+        row = numbers(found[at : at + size], n, dtype, g)
+        rows.append(row @ basis[f"layers.{layer}"] if ranks else row)
+        at += size
+    assert at == len(found)
+    return np.stack(rows)
 
 
 def bundle(store: Path, manifest: dict, group: dict, token: int) -> np.ndarray:
     """rows_LW float32 of one token, by the offset formula; the index and the checksum are compared."""
     s, size = manifest["shard_rows"], group["bundle_bytes"]
     shard, place = divmod(token, s)
-    data = (store / f"rows/{group['name']}/c/{shard}/0/0").read_bytes()
+    plain = manifest["dtype"] in FLOATS and not group.get("ranks")
+    data = (store / f"rows/{group['name']}/c/{shard}/{'0/0' if plain else '0'}").read_bytes()
     present = min(s, manifest["vocab_size"] - shard * s)
     assert len(data) == present * size + 16 * s + 4
     index = np.frombuffer(data, "<u8", count=2 * s, offset=present * size).reshape(s, 2)
@@ -37,7 +67,7 @@ def bundle(store: Path, manifest: dict, group: dict, token: int) -> np.ndarray:
     found = data[place * size : (place + 1) * size]
     checksums = np.fromfile(store / f"checksums/{group['name']}/c/{shard}", "<u4")
     assert len(checksums) == s and zlib.crc32(found) == checksums[place]
-    return decode(found, manifest["dtype"]).reshape(len(group["layers"]), group["width"])
+    return decode(found, store, manifest, group)
 
 
 def crc32c(data: bytes) -> int:
@@ -49,19 +79,27 @@ def crc32c(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-def read_backbone(store: Path, manifest: dict) -> dict[str, np.ndarray]:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """safetensors: uint64 length of a JSON header, the header, then the bytes that it points into."""
-    tensors = {}
-    for file in manifest["backbone"]["files"]:
-        data = (store / file["name"]).read_bytes()
-        assert len(data) == file["bytes"] and zlib.crc32(data) == file["crc32"]
-        start = 8 + int.from_bytes(data[:8], "little")
-        for name, entry in json.loads(data[8:start]).items():
-            if name != "__metadata__":
-                assert entry["dtype"] == "F32"
-                begin, end = entry["data_offsets"]
-                tensors[name] = np.frombuffer(data[start + begin : start + end], "<f4").reshape(entry["shape"])
+    data, tensors = path.read_bytes(), {}
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            assert entry["dtype"] == "F32"
+            begin, end = entry["data_offsets"]
+            tensors[name] = np.frombuffer(data[start + begin : start + end], "<f4").reshape(entry["shape"])
     return tensors
+
+
+def read_backbone(store: Path, manifest: dict) -> dict[str, np.ndarray]:
+    return {name: tensor for path in sorted((store / "backbone").iterdir()) for name, tensor in read_tensors(path).items()}
+
+
+def read_counts(store: Path) -> np.ndarray:
+    """npy 1.0: magic, version, uint16 length of a header, the header, the numbers."""
+    data = (store / "counts.npy").read_bytes()
+    assert data[:8] == b"\x93NUMPY\x01\x00"
+    return np.frombuffer(data, "<u8", offset=10 + int.from_bytes(data[8:10], "little"))
 
 
 def silu(a):

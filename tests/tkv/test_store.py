@@ -1,19 +1,24 @@
 """A damaged, unfinished or foreign store: one clear error, never a wrong row."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 
 from flexmemory.errors import UserError
+from flexmemory.runtime.forward import served_params
 from flexmemory.tkv import format
 from flexmemory.tkv.store import open_store
 
-from .making import VOCAB, tree_bytes
+from .making import VOCAB, make_store, tree_bytes
 
 SHARD_FILE = "rows/w48/c/1/0/0"
+STORES = Path(__file__).parent / "stores"
 
 
 @pytest.fixture
@@ -42,14 +47,17 @@ def test_no_store(tmp_path):
 
 
 def test_other_version(copy):
-    rewrite_manifest(copy, version=2, flexmemory="9.9")
-    with pytest.raises(UserError, match=r"version 2, this flexmemory reads 1.*\(9\.9\)"):
+    rewrite_manifest(copy, version=3, flexmemory="9.9")
+    with pytest.raises(UserError, match=r"version 3, this flexmemory reads 1 and 2.*\(9\.9\)"):
         open_store(copy)
 
 
 @pytest.mark.parametrize("changes,message", [
     (dict(format="zip"), "not the manifest of a TKV store"),
-    (dict(dtype="int8"), "dtype 'int8' is not one of"),
+    (dict(dtype="int3"), "dtype 'int3' is not one of"),
+    (dict(dtype="int8"), "files: rows/w32/c/0/0 is missing"),  # where the shards of encoded rows would lie
+    (dict(scale_group=4), "scale_group 4 does not go with dtype float32"),
+    (dict(errors=[{"layer": 2}]), "malformed field"),
     (dict(shard_rows=63), "shard_rows 63 is not a power of two"),
     (dict(shard_rows="many"), "malformed field"),
     (dict(table_bytes=1), "table_bytes not as the model"),
@@ -57,13 +65,41 @@ def test_other_version(copy):
     (dict(model={"d_modell": 3}), "d_modell: no such field; did you mean 'd_model'"),
     (dict(model={"pattern": "dens"}), "unknown layer 'dens'"),
     (dict(tokenizer=None), "malformed field"),
-    (dict(backbone={"dtype": "float32", "files": [{"name": "../../etc/passwd", "bytes": 1, "crc32": 1}]}), "backbone file names"),
+    (dict(files=[{"name": "tokenizer.json", "bytes": 1, "crc32": 1}]), "files: rows/w32/c/0/0/0 is missing"),
+    (dict(files=[{"name": "b", "bytes": 1, "crc32": 1}, {"name": "a", "bytes": 1, "crc32": 1}]), "not sorted by name"),
     (dict(extra=1), "unknown field extra"),
 ])
 def test_bad_manifest(changes, message, copy):
     rewrite_manifest(copy, **changes)
     with pytest.raises(UserError, match=message):
         open_store(copy)
+
+
+def test_manifest_with_a_foreign_file(copy):
+    content = json.loads((copy / "tkv.json").read_text())
+    rewrite_manifest(copy, files=[{"name": "../../etc/passwd", "bytes": 1, "crc32": 1}, *content["files"]])
+    with pytest.raises(UserError, match="files: '../../etc/passwd' is no file of a store"):
+        open_store(copy)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_backbone_file_names_cannot_leave_the_store(name, tmp_path):
+    shutil.copytree(STORES / name, tmp_path / "s")
+    content = json.loads((tmp_path / "s/tkv.json").read_text())
+    files = content["backbone"]["files"] if name == "v1" else content["files"]
+    files[0]["name"] = "backbone/../../etc/passwd"
+    rewrite_manifest(tmp_path / "s", **content)
+    with pytest.raises(UserError, match="backbone file names must be|is no file of a store"):
+        open_store(tmp_path / "s")
+
+
+def test_ranks_outside_the_width(tmp_path):
+    shutil.copytree(STORES / "v2_int4_rank", tmp_path / "s")
+    groups = json.loads((tmp_path / "s/tkv.json").read_text())["groups"]
+    groups[0]["ranks"][1] = 9
+    rewrite_manifest(tmp_path / "s", groups=groups)
+    with pytest.raises(UserError, match="groups: rank 9 is not between 1 and the rows' width"):
+        open_store(tmp_path / "s")
 
 
 def test_missing_field(copy):
@@ -110,12 +146,16 @@ def test_metadata_of_another_shape(copy):
         open_store(copy)
 
 
-def test_tokenizer_of_another_store(copy):
-    (copy / "tokenizer.json").write_text('{"type": "byte", "version": 1}')  # the same tokenizer in other white space
-    open_store(copy)
-    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, [])).save(str(copy / "tokenizer.json"))
-    with pytest.raises(UserError, match="fingerprint .* exported with"):
-        open_store(copy)
+def test_tokenizer_of_another_store(tmp_path):
+    shutil.copytree(STORES / "v1", path := tmp_path / "v1")  # version 1 does not know the file's size
+    (path / "tokenizer.json").write_text('{"type": "byte", "version": 1}')  # the same tokenizer in other white space
+    assert open_store(path).tokenizer().eos_id == 256
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, [])).save(str(path / "tokenizer.json"))
+    with pytest.raises(UserError, match=f"{path}/tokenizer.json: fingerprint .* exported with"):
+        open_store(path)
+    (path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=f"tokenizer {path}/tokenizer.json is not a readable JSON file"):
+        open_store(path)
 
 
 @pytest.mark.parametrize("id_", [-1, VOCAB, 10**6])
@@ -127,7 +167,7 @@ def test_id_outside_the_vocabulary(id_, mixed_store):
 def test_file_lost_after_opening_is_an_error_not_zeros(copy):
     store = open_store(copy)
     shutil.rmtree(copy / "rows/w48/c/1")
-    with pytest.raises(UserError, match="rows/w48: cannot be read"):
+    with pytest.raises(UserError, match="rows/w48/c/1/0/0: cannot be read|rows/w48/c/1/0/0: missing"):
         store.read_rows([70])
     store.read_rows([1])
 
@@ -170,3 +210,44 @@ def test_damaged_backbone(copy):
     path.unlink()
     with pytest.raises(UserError, match="missing"):
         open_store(copy)
+
+
+def test_backbone_as_it_is_served(mixed, mixed_store):
+    store = open_store(mixed_store)
+    cfg = dataclasses.replace(store.model, compute_dtype="bfloat16")
+    want, got = served_params(store.backbone(), cfg), store.backbone(stacked=False, dtype="bfloat16")
+    assert jax.tree.structure(want) == jax.tree.structure(got)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), want, got)
+    assert {leaf.dtype.name for path, leaf in jax.tree.leaves_with_path(got) if path[-1].key != "scale"} == {"bfloat16"}
+    assert got["blocks"]["s1"]["u0"]["attn_norm"]["scale"].dtype == "float32"
+
+
+def test_counts(mixed, mixed_store, tmp_path):
+    assert open_store(mixed_store).counts() is None
+    counts_V = np.arange(VOCAB, dtype=np.uint64) ** 3
+    make_store(tmp_path / "s", *mixed, counts_V=counts_V)
+    found = open_store(tmp_path / "s").counts()
+    assert found.dtype == np.uint64 and (found == counts_V).all()
+    flip(tmp_path / "s/counts.npy", -3)
+    with pytest.raises(UserError, match="counts.npy: its checksum is wrong"):
+        open_store(tmp_path / "s").counts()
+
+
+def test_damaged_basis(tmp_path):
+    shutil.copytree(STORES / "v2_int4_rank", tmp_path / "s")
+    flip(tmp_path / "s/basis.safetensors", -3)
+    store = open_store(tmp_path / "s")
+    for use in (store.bases, lambda: store.read_rows([1])):
+        with pytest.raises(UserError, match="basis.safetensors: its checksum is wrong"):
+            use()
+
+
+def test_read_bundles_fills_the_callers_arrays(mixed_store):
+    store = open_store(mixed_store)
+    ids, rows = np.asarray([0, 64, 259]), store.read_rows([0, 64, 259])
+    out = {group.name: np.zeros((3, group.bundle_bytes), np.uint8) for group in store.groups}
+    store.read_bundles(ids, out)
+    for name, bundles_UB in out.items():
+        assert bundles_UB.tobytes() == rows[name].tobytes()
+    store.read_bundles(np.zeros(0, np.int64), {})
+    store.close()

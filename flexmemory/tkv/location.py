@@ -1,0 +1,317 @@
+"""Where a store lies: a directory, s3://, gs://, or http(s):// (read only). Names of files are relative, with "/".
+
+Both kinds of location have the same methods. A write appears whole or not at all and is durable when it returns. Whatever goes
+wrong is a UserError of one line; an absent file is a FileNotFoundError of :meth:`read`.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import tensorstore as ts
+
+from flexmemory import files
+from flexmemory.errors import UserError
+
+REMOTE = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http"}  # URL scheme to TensorStore driver
+
+
+class DamagedFile(UserError):
+    """A file that does not hold what it should: here, one that ends too early."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How long a remote location goes on. TensorStore repeats requests that failed with 5xx or without an answer."""
+
+    retries: int = 6
+    first_delay_s: float = 0.2  # doubled for every further retry
+    longest_delay_s: float = 5.0
+    timeout_s: float = 300.0  # of one call, its retries included: a server that says nothing is given up
+
+    @property
+    def resource(self) -> dict:
+        return {"max_retries": self.retries, "initial_delay": f"{self.first_delay_s}s", "max_delay": f"{self.longest_delay_s}s"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalLocation:
+    local: Path
+    writable = True
+
+    @property
+    def url(self) -> str:
+        return str(self.local)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes start..stop, to the end without ``stop``. Raises FileNotFoundError; DamagedFile where the file ends before ``stop``."""
+        path = self.local / checked(name)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                end = size if stop is None else stop
+                if start < end and end > size:
+                    raise DamagedFile(f"{path}: {size} bytes, {end} expected; copy the store again or export the run again")
+                parts, position = [], start
+                while position < end:
+                    parts.append(os.pread(file.fileno(), end - position, position))  # at most 2 GiB at a time
+                    if not parts[-1]:
+                        raise DamagedFile(f"{path}: ends after {position} bytes, it had {size}; run the same command again")
+                    position += len(parts[-1])
+                return b"".join(parts)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        except OSError as error:
+            raise _local_error(path, "read", error) from error
+
+    def write(self, name: str, data) -> None:
+        """data: bytes or anything with their buffer."""
+        self.write_parts(name, [data])
+
+    def write_parts(self, name: str, parts: Iterable) -> None:
+        """Writes the parts one after another, none kept. Where the iterator raises, nothing is left."""
+        path = self.local / checked(name)
+        scratch = path.with_name(path.name + files.SCRATCH)
+        try:
+            _make_directory(path.parent)
+            with open(scratch, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+            files.sync_directory(path.parent)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # on a full disk its bytes are wanted elsewhere
+                scratch.unlink()
+            if isinstance(error, OSError):
+                raise _local_error(path, "written", error) from error
+            raise
+
+    def delete(self, name: str) -> None:
+        """No error when there is no such file. Directories that become empty go too: as in an object store they are parts of names."""
+        path = self.local / checked(name)
+        try:
+            path.unlink()
+            files.sync_directory(path.parent)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise _local_error(path, "deleted", error) from error
+        with contextlib.suppress(OSError):  # not empty, or never there
+            for folder in path.parents[:len(Path(name).parts) - 1]:
+                folder.rmdir()
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Sorted names of all files that begin with ``prefix``."""
+        folder = self.local / prefix.rpartition("/")[0]
+        found = []
+        try:
+            for place, _, here in os.walk(folder, onerror=_raise):
+                found += [(Path(place) / name).relative_to(self.local).as_posix() for name in here]
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # nothing there, or removed meanwhile
+        except OSError as error:
+            raise _local_error(folder, "listed", error) from error
+        return sorted(name for name in found if name.startswith(prefix))
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
+        """Bytes of each of the files that are there."""
+        found = {}
+        for name in names:
+            path = self.local / checked(name)
+            try:
+                status = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise _local_error(path, "read", error) from error
+            if stat.S_ISREG(status.st_mode):
+                found[name] = status.st_size
+        return found
+
+    def spec(self, name: str = "") -> dict:
+        """TensorStore's kvstore JSON of the folder ``name``."""
+        folder = self.local / checked(name) if name else self.local
+        return {"driver": "file", "path": f"{folder.absolute()}/"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RemoteLocation:
+    url: str  # without "/" at the end
+    base: dict  # kvstore JSON of the whole location; its path is empty or ends with "/"
+    timeout_s: float
+    kvstore: ts.KvStore
+    writable: bool  # http is not
+    generations: dict[str, bytes]  # of the objects that this process has claimed
+    local = None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """As of a local location."""
+        if stop is not None and stop <= start:
+            return b""
+        what = slice(start, stop) if start or stop is not None else None
+        result = self._wait(name, "read", self.kvstore.read(checked(name), byte_range=what))
+        if result.state == "missing":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}")
+        return result.value
+
+    def write(self, name: str, data) -> None:
+        self._check_writable(name)
+        self._wait(name, "written", self.kvstore.write(checked(name), bytes(data)))
+
+    def write_parts(self, name: str, parts: Iterable) -> None:
+        """As of a local location, but all parts are in memory at once: an object is sent whole."""
+        self.write(name, b"".join(parts))
+
+    def claim(self, name: str, data) -> bool:
+        """Writes ``name`` unless another process has written it since this one first claimed it; False when that happened.
+
+        The first claim takes the object over whatever it holds, so of several claimants the last to come goes on and all others
+        learn of it at their next claim, unless both wrote the same bytes (S3 knows an object by its hash). As strict as the server's
+        conditional writes: on an S3 endpoint that is not Amazon's, TensorStore compares and writes in two requests.
+        """
+        self._check_writable(name)
+        before = self.generations.get(name)
+        if before is None:
+            before = self._wait(name, "read", self.kvstore.read(checked(name), byte_range=slice(0, 0))).stamp.generation
+        after = self._wait(name, "written", self.kvstore.write(checked(name), bytes(data), if_equal=before)).generation
+        if not after:  # TensorStore's "unknown": the condition did not hold, or there is no bucket
+            if name not in self.sizes([name]):
+                raise UserError(f"{self.url}/{name}: cannot be written; check that the bucket exists")
+            return False
+        self.generations[name] = after
+        return True
+
+    def delete(self, name: str) -> None:
+        self._check_writable(name)
+        self._wait(name, "deleted", self.kvstore.write(checked(name), None))
+
+    def names(self, prefix: str = "") -> list[str]:
+        """As of a local location. Raises UserError over http, which cannot list."""
+        if not self.writable:
+            raise UserError(f"{self.url}: http cannot list files; use the s3:// or gs:// URL or a local path")
+        first = prefix.encode()
+        keys = ts.KvStore.KeyRange(first, first[:-1] + bytes([first[-1] + 1])) if first else None  # UTF-8 never ends in 255
+        return sorted(key.decode() for key in self._wait(prefix, "listed", self.kvstore.list(keys)))
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
+        """None for each of the files that are there. Asked file by file, many at a time: it needs no right to list, and http cannot."""
+        asked = {name: self.kvstore.read(checked(name), byte_range=slice(0, 0)) for name in names}
+        return {name: None for name, future in asked.items() if self._wait(name, "read", future).state != "missing"}
+
+    def spec(self, name: str = "") -> dict:
+        """TensorStore's kvstore JSON of the folder ``name``, retries included."""
+        return {**self.base, "path": self.base.get("path", "") + (f"{checked(name)}/" if name else "")}
+
+    def _check_writable(self, name: str) -> None:
+        if not self.writable:
+            raise UserError(f"{self.url}/{name}: http locations are read only; write to a local path, s3:// or gs://")
+
+    def _wait(self, name: str, action: str, future):
+        try:
+            return future.result(timeout=self.timeout_s)
+        except TimeoutError:
+            raise UserError(f"{self.url}/{name}: cannot be {action} (no answer within {self.timeout_s:g} s); "
+                            "check the network and run the same command again") from None
+        except (ValueError, RuntimeError, OSError) as error:
+            raise _remote_error(f"{self.url}/{name}", action, error) from error
+
+
+Location = LocalLocation | RemoteLocation
+
+
+def open_location(text: str | Path, *, patience: Patience | None = None) -> Location:
+    """A path, file:///path, s3://bucket/prefix, gs://bucket/prefix, http(s)://host/path. Touches neither disk nor network.
+
+    s3: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL name another server than Amazon's, AWS_REGION or AWS_DEFAULT_REGION the region;
+    credentials come from the environment, the profile files or the instance. gs: TENSORSTORE_GCS_HTTP_URL names another server.
+    Raises UserError for any other scheme or a malformed URL.
+    """
+    if isinstance(text, Path) or "://" not in text:
+        if not str(text):
+            raise UserError("store '': empty path; give a directory or a URL such as s3://bucket/prefix")
+        return LocalLocation(Path(text))
+    parts = urlsplit(text)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise UserError(f"{text}: not the URL of a local path; write file:///path/of/the/store")
+        return LocalLocation(Path(unquote(parts.path)))
+    if parts.scheme not in REMOTE:
+        raise UserError(f"{text}: unknown scheme {parts.scheme!r}; known: a local path, file, {', '.join(REMOTE)}")
+    if parts.query or parts.fragment or "@" in parts.netloc:
+        raise UserError(f"{text}: a store's URL takes no query, fragment or password; give scheme://host/path")
+    patience = patience or Patience()
+    driver, url = REMOTE[parts.scheme], text.rstrip("/")
+    try:
+        base = {**ts.KvStore.Spec(url).to_json(), f"{driver}_request_retries": patience.resource}
+        if base.get("path") and not base["path"].endswith("/"):
+            base["path"] += "/"
+        if driver == "s3":
+            base |= _s3_environment()
+        kvstore = ts.KvStore.open(base).result(timeout=patience.timeout_s)
+    except ValueError as error:
+        raise UserError(f"{text}: not a URL of a store ({_reason(error)}); give scheme://bucket/prefix or http(s)://host/path") from None
+    return RemoteLocation(url, base, patience.timeout_s, kvstore, driver != "http", {})
+
+
+def checked(name: str) -> str:
+    """The name itself. Raises UserError for one that would leave the location."""
+    if not name or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+        raise UserError(f"file name {name!r}: must be relative and stay inside the store; the store is damaged, copy it again")
+    return name
+
+
+def _s3_environment() -> dict:
+    """What the AWS variables say and TensorStore does not read itself."""
+    get, found = os.environ.get, {}
+    if endpoint := get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL"):
+        found["endpoint"] = endpoint.rstrip("/")
+    if region := get("AWS_REGION") or get("AWS_DEFAULT_REGION"):
+        found["aws_region"] = region
+    if get("AWS_ACCESS_KEY_ID"):  # first in TensorStore's chain too, which would complain of missing profile files on stderr
+        found["aws_credentials"] = {"type": "environment"}
+    return found
+
+
+def _make_directory(path: Path) -> None:
+    """mkdir -p whose new names are durable."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        files.sync_directory(folder.parent)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _local_error(path: Path, action: str, error: OSError) -> UserError:
+    if files.is_disk_full(error):
+        mend = "free some space and run the same command again"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        mend = "check the permissions of the file and its directory"
+    else:
+        mend = "check the disk and run the same command again"
+    return UserError(f"{path}: cannot be {action} ({error.strerror or error}); {mend}")
+
+
+def _remote_error(url: str, action: str, error: Exception) -> UserError:
+    reason = _reason(error)
+    if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+        return UserError(f"{url}: cannot be {action}, permission denied ({reason}); check the credentials and what they allow")
+    if reason.startswith("OUT_OF_RANGE"):
+        return DamagedFile(f"{url}: shorter than expected ({reason}); copy the store again or export the run again")
+    if reason.startswith("NOT_FOUND") or "NoSuchBucket" in reason:
+        return UserError(f"{url}: cannot be {action} ({reason}); check that the bucket exists")
+    return UserError(f"{url}: cannot be {action} ({reason}); check the network and the server, then run the same command again")
+
+
+def _reason(error: Exception) -> str:
+    """TensorStore's message without the response's body and headers."""
+    return str(error).strip().partition("\n")[0].split(" [http_response")[0][:240]

@@ -1,0 +1,185 @@
+"""Processes that the tests kill or limit: ``python -m reliability.child kills|hold|full|few|ramfs ACTION SOURCE TARGET [COUNT]``
+
+ACTION is export, overwrite or copy. kills: does it again and again, killed at random moments, in targets TARGET/0, TARGET/1, ...; prints how
+many seconds it takes undisturbed and how each process ended. hold: does it once, so slowly that it never ends, and prints a line once TARGET
+is its own. full: does it on file systems of COUNT growing sizes mounted on TARGET, until one suffices. few: opens and reads SOURCE with ever
+fewer file descriptors. ramfs: reads SOURCE's rows from a ramfs mounted on TARGET, which refuses O_DIRECT.
+"""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flexmemory import files
+from flexmemory.errors import UserError
+from flexmemory.tkv import format, target
+from flexmemory.tkv.copy import copy
+from flexmemory.tkv.location import open_location
+from flexmemory.tkv.reader import allocate, open_reader
+from flexmemory.tkv.store import open_store
+from tkv.making import tree_bytes
+
+from . import toy
+from .flips import everything
+
+SHARDS = {"block_rows": 64}  # five of each group
+
+
+def act(action: str, source: Path, out: Path) -> None:
+    if action == "copy":
+        copy(source, out, progress=False)
+    else:
+        toy.export_to(out, overwrite=action == "overwrite", **SHARDS)
+
+
+def slow_down(seconds: float) -> None:
+    """Each fsync takes so long: one when a file has its bytes but not its name, one when it has."""
+    fsync = os.fsync
+
+    def slowly(descriptor):
+        time.sleep(seconds)
+        fsync(descriptor)
+
+    os.fsync, target.RECORD_SECONDS = slowly, 3 * seconds
+
+
+def begun(action: str, out: Path) -> bool:
+    """Has the target been touched?"""
+    if action == "overwrite":
+        return any(out.glob(f"{target.LOCK}*"))
+    return out.exists()
+
+
+def start(action: str, source: Path, out: Path) -> int:
+    if action == "overwrite":
+        shutil.copytree(source, out)
+    process = os.fork()
+    if not process:
+        with contextlib.suppress(BaseException):
+            act(action, source, out)
+            os._exit(0)
+        os._exit(1)
+    while not begun(action, out) and not os.waitpid(process, os.WNOHANG)[0]:
+        time.sleep(0.001)
+    return process
+
+
+def kills(action: str, source: Path, folder: Path, count: int) -> dict:
+    """The moments are drawn over nine tenths of the time from the first touch of the target to the end."""
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    slow_down(0.004)
+    for warm in ("compiles", "undisturbed"):
+        process, began = start(action, source, folder / warm), time.monotonic()
+        if os.waitpid(process, 0)[1]:
+            raise SystemExit(f"{warm}: failed")
+        seconds = time.monotonic() - began
+    rng, ends = random.Random(0), []
+    for number in range(count):
+        process = start(action, source, folder / str(number))
+        time.sleep(rng.uniform(0, 0.9 * seconds))
+        os.kill(process, signal.SIGKILL)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+    return {"seconds": seconds, "ends": ends}
+
+
+def full(action: str, source: Path, folder: Path, count: int) -> dict:
+    """Needs a mount namespace of its own. After each failure the file system grows and the same is done again."""
+    said, finished = [], 0
+    for number in range(count):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={(8 + number) * 8}k", "tmpfs", folder], check=True)
+        out = folder / "s"
+        try:
+            act(action, source, out)
+            said.append(None)
+        except UserError as error:
+            said.append(str(error))
+            try:
+                open_store(out)
+                said[-1] = "opened"
+            except UserError:
+                pass
+        subprocess.run(["mount", "-o", "remount,size=4m", folder], check=True)
+        act(action, source, out)
+        finished += tree_bytes(out) == tree_bytes(source)
+        subprocess.run(["umount", folder], check=True)
+    return {"said": said, "finished": finished}
+
+
+def few(source: Path) -> dict:
+    """From many descriptors down to none that is free; the limit cannot be raised again by what is tested."""
+    want, outcomes = everything(source), {}
+    opened = [open_store(source) for _ in range(24)]  # their shards are not open yet
+    for free in range(23, -1, -1):
+        taken = {*map(int, os.listdir("/proc/self/fd"))}
+        limit = [number for number in range(4096) if number not in taken][free]  # a new descriptor takes the lowest number, which must be below
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        for name, read in (("open", lambda: everything(source)), ("read", lambda: opened[free].read_rows(range(257)))):
+            try:
+                got = read()
+                right = got == want if name == "open" else all(want[f"rows {group}"] == rows.tobytes() for group, rows in got.items())
+                outcomes[f"{name} {free}"] = "right" if right else "wrong"
+            except UserError as error:
+                outcomes[f"{name} {free}"] = str(error)
+            except BaseException as error:
+                outcomes[f"{name} {free}"] = f"TRACEBACK {error!r}"
+        opened[free].close()
+    return outcomes
+
+
+def ramfs(source: Path, folder: Path) -> dict:
+    """Needs a mount namespace of its own."""
+    subprocess.run(["mount", "-t", "ramfs", "ramfs", folder], check=True)
+    shutil.copytree(source, folder / "s")
+    try:
+        os.close(os.open(folder / "s" / "tkv.json", os.O_RDONLY | os.O_DIRECT))
+        refused = False
+    except OSError:
+        refused = True
+    stats, manifest = [], format.read_manifest(open_location(source))
+    for group in manifest.groups:
+        want, got = (allocate(manifest.vocab_size, group.bundle_bytes) for _ in range(2))
+        for place, method, out in ((source, "buffered", want), (folder / "s", "uring", got)):
+            reader = open_reader(open_location(place), manifest, group, method=method)
+            reader.read(np.arange(manifest.vocab_size), out)
+            stats.append(reader.stats())
+            reader.close()
+        assert (want == got).all() and want.any()
+    return {"refused": refused, "method": stats[-1]["method"]}
+
+
+def main() -> None:
+    what, action, source, out, *count = sys.argv[1:]
+    source, out = Path(source), Path(out)
+    if what == "kills":
+        print(json.dumps(kills(action, source, out, int(*count))))
+    elif what == "full":
+        print(json.dumps(full(action, source, out, int(*count))))
+    elif what == "few":
+        print(json.dumps(few(source)))
+    elif what == "ramfs":
+        print(json.dumps(ramfs(source, out)))
+    else:
+        slow_down(60)
+        process = os.getpid()
+        if not os.fork():  # tells when the first file is being written, and ends
+            while not any(out.glob(f"*{files.SCRATCH}")):
+                time.sleep(0.01)
+            print(process, flush=True)
+            os._exit(0)
+        act(action, source, out)
+
+
+if __name__ == "__main__":
+    main()
