@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/python -m experiments.run cm_ratio --scale=quickstart --out=$(OUT)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 clean:
 	rm -rf .venv runs/demo

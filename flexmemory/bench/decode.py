@@ -26,10 +26,12 @@ from flexmemory.tkv import format
 from flexmemory.tkv.export import export_params
 from flexmemory.tkv.store import open_store
 
-SHAPES = {  # model, tokens of one round, rounds; kinds_vocab: of the models of equal total parameters, whose FFNs have 8/3 D
-    "smoke": dict(d_model=64, n_heads=4, layers=4, vocab=512, kinds_vocab=384, tokens=8, rounds=2, dtype="float32"),
-    "cpu": dict(d_model=1024, n_heads=16, layers=16, vocab=65536, kinds_vocab=8192, tokens=64, rounds=5, dtype="float32"),
-    "gpu": dict(d_model=2048, n_heads=32, layers=24, vocab=128256, kinds_vocab=128256, tokens=512, rounds=7, dtype="bfloat16"),
+# model, tokens of one round, rounds. kinds_vocab: of the models of equal total parameters, whose FFNs have 8/3 D. start: of the store whose
+# first token is timed, (layers, D, V): 4 GiB of rows beside a tenth of that in other weights, as a 1B model has
+SHAPES = {
+    "smoke": dict(d_model=64, n_heads=4, layers=4, vocab=512, kinds_vocab=384, tokens=8, rounds=2, dtype="float32", start=(4, 64, 512)),
+    "cpu": dict(d_model=1024, n_heads=16, layers=16, vocab=65536, kinds_vocab=8192, tokens=64, rounds=3, dtype="float32", start=(32, 512, 65536)),
+    "gpu": dict(d_model=2048, n_heads=32, layers=24, vocab=128256, kinds_vocab=128256, tokens=512, rounds=7, dtype="bfloat16", start=(24, 1024, 65536)),
 }
 KINDS = {"dense": ("dense", "0"), "flex beta=3": ("flex", "3"), "flex beta=2": ("flex", "2"), "flex beta=1": ("flex", "1"), "memoryllm": ("memoryllm", "0")}
 NARROW_FF = 16  # inner width of the folded FFNs of the large stores, to export them quickly: they are not there when serving
@@ -60,10 +62,12 @@ def measure(scratch: Path, scale: str) -> dict:
         made = make_store(path, model(shape, pattern))
         result["placements"][name] = {"pattern": pattern, "export_seconds": made["seconds"], **offloaded_against_resident(path, shape)}
     result["kinds"] = kinds(scratch, shape)
-    make_store(scratch / "tiny", ModelConfig(pattern="memoryllm", vocab_size=shape["kinds_vocab"], d_model=64, n_heads=4, d_ff=NARROW_FF,
-                                             compute_dtype=shape["dtype"]))
+    layers, d_model, vocab = shape["start"]
+    make_store(scratch / "start", dataclasses.replace(model(shape, f"memoryllm*{layers}"), d_model=d_model, n_heads=d_model // 64, vocab_size=vocab))
+    make_store(scratch / "tiny", dataclasses.replace(model(shape, "memoryllm"), d_model=64, n_heads=1, vocab_size=shape["kinds_vocab"]))
     floor = child(scratch / "tiny", 0)["peak_rss_bytes"]
-    result["processes"] = {"floor_peak_rss": floor, **{name: process(scratch / name, floor, shape) for name in ("memory", "kind memoryllm")}}
+    names = ("memory", "kind memoryllm", "start")
+    result["processes"] = {"floor_peak_rss": floor, **{name: process(scratch / name, floor, shape) for name in names}}
     return result
 
 

@@ -300,6 +300,7 @@ def test_a_closed_engine_gives_its_files_back(mixed_store):
     def descriptors():
         return len(list(Path("/proc/self/fd").iterdir()))
 
+    gc.collect()  # engines of earlier tests
     before = descriptors()
     with Engine(mixed_store, **OPTIONS) as engine:
         engine.generate(["abc"], 2)
