@@ -68,7 +68,7 @@ def test_killed_at_random_moments(action, count, whole, twin, tmp_path, child_en
         stages.add(len(list(out.rglob("c/*"))))
         child.act(action, whole, out)
         assert contents(out) == contents(whole), number
-    assert len(stages) > count // 3  # the moments were different ones
+    assert len(stages) > count // 5  # the moments were different ones
 
 
 @pytest.mark.parametrize("first", ["export", "copy"])

@@ -131,7 +131,7 @@ def test_a_silent_server_is_given_up_when_a_store_is_opened(path, url, web, monk
 @pytest.mark.parametrize("fault", LASTING, ids=str)
 def test_lasting_faults_are_told_while_a_store_serves(fault, url, web, text, monkeypatch):
     """In the middle of a generation; when the server is mended the same engine goes on."""
-    patient(monkeypatch, 1 if fault == "silent" else 20)
+    patient(monkeypatch, 5 if fault == "silent" else 20)
     serving = engine(url)
     with pytest.raises(UserError, match=f"{url}/rows/w.: cannot be read") as caught:
         bounded(lambda: serving.generate(PROMPTS, **OPTIONS, on_token=lambda *_: web.faults or web.fault(fault, "rows/.*/c/0")))
