@@ -44,6 +44,8 @@ def run(argv: list[str]) -> int:
     if args.max_batch < 1:
         raise UserError(f"--max_batch: {args.max_batch} must be above 0")
 
+    from flexmemory.runtime.engine import Engine
+    from flexmemory.runtime.rows import Budgets
     from flexmemory.tkv.format import next_power
     from flexmemory.tkv.store import open_store
 
@@ -51,10 +53,6 @@ def run(argv: list[str]) -> int:
     store = open_store(args.tkv, check=not args.no_check)
     if args.plan:
         return show_plan(store, args)
-
-    from flexmemory.runtime.engine import Engine
-    from flexmemory.runtime.rows import Budgets
-
     table = store.manifest.table_bytes
     budgets = Budgets(ram=None if args.ram_budget == "all" else parse_bytes("ram_budget", args.ram_budget, table),
                       hot=parse_bytes("hot_budget", args.hot_budget, table), ram_policy=args.ram_policy, hot_policy=args.hot_policy, window=args.window)
