@@ -172,8 +172,10 @@ class LocalReader:
                 self._pool.shutdown()
 
     def __del__(self):  # a store that was dropped without closing must not keep hundreds of descriptors
-        with contextlib.suppress(Exception):  # half made, or the interpreter is going
+        try:
             self.close()
+        except Exception:  # half made, or the interpreter is going
+            pass
 
     # A single cached bundle is a copy of microseconds: what runs for one token is kept short.
 
