@@ -18,7 +18,8 @@ import tensorstore as ts
 
 from flexmemory.bench.machine import facts
 from flexmemory.errors import UserError
-from flexmemory.runtime.rows import Budgets, TieredRows
+from flexmemory.runtime.rows import Budgets
+from flexmemory.runtime.tiers import TieredRows
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import Layout
 from flexmemory.tkv.format import Group, Manifest

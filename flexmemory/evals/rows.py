@@ -28,7 +28,7 @@ def stored_rows(store: Store) -> RowsOf:
         unique_U, inverse_R = np.unique(np.asarray(ids_R, np.int64), return_inverse=True)
         bundles = {group.name: np.empty((len(unique_U), group.bundle_bytes), np.uint8) for group in store.groups}
         store.read_bundles(unique_U, bundles)
-        return {group.name: _decode(group.layout, encoding.host_view(group.layout, bundles[group.name][inverse_R]), bases[group.name], dtype)
+        return {group.name: encoding.jitted_decode(group.layout, encoding.host_view(group.layout, bundles[group.name][inverse_R]), bases[group.name], dtype)
                 for group in store.groups}
 
     return rows
@@ -37,6 +37,3 @@ def stored_rows(store: Store) -> RowsOf:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _live(params: dict, ids_R: jax.Array, *, cfg: ModelConfig) -> Rows:
     return build(cfg)(params).rows(ids_R)
-
-
-_decode = jax.jit(encoding.decode, static_argnums=(0, 3))

@@ -18,9 +18,10 @@ from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.errors import UserError
 from flexmemory.models.transformer import empty_cache
 from flexmemory.runtime import forward
-from flexmemory.runtime.rows import Budgets, ResidentRows, RowSource, Ticket, TieredRows
+from flexmemory.runtime.rows import Budgets, ResidentRows, RowSource, Ticket
 from flexmemory.runtime.sampling import greedy, likeliest, sample
 from flexmemory.runtime.stream import TextStream
+from flexmemory.runtime.tiers import TieredRows
 from flexmemory.tkv.format import FOLD_ROWS, default_shard_rows, model_groups, next_power
 from flexmemory.tkv.store import Store, open_store
 

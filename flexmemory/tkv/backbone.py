@@ -4,8 +4,10 @@
 """
 
 import json
+import math
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +18,13 @@ from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.transformer import abstract_params, per_layer, stack_layers
+from flexmemory.tkv.crc import combined
 from flexmemory.tkv.format import MEND, File
 from flexmemory.tkv.location import Location
 from flexmemory.tkv.reader import allocate
 
 FILE_BYTES = 512 << 20  # one file is in memory while it is written
-READ_BYTES = 16 << 20
+READ_BYTES, READERS = 4 << 20, 4  # of a file at a time, each of the readers; papers/offload.md: a disk wants several requests
 LAYERS = "layers."  # begins the names of tensors that belong to one layer
 
 
@@ -84,9 +87,12 @@ def load(location: Location, files: tuple[File, ...], cfg: ModelConfig, *, stack
     stacked: blocks as the model's scan wants them, else as they are served, every layer by itself. dtype: of tensors with two or more dimensions, cast as they arrive; scales of norms stay float32.
     Beside the result at most 16 MiB of a file are in memory (stacking takes the blocks a second time).
     """
-    shapes, named = tensor_shapes(cfg), {}
-    for file in files:
-        named |= load_tensors(location, file, dtype, served=not stacked)
+    named = {}
+    with ThreadPoolExecutor(1) as pool:
+        shapes = pool.submit(tensor_shapes, cfg)  # traces the model, which takes about as long as reading it
+        for file in files:
+            named |= load_tensors(location, file, dtype, served=not stacked)
+        shapes = shapes.result()
     for name in sorted(shapes.keys() ^ named.keys()):
         what = "has no tensor" if name in shapes else "has an unknown tensor"
         raise UserError(f"{location.url}/backbone: {what} {name!r}; export the run again")
@@ -108,30 +114,24 @@ def load_tensors(location: Location, file: File, dtype: str = "float32", served:
     Raises UserError unless the file has the size and the CRC-32 that ``file`` says. Arrays go to the device before the whole
     file is checked, but none is handed out.
     """
-    crc = at = 0
-
-    def take(count: int) -> bytes:
-        nonlocal crc, at
-        data = read_exactly(location, file, at, at + count)
-        crc, at = zlib.crc32(data, crc), at + count
-        return data
-
     found = location.sizes([file.name]).get(file.name, file.bytes)
     if found not in (None, file.bytes):
         raise UserError(f"{location.url}/{file.name}: {found} bytes, the manifest says {file.bytes}; {MEND}")
-    made = {}
     try:
-        size = int.from_bytes(take(8), "little")
-        header = json.loads(take(size)) if size <= file.bytes else None
-        entries = sorted((entry["data_offsets"], name, entry) for name, entry in header.items() if name != "__metadata__")
-        for (begin, end), name, entry in entries:
-            count = int(np.prod(entry["shape"]))
-            if entry["dtype"] != "F32" or begin != at - 8 - size or end - begin != 4 * count:
-                raise ValueError(f"tensor {name!r} is not float32, or out of place")
-            host = _load_tensor(take, entry["shape"], dtype if len(entry["shape"]) > 1 else "float32")
-            made[name] = jax.device_put(host[None] if served and name.startswith(LAYERS) else host)
-        if at != file.bytes:
-            raise ValueError("bytes after the last tensor")
+        head, entries = _header(location, file)
+        made, crc = {}, zlib.crc32(head)
+        with ThreadPoolExecutor(READERS) as pool:
+            try:
+                for name, shape, start in entries:
+                    host, pieces = _start_tensor(pool, location, file, start, shape, dtype if len(shape) > 1 else "float32")
+                    made[name] = host[None] if served and name.startswith(LAYERS) else host, pieces
+                for name, (host, pieces) in made.items():
+                    for piece in pieces:
+                        crc = combined(crc, *piece.result())
+                    made[name] = jax.device_put(host)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -143,13 +143,37 @@ def load_tensors(location: Location, file: File, dtype: str = "float32", served:
     return made
 
 
-def _load_tensor(take, shape: list[int], dtype: str) -> np.ndarray:
-    count, dtype = int(np.prod(shape)), jnp.dtype(dtype)
-    host = allocate(1, count * dtype.itemsize).reshape(-1).view(dtype)  # page-aligned: a CPU device takes it without a copy
-    for first in range(0, count, READ_BYTES // 4):
-        last = min(first + READ_BYTES // 4, count)
-        host[first:last] = np.frombuffer(take(4 * (last - first)), np.float32)
-    return host.reshape(shape)
+def _header(location: Location, file: File) -> tuple[bytes, list[tuple[str, list[int], int]]]:
+    """(the bytes before the first tensor, [(name, shape, where it starts)]). Raises ValueError and the like unless float32 tensors fill the file."""
+    size = int.from_bytes(first := read_exactly(location, file, 0, 8), "little")
+    if 8 + size > file.bytes:
+        raise ValueError("its header is longer than the file")
+    head = first + read_exactly(location, file, 8, 8 + size)
+    found, at = [], 0
+    entries = json.loads(head[8:])
+    for (begin, end), name, entry in sorted((entry["data_offsets"], name, entry) for name, entry in entries.items() if name != "__metadata__"):
+        if entry["dtype"] != "F32" or begin != at or end - begin != 4 * math.prod(entry["shape"]):
+            raise ValueError(f"tensor {name!r} is not float32, or out of place")
+        found.append((name, entry["shape"], len(head) + begin))
+        at = end
+    if len(head) + at != file.bytes:
+        raise ValueError("its tensors do not fill it")
+    return head, found
+
+
+def _start_tensor(pool: ThreadPoolExecutor, location: Location, file: File, start: int, shape: list[int],
+                  dtype: str) -> tuple[np.ndarray, list[Future]]:
+    """Memory for a tensor, and the reads that fill it, in order; each returns (CRC-32, length) of its bytes in the file."""
+    count, dtype = math.prod(shape), jnp.dtype(dtype)
+    host = allocate(1, count * dtype.itemsize, huge=False).reshape(-1).view(dtype)  # page-aligned: a CPU device takes it without a copy
+
+    def read(first: int, last: int) -> tuple[int, int]:
+        data = read_exactly(location, file, start + 4 * first, start + 4 * last)
+        host[first:last] = np.frombuffer(data, np.float32)
+        return zlib.crc32(data), len(data)
+
+    step = READ_BYTES // 4
+    return host.reshape(shape), [pool.submit(read, first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def read_exactly(location: Location, file: File, start: int, stop: int) -> bytes:

@@ -20,6 +20,7 @@ from flexmemory.progress import ProgressLine
 from flexmemory.tkv import format, target
 from flexmemory.tkv.format import COPY_MARK, MANIFEST, File, Manifest
 from flexmemory.tkv.location import DamagedFile, Location, LocalLocation, open_location
+from flexmemory.tkv.manifest import from_json, read_manifest
 from flexmemory.tkv.verify import verify_deep
 
 PART_BYTES = 8 << 20  # of a file, read at a time
@@ -62,9 +63,9 @@ def _place(location: Location) -> object:
 
 def _read_manifest(source: Location) -> tuple[Manifest, bytes]:
     """The manifest, and the same as bytes."""
-    manifest = format.read_manifest(source)
+    manifest = read_manifest(source)
     content = _read(source, MANIFEST)
-    if content is None or format.from_json(json.loads(content), f"{source.url}/{MANIFEST}") != manifest:
+    if content is None or from_json(json.loads(content), f"{source.url}/{MANIFEST}") != manifest:
         raise UserError(f"{source.url}: was replaced while it was opened; run the same command again")
     return manifest, content
 

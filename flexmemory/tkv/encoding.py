@@ -83,6 +83,9 @@ def decode(layout: Layout, stored: jax.Array, basis: Basis = (), dtype: str = "f
     return jnp.stack(rows)
 
 
+jitted_decode = jax.jit(decode, static_argnums=(0, 3))  # for callers that are not compiled themselves
+
+
 def host_view(layout: Layout, bundles_RB: np.ndarray) -> np.ndarray:
     """A view, without a copy, of C-contiguous uint8 bundles in the form that :func:`decode` takes."""
     if layout.plain:

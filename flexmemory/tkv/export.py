@@ -24,12 +24,14 @@ from flexmemory.data.tokenizer import load as load_tokenizer
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
 from flexmemory.tkv import arrays, backbone, fold, format, lowrank, target
+from flexmemory.tkv.crc import combined, combined_rows, crc32_of
 from flexmemory.tkv.encoding import CODE_LIMIT, DTYPES, FLOATS
 from flexmemory.tkv.format import File, Group, LayerError, Manifest, Source, TokenizerInfo
 from flexmemory.tkv.location import Location, open_location
+from flexmemory.tkv.manifest import config_hash, read_manifest
 from flexmemory.tkv.store import load_bases
 
-WRITING = 2  # blocks that may be on their way to the disk while the next one is computed
+WRITING = 3  # blocks that may be on their way to the disk while the next one is computed: with two, both would be checked, then both synced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def export_params(config: Config, params: dict, tokenizer: Tokenizer, out: str |
         _check_space(location, needed - target.bytes_there(location))  # what is there is gone on with, or cleared
         resume = target.prepare(location, manifest, host, overwrite, lambda: _prepared(location, manifest, on_device, progress), progress)
         if resume is None:
-            manifest = format.read_manifest(location)
+            manifest = read_manifest(location)
             return {"store": location.url, "seconds": 0.0, "rows_per_s": 0.0, "resumed_rows": model.vocab_size, "complete_before": True,
                     **sizes(manifest)}
         record, done = resume
@@ -136,7 +138,7 @@ def plan(config: Config, rows: Rows, tokenizer: TokenizerInfo, run: str, step: i
         raise UserError("--rank: the model has no memory layer; leave it out")
     return Manifest(
         model=model, dtype=rows.dtype, shard_rows=shard_rows, fold_rows=min(shard_rows, format.FOLD_ROWS), tokenizer=tokenizer,
-        source=Source(run, step, format.config_hash(config), crc32), scale_group=rows.scale_group,
+        source=Source(run, step, config_hash(config), crc32), scale_group=rows.scale_group,
         ranks=None if rows.rank is None else lowrank.uniform_ranks(groups, rows.rank), rank_error=rows.rank_error)
 
 
@@ -162,7 +164,6 @@ def _with_bases(location: Location, manifest: Manifest, prepared: list[File]) ->
 def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: fold.Bases, todo: list[int], record: target.Record,
                   progress: bool) -> None:
     """Folds and writes ``todo``: the device computes the next block while the last ones are checked and written by threads."""
-    tails = {group.name: arrays.shard_tails(manifest, group) for group in manifest.groups if todo}
     layouts, groups = fold.layouts_of(manifest.groups), manifest.groups
     total, began = sum(_block_rows(manifest, block) for block in todo), time.perf_counter()
     pending: deque[tuple[int, list[Future], dict]] = deque()
@@ -178,6 +179,7 @@ def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: f
             line.update(written, f"{written * manifest.bundle_bytes / (time.perf_counter() - began) / 1e6:,.0f} MB/s")
 
     with ProgressLine("export", total, "rows", enabled=progress) as line, ThreadPoolExecutor(WRITING) as pool, record:
+        tails = {group.name: pool.submit(arrays.shard_tails, manifest, group) for group in manifest.groups if todo}
         ahead = None
         for block in [*todo, None]:
             parts = None
@@ -188,8 +190,9 @@ def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: f
             if ahead is not None:
                 bundles, sums = fold.fetch_block(ahead[1], groups)
                 finish(WRITING - 1)
-                pending.append((ahead[0], [pool.submit(_write_shard, location, manifest, group, ahead[0], bundles[group.name], tails[group.name])
-                                           for group in groups], sums))
+                writes = [pool.submit(_write_shard, location, manifest, group, ahead[0], bundles[group.name], tails[group.name].result())
+                          for group in groups]
+                pending.append((ahead[0], writes, sums))
                 del bundles
             ahead = (block, parts)
         finish(0)
@@ -197,11 +200,13 @@ def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: f
 
 def _write_shard(location: Location, manifest: Manifest, group: Group, block: int, parts: list[np.ndarray], tails: tuple[bytes, bytes]) -> list[File]:
     """Writes one shard and its checksums; both are on the disk when it returns."""
-    crc32_S = np.zeros(manifest.shard_rows, "<u4")
+    name, tail = format.shard_file(group, block), tails[block == manifest.blocks - 1]
     crc32_R = np.concatenate([format.bundle_crc32(part_RB) for part_RB in parts])
+    location.write_parts(name, [*(part_RB.data for part_RB in parts), tail])
+    whole = combined(combined_rows(crc32_R, group.bundle_bytes), zlib.crc32(tail), len(tail))
+    crc32_S = np.zeros(manifest.shard_rows, "<u4")
     crc32_S[: len(crc32_R)] = crc32_R
-    rows = [*(part_RB.data for part_RB in parts), tails[block == manifest.blocks - 1]]
-    return [_write(location, format.shard_file(group, block), *rows), _write(location, format.checksum_file(group, block), crc32_S.tobytes())]
+    return [File(name, format.shard_bytes(manifest, group, block), whole), _write(location, format.checksum_file(group, block), crc32_S.tobytes())]
 
 
 def _publish(location: Location, manifest: Manifest, record: target.Record, blocks: dict[int, target.Block], params: dict, tokenizer: Tokenizer,
@@ -225,12 +230,9 @@ def _publish(location: Location, manifest: Manifest, record: target.Record, bloc
     return manifest
 
 
-def _write(location: Location, name: str, *parts: bytes | memoryview) -> File:
-    location.write_parts(name, parts)
-    crc = 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-    return File(name, sum(memoryview(part).nbytes for part in parts), crc)
+def _write(location: Location, name: str, data: bytes) -> File:
+    location.write(name, data)
+    return File(name, len(data), zlib.crc32(data))
 
 
 def _errors(manifest: Manifest, blocks: dict[int, target.Block]) -> tuple[LayerError, ...] | None:
@@ -270,10 +272,8 @@ def sizes(manifest: Manifest) -> dict:
 
 def params_crc32(params: dict) -> int:
     """CRC-32 over names and bytes of all parameters, in order of their names."""
-    crc = 0
-    for name, array in sorted(backbone.flatten(params)):
-        crc = zlib.crc32(np.ascontiguousarray(array).data.cast("B") if array.size else b"", zlib.crc32(name.encode(), crc))
-    return crc
+    named = sorted(backbone.flatten(params))
+    return crc32_of(part for name, array in named for part in (name.encode(), np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

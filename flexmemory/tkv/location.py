@@ -43,6 +43,7 @@ class Patience:
 class LocalLocation:
     local: Path
     writable = True
+    timeout_s = None
 
     @property
     def url(self) -> str:
@@ -140,6 +141,10 @@ class LocalLocation:
         folder = self.local / checked(name) if name else self.local
         return {"driver": "file", "path": f"{folder.absolute()}/"}
 
+    def wait(self, future: ts.Future):
+        """The result of one of TensorStore's futures about this location. Raises RuntimeError with TensorStore's message in one line."""
+        return _result(future, None)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RemoteLocation:
@@ -209,18 +214,19 @@ class RemoteLocation:
         """TensorStore's kvstore JSON of the folder ``name``, retries included."""
         return {**self.base, "path": self.base.get("path", "") + (f"{checked(name)}/" if name else "")}
 
+    def wait(self, future: ts.Future):
+        """As of a local location. Raises TimeoutError as well, once the patience is over."""
+        return _result(future, self.timeout_s)
+
     def _check_writable(self, name: str) -> None:
         if not self.writable:
             raise UserError(f"{self.url}/{name}: http locations are read only; write to a local path, s3:// or gs://")
 
     def _wait(self, name: str, action: str, future):
         try:
-            return future.result(timeout=self.timeout_s)
-        except TimeoutError:
-            raise UserError(f"{self.url}/{name}: cannot be {action} (no answer within {self.timeout_s:g} s); "
-                            "check the network and run the same command again") from None
-        except (ValueError, RuntimeError, OSError) as error:
-            raise _remote_error(f"{self.url}/{name}", action, error) from error
+            return self.wait(future)
+        except (TimeoutError, RuntimeError) as error:
+            raise _remote_error(f"{self.url}/{name}", action, str(error)) from error
 
 
 Location = LocalLocation | RemoteLocation
@@ -256,7 +262,7 @@ def open_location(text: str | Path, *, patience: Patience | None = None) -> Loca
             base |= _s3_environment()
         kvstore = ts.KvStore.open(base).result(timeout=patience.timeout_s)
     except ValueError as error:
-        raise UserError(f"{text}: not a URL of a store ({_reason(error)}); give scheme://bucket/prefix or http(s)://host/path") from None
+        raise UserError(f"{text}: not a URL of a store ({_one_line(error)}); give scheme://bucket/prefix or http(s)://host/path") from None
     return RemoteLocation(url, base, patience.timeout_s, kvstore, driver != "http", {})
 
 
@@ -301,8 +307,7 @@ def _local_error(path: Path, action: str, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be {action} ({error.strerror or error}); {mend}")
 
 
-def _remote_error(url: str, action: str, error: Exception) -> UserError:
-    reason = _reason(error)
+def _remote_error(url: str, action: str, reason: str) -> UserError:
     if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
         return UserError(f"{url}: cannot be {action}, permission denied ({reason}); check the credentials and what they allow")
     if reason.startswith("OUT_OF_RANGE"):
@@ -312,6 +317,15 @@ def _remote_error(url: str, action: str, error: Exception) -> UserError:
     return UserError(f"{url}: cannot be {action} ({reason}); check the network and the server, then run the same command again")
 
 
-def _reason(error: Exception) -> str:
+def _result(future: ts.Future, timeout_s: float | None):
+    try:
+        return future.result(timeout=timeout_s)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
+    except (ValueError, RuntimeError, OSError) as error:
+        raise RuntimeError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
     """TensorStore's message without the response's body and headers."""
     return str(error).strip().partition("\n")[0].split(" [http_response")[0][:240]

@@ -52,12 +52,14 @@ def open_reader(location: Location, manifest: Manifest, group: Group, *, method:
     return LocalReader(location, manifest, group, method)
 
 
-def allocate(rows: int, bundle_bytes: int) -> np.ndarray:
-    """Memory that bundles are read fastest into: zeros uint8 [rows, bundle_bytes], page-aligned, in huge pages where the kernel has them."""
+def allocate(rows: int, bundle_bytes: int, huge: bool = True) -> np.ndarray:
+    """Zeros uint8 [rows, bundle_bytes], page-aligned. huge: in huge pages where the kernel has them, into which bundles are read fastest; they
+    are for memory that is used again and again, as their first touch can be slow where a virtual machine has given free memory back."""
     size = rows * bundle_bytes
     memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory, the default, gets no huge pages
-    with contextlib.suppress(AttributeError, OSError):  # not Linux; a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if huge:
+        with contextlib.suppress(AttributeError, OSError):  # not Linux; a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8, size).reshape(rows, bundle_bytes)
 
 
@@ -66,7 +68,6 @@ class TensorStoreReader:
 
     def __init__(self, location: Location, manifest: Manifest, group: Group):
         self._location, self._group = location, group
-        self._timeout_s = location.timeout_s if location.local is None else None
         self._reads = self._bundles = 0
         index_bytes = group.shards * manifest.shard_rows * format.INDEX_ENTRY_BYTES
         context = ts.Context({
@@ -81,8 +82,11 @@ class TensorStoreReader:
         if not len(ids_U):
             return
         # a remote read that is given up may still write: not to memory that the caller goes on using
-        target_UB = out_UB if self._timeout_s is None else np.empty_like(out_UB)
-        self._result(ts.array(host_view(self._group.layout, target_UB), copy=False).write(self._array[ids_U]))
+        target_UB = out_UB if self._location.timeout_s is None else np.empty_like(out_UB)
+        rows_U = host_view(self._group.layout, target_UB)
+        # a plain index takes TensorStore less time than an array of one
+        here, there = (rows_U, self._array[ids_U]) if len(ids_U) > 1 else (rows_U[0], self._array[int(ids_U[0])])
+        self._result(ts.array(here, copy=False).write(there))
         if target_UB is not out_UB:
             out_UB[:] = target_UB
         self._reads += 1
@@ -98,11 +102,10 @@ class TensorStoreReader:
 
     def _result(self, future: ts.Future):
         try:
-            return future.result(timeout=self._timeout_s)
-        except (ValueError, RuntimeError, TimeoutError) as error:
-            reason = str(error).strip().partition("\n")[0].split(" [http_response")[0][:300] or f"no answer within {self._timeout_s} s"
-            mend = format.MEND if self._timeout_s is None else f"check the network and the server, or {format.MEND}"
-            raise UserError(f"{self._location.url}/rows/{self._group.name}: cannot be read ({reason}); {mend}") from error
+            return self._location.wait(future)
+        except (TimeoutError, RuntimeError) as error:
+            mend = format.MEND if self._location.local is not None else f"check the network and the server, or {format.MEND}"
+            raise UserError(f"{self._location.url}/rows/{self._group.name}: cannot be read ({error}); {mend}") from error
 
 
 class _OtherLayout(Exception):

@@ -6,7 +6,6 @@ import io
 import zlib
 from pathlib import Path
 
-import jax
 import numpy as np
 import tensorstore as ts
 
@@ -18,9 +17,8 @@ from flexmemory.tkv import backbone, encoding, format
 from flexmemory.tkv.encoding import Basis
 from flexmemory.tkv.format import BASIS, COUNTS, MEND, TOKENIZER, File, Group, Manifest
 from flexmemory.tkv.location import Location, open_location
+from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.reader import LocalReader, TensorStoreReader, allocate, open_reader
-
-_decode = jax.jit(encoding.decode, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +112,7 @@ def open_store(path: str | Path, *, check: bool = True) -> Store:
     version, a missing or truncated file, another tokenizer.
     """
     location = open_location(path)
-    manifest = format.read_manifest(location)
+    manifest = read_manifest(location)
     check_sizes(location, format.expected_files(manifest) | {file.name: file.bytes for file in manifest.files})
     read_tokenizer(location, manifest)
     for group in manifest.groups:
@@ -131,7 +129,7 @@ def decoded(group: Group, bundles_RB: np.ndarray, basis: Basis) -> np.ndarray:
         return stored
     padded = np.zeros((format.next_power(len(stored)), group.bundle_bytes), np.uint8)  # few shapes are compiled
     padded[: len(stored)] = stored
-    return np.swapaxes(np.asarray(_decode(group.layout, padded, basis)), 0, 1)[: len(stored)]
+    return np.swapaxes(np.asarray(encoding.jitted_decode(group.layout, padded, basis, "float32")), 0, 1)[: len(stored)]
 
 
 def check_sizes(location: Location, expected: dict[str, int]) -> None:
@@ -175,19 +173,14 @@ def _open_array(location: Location, name: str, spec) -> ts.TensorStore:
 
 
 def _result(location: Location, wrong: str, future: ts.Future):
-    """Waits as long as the location has patience. ``wrong``: the name, and what a failure means."""
-    timeout_s = None if location.local is not None else location.timeout_s
+    """``wrong``: the name, and what a failure means."""
     try:
-        return future.result(timeout=timeout_s)
-    except TimeoutError:
-        raise UserError(f"{location.url}/{wrong.partition(':')[0]}: cannot be read (no answer within {timeout_s:g} s); check the network and the "
-                        "server, then run the same command again") from None
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{location.url}/{wrong} ({_reason(error)}); {MEND}") from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+        return location.wait(future)
+    except TimeoutError as error:
+        raise UserError(f"{location.url}/{wrong.partition(':')[0]}: cannot be read ({error}); check the network and the server, then run the same "
+                        "command again") from None
+    except RuntimeError as error:
+        raise UserError(f"{location.url}/{wrong} ({error}); {MEND}") from None
 
 
 def _read_checked(location: Location, file: File) -> bytes:

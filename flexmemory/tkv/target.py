@@ -19,6 +19,7 @@ from flexmemory.progress import ProgressLine
 from flexmemory.tkv import format
 from flexmemory.tkv.format import MANIFEST, File, Manifest
 from flexmemory.tkv.location import Location
+from flexmemory.tkv.manifest import read_manifest, to_json
 
 CONTENTS = ("rows", "checksums", "backbone", format.TOKENIZER, format.BASIS, format.COUNTS)
 PARTIAL, LOCK = "tkv.partial.", ".lock."  # and the number of the host
@@ -66,7 +67,7 @@ class Record:
 
 def identity_of(manifest: Manifest) -> dict:
     """What must agree for blocks of two exports to be the same bytes."""
-    body = format.to_json(manifest)
+    body = to_json(manifest)
     source = {name: value for name, value in body["source"].items() if name != "config_hash"}  # logging intervals do not change a row
     names = ("version", "model", "dtype", "shard_rows", "fold_rows", "tokenizer")
     more = {"scale_group": manifest.scale_group, "rank_error": manifest.rank_error,
@@ -111,7 +112,7 @@ def prepare(location: Location, manifest: Manifest, host: int, overwrite: bool, 
     """
     identity = identity_of(manifest)
     if _exists(location, MANIFEST) and not overwrite:
-        if identity_of(format.read_manifest(location)) == identity:
+        if identity_of(read_manifest(location)) == identity:
             if host == 0:
                 sweep(location)
             return None
@@ -172,7 +173,7 @@ def wait_for_hosts(location: Location, manifest: Manifest, record: Record, progr
 def publish(location: Location, manifest: Manifest, record: Record) -> None:
     """Makes the target a store, if it is still this export's."""
     record.write()
-    location.write(MANIFEST, (json.dumps(format.to_json(manifest), indent=1) + "\n").encode())
+    location.write(MANIFEST, (json.dumps(to_json(manifest), indent=1) + "\n").encode())
     sweep(location)
 
 

@@ -15,6 +15,7 @@ from flexmemory.tkv import format
 from flexmemory.tkv.fold import fold_table
 from flexmemory.tkv.format import Group, Manifest
 from flexmemory.tkv.location import Location, open_location
+from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.reader import allocate
 from flexmemory.tkv.store import Store, decoded, open_store, read_tokenizer
 
@@ -118,7 +119,7 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
     alone; the others are then checked by size, bundles and tokenizer. Raises UserError where there is no readable manifest.
     """
     location = open_location(path)
-    manifest = format.read_manifest(location)
+    manifest = read_manifest(location)
     shards = {format.shard_file(group, block): (group, block) for group in manifest.groups for block in range(group.shards)}
     known = {name: (size, None) for name, size in format.expected_files(manifest).items()} | {f.name: (f.bytes, f.crc32) for f in manifest.files}
     total, damaged, done = sum(size for size, _ in known.values()), [], 0

@@ -1,12 +1,13 @@
 """Processes that the tests kill or limit: ``python -m reliability.child kills|hold|full|few|ramfs ACTION SOURCE TARGET [COUNT]``
 
 ACTION is export, overwrite or copy. kills: does it again and again, killed at random moments, in targets TARGET/0, TARGET/1, ...; prints how
-many seconds it takes undisturbed and how each process ended. hold: does it once, so slowly that it never ends, and prints a line once TARGET
+each process ended. hold: does it once, so slowly that it never ends, and prints a line once TARGET
 is its own. full: does it on file systems of COUNT growing sizes mounted on TARGET, until one suffices. few: opens and reads SOURCE with ever
 fewer file descriptors. ramfs: reads SOURCE's rows from a ramfs mounted on TARGET, which refuses O_DIRECT.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,9 +25,10 @@ import numpy as np
 
 from flexmemory import files
 from flexmemory.errors import UserError
-from flexmemory.tkv import format, target
+from flexmemory.tkv import target
 from flexmemory.tkv.copy import copy
 from flexmemory.tkv.location import open_location
+from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.reader import allocate, open_reader
 from flexmemory.tkv.store import open_store
 from tkv.making import tree_bytes
@@ -54,44 +57,53 @@ def slow_down(seconds: float) -> None:
     os.fsync, target.RECORD_SECONDS = slowly, 3 * seconds
 
 
-def begun(action: str, out: Path) -> bool:
-    """Has the target been touched?"""
-    if action == "overwrite":
-        return any(out.glob(f"{target.LOCK}*"))
-    return out.exists()
+CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # among Python's audit events, which come just before the deed
 
 
-def start(action: str, source: Path, out: Path) -> int:
+def changes(out: Path, at: int) -> itertools.count:
+    """Counts what this process does from now on to files below ``out``. Before number ``at`` it kills itself, whatever its other threads do."""
+    counter, lock, below = itertools.count(), threading.Lock(), str(out)
+
+    def hook(event, args):
+        if event in CHANGES and isinstance(args[0], str | os.PathLike) and os.fspath(args[0]).startswith(below):
+            with lock:
+                if next(counter) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return counter
+
+
+def killed(action: str, source: Path, out: Path, at: int) -> tuple[int, int]:
+    """(how the process ended, changes that it made to the target, if it came to its end)"""
     if action == "overwrite":
         shutil.copytree(source, out)
+    read, write = os.pipe()
     process = os.fork()
     if not process:
         with contextlib.suppress(BaseException):
+            counter = changes(out, at)
             act(action, source, out)
+            os.write(write, str(next(counter)).encode())
             os._exit(0)
         os._exit(1)
-    while not begun(action, out) and not os.waitpid(process, os.WNOHANG)[0]:
-        time.sleep(0.001)
-    return process
+    os.close(write)
+    with open(read) as said:
+        made = int(said.read() or 0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), made
 
 
 def kills(action: str, source: Path, folder: Path, count: int) -> dict:
-    """The moments are drawn over nine tenths of the time from the first touch of the target to the end."""
+    """The moments are drawn over the changes that an undisturbed process makes to the target, one in each of ``count`` equal parts: a slow
+    machine has the same ones."""
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    slow_down(0.004)
-    for warm in ("compiles", "undisturbed"):
-        process, began = start(action, source, folder / warm), time.monotonic()
-        if os.waitpid(process, 0)[1]:
-            raise SystemExit(f"{warm}: failed")
-        seconds = time.monotonic() - began
-    rng, ends = random.Random(0), []
-    for number in range(count):
-        process = start(action, source, folder / str(number))
-        time.sleep(rng.uniform(0, 0.9 * seconds))
-        os.kill(process, signal.SIGKILL)
-        ends.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
-    return {"seconds": seconds, "ends": ends}
+    target.RECORD_SECONDS = 0  # else it is a matter of time how often the record is written
+    end, total = killed(action, source, folder / "undisturbed", -1)
+    if end:
+        raise SystemExit("undisturbed: failed")
+    rng, part = random.Random(0), 0.95 * total / count  # threads that meet at a new folder make a change more or less
+    return {"ends": [killed(action, source, folder / str(number), int(part * (number + rng.random())))[0] for number in range(count)], "total": total}
 
 
 def full(action: str, source: Path, folder: Path, count: int) -> dict:
@@ -147,7 +159,7 @@ def ramfs(source: Path, folder: Path) -> dict:
         refused = False
     except OSError:
         refused = True
-    stats, manifest = [], format.read_manifest(open_location(source))
+    stats, manifest = [], read_manifest(open_location(source))
     for group in manifest.groups:
         want, got = (allocate(manifest.vocab_size, group.bundle_bytes) for _ in range(2))
         for place, method, out in ((source, "buffered", want), (folder / "s", "uring", got)):

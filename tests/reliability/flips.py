@@ -10,6 +10,7 @@ import numpy as np
 from flexmemory.errors import UserError
 from flexmemory.tkv import format
 from flexmemory.tkv.location import open_location
+from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.store import open_store
 from flexmemory.tkv.verify import verify_deep
 from tkv.making import tree_bytes
@@ -19,7 +20,7 @@ Region = tuple[str, str, int, int]  # file, what of it, first byte, one past the
 
 def regions(store: Path) -> list[Region]:
     """Every byte of the store, once."""
-    manifest, made, files = format.read_manifest(open_location(store)), [], tree_bytes(store)
+    manifest, made, files = read_manifest(open_location(store)), [], tree_bytes(store)
     for group in manifest.groups:
         for block in range(group.shards):
             tokens = min(manifest.shard_rows, manifest.vocab_size - block * manifest.shard_rows)

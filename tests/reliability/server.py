@@ -19,6 +19,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults, self.met, self.closing, self.lock = folder, [], 0, threading.Event(), threading.Lock()
+        self.silent = threading.Event()  # a request is being met with silence
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def fault(self, what, path: str, times: float = 1e9, after: int = 0) -> None:
@@ -33,13 +34,17 @@ class Server(ThreadingHTTPServer):
                         return None
                     entry[2] -= 1
                     self.met += 1
+                    if entry[0] == "silent":
+                        self.silent.set()
                     return entry[0]
         return None
 
     def mend(self) -> None:
-        self.faults.clear()
-        self.closing.set()  # lets the silent ones go
-        self.closing = threading.Event()
+        with self.lock:
+            self.faults.clear()
+            self.silent.clear()
+            self.closing.set()  # lets the silent ones go
+            self.closing = threading.Event()
 
     def handle_error(self, request, client_address):
         pass  # a client that gave up

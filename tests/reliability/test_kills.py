@@ -56,19 +56,18 @@ def is_whole(store: Path) -> bool:
 @pytest.mark.parametrize("action,count", [("export", 20), ("overwrite", 4), ("copy", 5)])
 def test_killed_at_random_moments(action, count, whole, twin, tmp_path, child_environment):
     found = kill(action, twin if action == "overwrite" else whole, tmp_path, count, child_environment)
-    assert found["ends"].count(-9) >= count // 2  # and the others had ended just before
+    assert found["ends"] == [-9] * count
     stages = set()
-    for number, end in enumerate(found["ends"]):
+    for number in range(count):
         out = tmp_path / str(number)
         complete = is_whole(out)
         if complete:
             files = {name: data for name, data in tree_bytes(out).items() if not re.match(r"tkv\.partial\.|\.lock\.|.*\.tmp$", name)}
             assert files in (tree_bytes(whole), *[tree_bytes(twin)] * (action == "overwrite")), number
-        assert complete or end == -9
-        stages.add(len(list(out.rglob("c/*"))))
+        stages.add(frozenset(contents(out)))
         child.act(action, whole, out)
         assert contents(out) == contents(whole), number
-    assert len(stages) > count // 5  # the moments were different ones
+    assert len(stages) > count // 2  # the moments were different ones
 
 
 @pytest.mark.parametrize("first", ["export", "copy"])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from flexmemory.errors import UserError
 from flexmemory.runtime.cache import POLICIES
-from flexmemory.runtime.rows import Budgets, LiveRows, ResidentRows, TieredRows
+from flexmemory.runtime.rows import Budgets, LiveRows, ResidentRows
+from flexmemory.runtime.tiers import TieredRows
 from flexmemory.tkv.encoding import Layout
 from flexmemory.tkv.format import model_groups
 from flexmemory.tkv.store import open_store
@@ -254,4 +255,4 @@ def test_buffers_of_rare_sizes_are_not_kept():
         ticket = source.request(np.arange(3), size)
         ticket.collect()
         ticket.release()
-    assert len(source._buffers) == 2
+    assert len(source._free) == 2

@@ -199,21 +199,22 @@ def test_overwriting_is_interrupted(mixed, source, out, tmp_path):
         assert tree_bytes(out) == ours
 
 
-def test_unfinished_copy_of_another_store(source, other_store, out):
-    interrupted(other_store, out, 6)
-    with pytest.raises(UserError, match="holds an unfinished copy of another store"):
+def replaced_only_with_overwrite(source, out, what):
+    with pytest.raises(UserError, match=f"holds {what}; give --overwrite"):
         run(source, out)
     run(source, out, overwrite=True)
     assert tree_bytes(out) == tree_bytes(source)
+
+
+def test_unfinished_copy_of_another_store(source, other_store, out):
+    interrupted(other_store, out, 6)
+    replaced_only_with_overwrite(source, out, "an unfinished copy of another store")
 
 
 def test_unfinished_export_at_the_destination(source, out):
     out.mkdir()
     (out / "tkv.partial.0.json").write_text("{}")
-    with pytest.raises(UserError, match="holds an unfinished export; give --overwrite"):
-        run(source, out)
-    run(source, out, overwrite=True)
-    assert tree_bytes(out) == tree_bytes(source)
+    replaced_only_with_overwrite(source, out, "an unfinished export")
 
 
 def test_foreign_directory_is_left_alone(source, out):

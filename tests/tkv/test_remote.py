@@ -125,6 +125,22 @@ def url_of(web, kind):
     return f"{web.url}/mixed" if kind == "http" else f"s3://{BUCKET}/mixed"
 
 
+def interrupted(writes, action, monkeypatch):
+    """Ctrl-C comes after so many writes to a remote location."""
+    write, left = RemoteLocation.write, [writes]
+
+    def count(location, name, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write(location, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteLocation, "write", count)
+        with pytest.raises(KeyboardInterrupt):
+            action()
+
+
 def one_line(caught):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     return True
@@ -194,18 +210,7 @@ def test_damage_on_s3(mixed_store, bucket, tmp_path, damage):
 
 
 def test_interrupted_copy_to_s3(mixed_store, bucket, monkeypatch):
-    write, left = RemoteLocation.write, [6]
-
-    def count(location, name, data):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        write(location, name, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RemoteLocation, "write", count)
-        with pytest.raises(KeyboardInterrupt):
-            copy(mixed_store, f"{bucket}/store", progress=False)
+    interrupted(6, lambda: copy(mixed_store, f"{bucket}/store", progress=False), monkeypatch)
     with pytest.raises(UserError, match="store"):
         open_store(f"{bucket}/store")
     made = copy(mixed_store, f"{bucket}/store", progress=False)
@@ -288,18 +293,7 @@ def test_export_to_s3(mixed, bucket, tmp_path, options):
 @pytest.mark.parametrize("writes", [1, 6, 15, 24])
 def test_interrupted_export_to_s3(mixed, mixed_store, bucket, monkeypatch, writes):
     cfg, params = mixed
-    write, left = RemoteLocation.write, [writes]
-
-    def count(location, name, data):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        write(location, name, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RemoteLocation, "write", count)
-        with pytest.raises(KeyboardInterrupt):
-            make_store(f"{bucket}/store", cfg, params)
+    interrupted(writes, lambda: make_store(f"{bucket}/store", cfg, params), monkeypatch)
     with pytest.raises(UserError, match="store"):
         open_store(f"{bucket}/store")
     make_store(f"{bucket}/store", cfg, params)

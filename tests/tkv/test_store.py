@@ -12,7 +12,7 @@ import tokenizers
 
 from flexmemory.errors import UserError
 from flexmemory.runtime.forward import served_params
-from flexmemory.tkv import format
+from flexmemory.tkv.manifest import json_crc32
 from flexmemory.tkv.store import open_store
 
 from .making import VOCAB, make_store, tree_bytes
@@ -31,7 +31,7 @@ def rewrite_manifest(store, **changes):
     """Changes fields and makes the checksum fit again: what a careless hand or another program might write."""
     content = json.loads((store / "tkv.json").read_text()) | changes
     content.pop("crc32")
-    (store / "tkv.json").write_text(json.dumps({**content, "crc32": format.json_crc32(content)}))
+    (store / "tkv.json").write_text(json.dumps({**content, "crc32": json_crc32(content)}))
 
 
 def flip(path, place):
@@ -106,7 +106,7 @@ def test_missing_field(copy):
     content = json.loads((copy / "tkv.json").read_text())
     for name in ("source", "layers", "dtype"):
         less = {k: v for k, v in content.items() if k not in (name, "crc32")}
-        (copy / "tkv.json").write_text(json.dumps({**less, "crc32": format.json_crc32(less)}))
+        (copy / "tkv.json").write_text(json.dumps({**less, "crc32": json_crc32(less)}))
         with pytest.raises(UserError, match=name):
             open_store(copy)
 
