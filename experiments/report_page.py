@@ -134,11 +134,11 @@ def equality_table(results: dict) -> str:
 
 def cost_table(results: dict) -> str:
     parts = sorted({part for run in results["variants"] for part in run.get("seconds") or {}}, key=lambda p: (p not in ("train", "eval"), p))
-    head = ["run folder", ("total", "with embeddings"), ("active", "with embeddings"), "FLOPs/token", ("rows/token", "trained on"),
+    head = ["run folder", ("total", "with embeddings"), ("active", "with embeddings"), "FLOPs/token", ("rows/token", "trained on"), ("FLOPs saved", "rows made once"),
             ("rows read", "per token"), ("table", "over FFN")] + [(part, "seconds") for part in parts]
 
     rows = [[f'<code>{esc(run["name"])}/</code>', count(run.get("total_all")), count(run.get("active_all")), count(run.get("flops_per_token")),
-             loss(run.get("rows_per_token")), size(run.get("row_bytes_per_token")),
+             loss(run.get("rows_per_token")), share(run.get("flops_saved_share") or None), size(run.get("row_bytes_per_token")),
              DASH if run.get("table_over_ffn") is None else f"{run['table_over_ffn']:.2f} ×"]
             + [seconds((run.get("seconds") or {}).get(part)).removesuffix(" s") for part in parts] for run in results["variants"]]
     return table("What each run costs", head, rows)

@@ -53,6 +53,7 @@ def run_variant(out: Path, spec: dict, row: dict) -> dict:
         "row_bytes_per_token": numbers["row_bytes_per_token"], "table_bytes": numbers["table_bytes"]["float32"],
         **{key: final.get(key) for key in ("val_loss", "val_bits_per_byte", "recall_acc", "recall_chance", "reasoning_acc",
                                            "reasoning_chance", "kinds", "train_tokens_per_s", "mfu", "rows_per_token", "tokens")},
+        "flops_saved_share": (final.get("flops") or {}).get("saved_share"),
         "steps": final["step"], "export_s": exported["seconds"],
         **{key: proof[key] for key in ("ok", "rows_max_abs_diff", "logits_max_abs_diff", "logits_max_rel_diff", "greedy_equal")},
         "decode_tps_resident": decoded["resident"]["tokens_per_s"], "decode_tps_offloaded": decoded["offloaded"]["tokens_per_s"],

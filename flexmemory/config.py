@@ -37,7 +37,8 @@ class ModelConfig:
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
     attention: str = "auto"  # auto (cudnn on GPU in bfloat16) | xla | cudnn
     scan_layers: bool = True  # scan over the repeating unit; False unrolls, same numbers
-    remat: bool = False  # keep only the inputs of each repeating unit for the backward pass
+    remat: bool = False  # keep only the inputs of each repeating unit for the backward pass, and
+    remat_keep: str = ""  # tensors kept beside them, e.g. "attention gate up"; see models/memory.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices; norms never decay
     clip_norm: float = 1.0  # global norm over all parameters that have no clip of their own; 0 off
+    table_optimizer: str = "adamw"  # of learned tables: adamw (dense, as the papers) | lazy_adam | rowwise_adagrad (touched rows only)
     table_lr: float = 1.0  # multiple of lr for learned tables
     table_weight_decay: float = 0.0  # the papers use 0.1: see docs/numerics.md
     table_clip_norm: float = 0.0  # own norm for learned tables; 0 counts them into clip_norm
@@ -93,6 +95,7 @@ CHOICES = {
     "model.x0_norm": ("rmsnorm", "layernorm"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn"),
+    "optimizer.table_optimizer": ("adamw", "lazy_adam", "rowwise_adagrad"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
 }
 SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.decay_fraction")  # 0 <= value < 1; decay_fraction may be 1
@@ -169,6 +172,7 @@ def from_dict(values: ConfigDict | dict) -> Config:
 def check_model(model: ModelConfig) -> None:
     """Shape rules of a model. Raises UserError."""
     from flexmemory.models.blocks import layer_specs  # late: the pattern's words are the block kinds, which need ModelConfig
+    from flexmemory.models.memory import KEEPABLE
 
     if not model.head_dim and model.d_model % model.n_heads:
         raise UserError(f"config model.n_heads: {model.n_heads} does not divide d_model {model.d_model}; set model.head_dim or another count")
@@ -180,6 +184,11 @@ def check_model(model: ModelConfig) -> None:
     if model.attention == "cudnn" and (head_dim % 8 or model.compute_dtype != "bfloat16"):
         raise UserError(f"config model.attention: cudnn needs bfloat16 and a head width that is a multiple of 8, not {head_dim} in "
                         f"{model.compute_dtype}; use auto")
+    for name in model.remat_keep.split():
+        if name not in KEEPABLE:
+            raise UserError(f"config model.remat_keep: no tensor {name!r}; {nearest(name, KEEPABLE)}")
+    if model.remat_keep and not model.remat:
+        raise UserError(f"config model.remat_keep: {model.remat_keep!r} without model.remat, which keeps everything; set model.remat")
     layer_specs(model)
 
 

@@ -12,7 +12,14 @@ flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which 
 settings.register_profile("flexmemory", deadline=None, derandomize=True)
 settings.load_profile("flexmemory")
 
+
 TINY_SOURCE = "facts:people=4,docs=6+tasks:n=60,eval=12,length=4,pairs=3"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """The user's cache folder of commands called from tests, in this process or in another."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

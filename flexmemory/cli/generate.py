@@ -1,11 +1,9 @@
 """``flexmemory generate``: text from a TKV store alone, its rows read from disk or from a URL."""
 
-import contextlib
 import json
 import re
 import sys
 import time
-from pathlib import Path
 
 from flexmemory.cli.flags import Parser
 from flexmemory.errors import UserError
@@ -44,6 +42,7 @@ def run(argv: list[str]) -> int:
     if args.max_batch < 1:
         raise UserError(f"--max_batch: {args.max_batch} must be above 0")
 
+    from flexmemory.machine import peak_rss
     from flexmemory.runtime.engine import Engine
     from flexmemory.runtime.rows import Budgets
     from flexmemory.tkv.format import next_power
@@ -109,15 +108,6 @@ def show_plan(store, args) -> int:
     if args.stats:
         print(json.dumps(made), file=sys.stderr)
     return 0
-
-
-def peak_rss() -> int | None:
-    """Bytes of memory that this program held at most; None where the system does not say. (ru_maxrss counts the parent's before exec.)"""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    return None
 
 
 def parse_bytes(flag: str, text: str, table_bytes: int) -> int:

@@ -1,5 +1,6 @@
 """The ``flexmemory`` command: finds the subcommand, turns a user's mistake into one line and exit code 2."""
 
+import contextlib
 import importlib
 import logging
 import os
@@ -50,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start_process() -> None:
-    """Settings of a main program: quiet libraries, and compiled programs kept between runs where JAX_COMPILATION_CACHE_DIR or the
-    user's cache folder says."""
+    """Settings of a main program: quiet libraries, and compiled programs kept between runs in JAX's persistent cache, where
+    JAX_COMPILATION_CACHE_DIR says or else in the user's cache folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
     import absl.logging
     import jax
 
@@ -60,8 +61,9 @@ def start_process() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     if not jax.config.jax_compilation_cache_dir:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "flexmemory" / "xla"))
+        with contextlib.suppress(RuntimeError):  # a user without a home has no cache
+            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            jax.config.update("jax_compilation_cache_dir", str(Path(home) / "flexmemory" / "xla"))
 
 
 if __name__ == "__main__":

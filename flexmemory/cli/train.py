@@ -1,6 +1,7 @@
 """flexmemory train --config=configs/flexmemory.py:250m,beta=3 --workdir=runs/x [--config.train.steps=200]"""
 
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,16 +15,19 @@ from flexmemory.errors import UserError
 def run(argv: list[str]) -> int:
     def define(values):
         flags.DEFINE_string("workdir", None, "run folder; an existing one is resumed", flag_values=values)
+        flags.DEFINE_string("profile_steps", None, "FIRST:LAST, steps (the first is 1) of which to write a profiler trace into WORKDIR/profile",
+                            flag_values=values)
 
     values = parse(argv, define, __doc__)
     if not values.workdir:
         raise UserError("--workdir: missing; give the folder of the run")
+    profile_steps = None if values.profile_steps is None else parse_steps(values.profile_steps)
     cfg = config_of(values)
     from flexmemory.train.loop import TrainingDiverged, TrainingInterrupted, train
 
     try:
         with asked_to_stop() as asked:
-            final = train(cfg, values.workdir, stop=lambda: bool(asked))
+            final = train(cfg, values.workdir, stop=lambda: bool(asked), profile_steps=profile_steps)
     except TrainingDiverged as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
@@ -34,6 +38,14 @@ def run(argv: list[str]) -> int:
     print(f"{values.workdir}: step {final['step']}, validation loss {final['val_loss']:.4f} "
           f"({final['val_bits_per_byte']:.4f} bits per byte)" + (f", {rate:,.0f} tokens/s" if rate else ""))
     return 0
+
+
+def parse_steps(text: str) -> range:
+    """The steps of "FIRST:LAST", both included. Raises UserError where it is not that."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found:
+        raise UserError(f"--profile_steps: {text!r} is not FIRST:LAST; write for example 10:12")
+    return range(int(found[1]), int(found[2]) + 1)
 
 
 @contextlib.contextmanager

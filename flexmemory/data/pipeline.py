@@ -1,6 +1,6 @@
 """Batches from token shards: batch k is a pure function of (seed, k), with its unique ids ready for the memory layers.
 
-Letters: A accumulation steps, b rows of this host per accumulation step, T tokens, R unique ids (padded).
+Letters: A accumulation steps, b rows of this host per accumulation step, T tokens, R unique ids of the whole batch (padded).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Batches:
     A batch is a dict of
       ids        int32 [A, b, T]
       targets    int32 [A, b, T], the next tokens
-      unique_ids int32 [A, R], the ids of the accumulation step over all hosts, ascending, then padded with id 0
-      inverse    int32 [A, b, T], unique_ids[a][inverse[a]] == ids[a]; never refers to padding
+      unique_ids int32 [R], the ids of the batch over all accumulation steps and hosts, ascending, then padded with id 0
+      inverse    int32 [A, b, T], unique_ids[inverse] == ids; never refers to padding
       segments   int32 [A, b, T], number of the document within the row; only when asked for
 
     R is one of `row_sizes`, the smallest that holds the batch, so that a compiled step meets few shapes. Where R >= V, unique_ids is 0..V-1.
@@ -45,7 +45,7 @@ class Batches:
         # Reshuffled in each epoch, and still addressable: the order is computed from (seed, epoch), never stored.
         self._order = (order.shuffle() if shuffle else order).repeat(None)
         self.steps_per_epoch = max(1, n_windows // self.batch_size)
-        self.row_sizes: tuple[int, ...] = (min(shards.vocab_size, self._hosts * self._rows * seq_len),)
+        self.row_sizes: tuple[int, ...] = (min(shards.vocab_size, self.batch_size * seq_len),)
 
     def window_numbers(self, k: int) -> np.ndarray:
         """Windows of global batch k, int64 [A, hosts, b]."""
@@ -60,18 +60,16 @@ class Batches:
         tokens_AHbT = self._tokens(numbers_AHb)
         own_AbT = tokens_AHbT[:, self._host_index]
         # Every host reads the whole batch: only so do all agree on unique_ids and R without talking.
-        everybody_AN = tokens_AHbT[..., :-1].reshape(self._accum, -1)
         batch = {"ids": own_AbT[..., :-1].copy(), "targets": own_AbT[..., 1:].copy()}
-        batch |= unique_rows(everybody_AN, batch["ids"], self._shards.vocab_size, self.row_sizes)
+        batch |= unique_rows(tokens_AHbT[..., :-1], batch["ids"], self._shards.vocab_size, self.row_sizes)
         if self._segments:
             rows = [[self._shards.segments(int(i), self._seq_len)[:-1] for i in row] for row in numbers_AHb[:, self._host_index]]
             batch["segments"] = np.array(rows, np.int32)
         return batch
 
-    def unique_counts(self, k: int) -> list[int]:
-        """Number of different ids in each accumulation step of global batch k."""
-        tokens = self._tokens(self.window_numbers(k))[..., :-1]
-        return [_count_unique(step, self._shards.vocab_size) for step in tokens]
+    def unique_count(self, k: int) -> int:
+        """Number of different ids in global batch k."""
+        return _count_unique(self._tokens(self.window_numbers(k))[..., :-1], self._shards.vocab_size)
 
     def _tokens(self, numbers_AHb: np.ndarray) -> np.ndarray:
         tokens = np.empty((*numbers_AHb.shape, self._seq_len + 1), np.int32)
@@ -121,32 +119,29 @@ def make_batches(
 
 
 def measure_row_sizes(batches: Batches, samples: int = SAMPLES) -> tuple[int, ...]:
-    """Padded sizes R for `batches`: one for the typical batch, one that always suffices; a pure function of the batches' arguments."""
+    """Padded sizes R for `batches`, ascending: the largest of the sampled batches, that with a tenth of room for the few that are larger still, and what
+    always suffices; before them the median where it is a tenth less. A pure function of the batches' arguments."""
     enough = batches.row_sizes[-1]
     last = batches.steps_per_epoch
     # Spread over the epoch; a bigger sample would cost more than the rare overflow it avoids.
     steps = sorted({i * last // samples for i in range(samples)})
-    typical = max(max(batches.unique_counts(k)) for k in steps)
-    return _with_enough((_round_up(typical),), enough)
+    counts = sorted(batches.unique_count(k) for k in steps)
+    median, largest, room = (_round_up(count) for count in (counts[len(counts) // 2], counts[-1], counts[-1] * 11 // 10))
+    return _with_enough((*((median,) if median <= 0.9 * largest else ()), largest, room), enough)
 
 
-def unique_rows(everybody_AN: np.ndarray, ids_AbT: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...]) -> Batch:
-    """unique_ids int32 [A, R] of `everybody_AN` and inverse int32 [A, b, T] of `ids_AbT`, whose ids must be among them; R from `row_sizes`."""
-    accum = len(everybody_AN)
-    seen_AV = np.zeros((accum, vocab_size), bool)
-    np.put_along_axis(seen_AV, everybody_AN.astype(np.int64), True, axis=1)
-    largest = int(seen_AV.sum(axis=1).max())
-    size = next(size for size in row_sizes if size >= min(largest, vocab_size))
+def unique_rows(everybody: np.ndarray, ids: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...]) -> Batch:
+    """unique_ids int32 [R] of `everybody` and inverse int32 of `ids`, whose ids must be among them, each in its own shape; R from `row_sizes`."""
+    seen_V = np.zeros(vocab_size, bool)
+    seen_V[everybody.ravel()] = True
+    found = np.flatnonzero(seen_V)
+    size = next(size for size in row_sizes if size >= len(found))
     if size >= vocab_size:
-        return {"unique_ids": np.tile(np.arange(vocab_size, dtype=np.int32), (accum, 1)), "inverse": ids_AbT.copy()}
-    unique_AR = np.zeros((accum, size), np.int32)
-    inverse_AbT = np.empty_like(ids_AbT)
-    for a in range(accum):
-        found = np.flatnonzero(seen_AV[a])
-        unique_AR[a, : len(found)] = found
-        place_V = np.cumsum(seen_AV[a], dtype=np.int32) - 1  # place of an id among those seen
-        inverse_AbT[a] = place_V[ids_AbT[a]]
-    return {"unique_ids": unique_AR, "inverse": inverse_AbT}
+        return {"unique_ids": np.arange(vocab_size, dtype=np.int32), "inverse": ids.copy()}
+    unique_R = np.zeros(size, np.int32)
+    unique_R[: len(found)] = found
+    place_V = np.cumsum(seen_V, dtype=np.int32) - 1  # place of an id among those seen
+    return {"unique_ids": unique_R, "inverse": place_V[ids]}
 
 
 def eval_batches(
@@ -158,7 +153,7 @@ def eval_batches(
     segments: bool = False,
     row_sizes: tuple[int, ...] | None = None,
 ) -> Iterator[Batch]:
-    """The split in order, once: batches as in `Batches` with A = 1, and `weight` float32 [1, b, T].
+    """The split in order, once: batches as in `Batches` without the axis A, and `weight` float32 [b, T].
 
     The weight is 1 for every target to count and 0 for padding, so that each token but the first of each shard counts exactly once; the last
     window of a shard is padded with the end of document, the last batch with rows of it. `max_tokens` takes whole windows at even distances over the split, because sources lie one after
@@ -182,16 +177,15 @@ def _eval_batches(shards, spans, seq_len, batch_size, segments, row_sizes) -> It
     groups = [spans[i : i + batch_size] for i in range(0, len(spans), batch_size)]
     if row_sizes is None:
         sample = [groups[i * len(groups) // SAMPLES] for i in range(SAMPLES)] if len(groups) > SAMPLES else groups
-        typical = max(_count_unique(_eval_rows(shards, group, seq_len, batch_size)[0][..., :-1], shards.vocab_size) for group in sample)
-        row_sizes = (_round_up(typical),)
+        typical = max(_count_unique(_eval_rows(shards, group, seq_len, batch_size)[0][:, :-1], shards.vocab_size) for group in sample)
+        row_sizes = (_round_up(typical), _round_up(typical * 11 // 10))
     row_sizes = _with_enough(row_sizes, enough)
     for group in groups:
         tokens_bT, weight_bT, segments_bT = _eval_rows(shards, group, seq_len, batch_size, segments)
-        ids, targets = tokens_bT[None, :, :-1].copy(), tokens_bT[None, :, 1:].copy()
-        batch = {"ids": ids, "targets": targets, "weight": weight_bT[None]}
-        batch |= unique_rows(ids.reshape(1, -1), ids, shards.vocab_size, row_sizes)
+        ids, targets = tokens_bT[:, :-1].copy(), tokens_bT[:, 1:].copy()
+        batch = {"ids": ids, "targets": targets, "weight": weight_bT} | unique_rows(ids, ids, shards.vocab_size, row_sizes)
         if segments:
-            batch["segments"] = segments_bT[None]
+            batch["segments"] = segments_bT
         yield batch
 
 
@@ -224,11 +218,10 @@ def _count_unique(tokens: np.ndarray, vocab_size: int) -> int:
     return int(seen.sum())
 
 
-def _round_up(typical: int) -> int:
-    """Five percent of room, rounded up to whole lanes of 128, or of 8 where that would more than double a small size."""
-    room = -(-typical * 105 // 100)
-    step = 128 if room >= 128 else 8
-    return -(-room // step) * step
+def _round_up(count: int) -> int:
+    """The next whole number of 64, or of 8 where that would be much for a small size: R is the side of a matrix product."""
+    step = 64 if count >= 512 else 8
+    return -(-count // step) * step
 
 
 def _with_enough(row_sizes: tuple[int, ...], enough: int) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
-"""The next batches, made on a background thread while the accelerator works."""
+"""The next batches, made and put on the device by a background thread while the accelerator works."""
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -11,24 +12,25 @@ class Indexed(Protocol):
     def __getitem__(self, k: int) -> Any: ...
 
 
-def prefetch(batches: Indexed, start: int = 0, stop: int | None = None, depth: int = 2) -> Prefetch:
+def prefetch(batches: Indexed, start: int = 0, stop: int | None = None, depth: int = 2, put: Callable[[Any], Any] | None = None) -> Prefetch:
     """Iterates over batches[start], batches[start+1], … up to `stop` (never where None), with up to `depth` made in advance.
 
-    Close it, or use it in a `with`; an error in making a batch is raised where that batch would have come.
+    `put` is called on every batch as soon as it is made, in the background thread: `jax.device_put`, with or without a sharding, starts
+    its way to the device there. Close the result, or use it in a `with`; an error in making a batch is raised where that batch would have come.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")
-    return Prefetch(batches, start, stop, depth)
+    return Prefetch(batches, start, stop, depth, put)
 
 
 class Prefetch:
     """See `prefetch`."""
 
-    def __init__(self, batches: Indexed, start: int, stop: int | None, depth: int):
+    def __init__(self, batches: Indexed, start: int, stop: int | None, depth: int, put: Callable[[Any], Any] | None):
         self._queue: queue.Queue = queue.Queue(depth)
         self._closed = threading.Event()
         self._ended = False
-        self._thread = threading.Thread(target=self._produce, args=(batches, start, stop), name="prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._produce, args=(batches, start, stop, put), name="prefetch", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Prefetch:
@@ -62,11 +64,12 @@ class Prefetch:
                 pass
         self._thread.join()
 
-    def _produce(self, batches: Indexed, start: int, stop: int | None) -> None:
+    def _produce(self, batches: Indexed, start: int, stop: int | None, put: Callable[[Any], Any] | None) -> None:
         k = start
         try:
             while not self._closed.is_set() and (stop is None or k < stop):
-                self._queue.put(("batch", batches[k]))
+                batch = batches[k]
+                self._queue.put(("batch", put(batch) if put else batch))
                 k += 1
             self._queue.put(("end", None))
         except BaseException as error:

@@ -10,21 +10,22 @@ from flexmemory.data.pipeline import eval_batches
 from flexmemory.data.shards import TokenShards
 from flexmemory.evals.rows import RowsOf, live_rows
 from flexmemory.models.transformer import build
-from flexmemory.train.step import token_losses
+from flexmemory.train.loss import chunked_losses
 
 
 def make_eval_step(cfg: Config, ffn_scale: float = 1.0):
-    """``step(params, rows, micro) -> (sum of weighted losses, sum of weights)`` for one micro-batch with a float32 ``weight`` [B, T].
+    """``step(params, rows, batch) -> (sum of weighted losses, sum of weights)`` for a batch of ``eval_batches``.
 
-    params: without ``memory``; rows: {group: rows_LRW} of the micro-batch's unique_ids.
+    params: without ``memory``; rows: {group: rows_LRW} of the batch's unique_ids.
     """
     merge = build(cfg.model, with_memory=False)
 
     @jax.jit
-    def step(params, rows, micro):
-        logits_BTV = merge(params)(micro["ids"], rows, micro["inverse"], segments_BT=micro.get("segments"), ffn_scale=ffn_scale)
-        ce_BT, _ = token_losses(logits_BTV, micro["targets"])
-        return jnp.sum(ce_BT * micro["weight"]), jnp.sum(micro["weight"])
+    def step(params, rows, batch):
+        model = merge(params)
+        x_BTD, _ = model.hidden(batch["ids"], rows, batch["inverse"], segments_BT=batch.get("segments"), ffn_scale=ffn_scale)
+        ce_BT, _ = chunked_losses(x_BTD, model.head_DV, batch["targets"])
+        return jnp.sum(ce_BT * batch["weight"]), jnp.sum(batch["weight"])
 
     return step
 
@@ -41,8 +42,7 @@ def perplexity(cfg: Config, params: dict, shards: TokenShards, step=None, max_to
     sums = []
     rows = cfg.data.batch_size // cfg.train.accum_steps  # what fits in training fits here
     for batch in eval_batches(shards, seq_len=cfg.data.seq_len, batch_size=rows, max_tokens=limit or None, segments=cfg.data.document_mask):
-        micro = {name: leaf[0] for name, leaf in batch.items()}
-        sums.append(step(backbone, rows_of(micro["unique_ids"]), micro))
+        sums.append(step(backbone, rows_of(batch["unique_ids"]), batch))
     tokens = sum(float(weight) for _, weight in sums)
     loss = sum(float(total) for total, _ in sums) / tokens
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": int(tokens),

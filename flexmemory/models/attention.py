@@ -1,12 +1,17 @@
 """Causal self-attention with RoPE, grouped queries, document masks and a KV cache."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from flexmemory.config import ModelConfig
+from flexmemory.models.ffn import linear
+
+BLOCK = 128  # queries at once in cpu_attention: their scores stay in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +20,7 @@ class Context:
 
     positions_BT: int32, position of each token in its sequence. segments_BT: int32 document numbers, attention stays inside
     one, or None. ffn_scale: alpha of MemoryLLM section 3.2, multiplies what the FFN or the row adds to the residual.
-    implementation: of ``jax.nn.dot_product_attention``.
+    implementation: of ``jax.nn.dot_product_attention``, or "cpu": :func:`cpu_attention`.
     """
 
     positions_BT: jax.Array
@@ -35,6 +40,28 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
     left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def cpu_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Causal attention, one sequence and BLOCK queries at a time (an eighth of a long sequence); the keys behind them are not read.
+
+    For the caches of a CPU: 1.9 times as fast as all scores at once (T 512). Scores are computed again in the backward pass.
+    """
+    length = q_BTNH.shape[1]
+    block = max(BLOCK, -(-length // 8))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def sequence(q_TNH, k_TKH, v_TKH, segments_T):
+        parts = []
+        for start in range(0, length, block):
+            stop = min(start + block, length)
+            mask_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+            if segments_T is not None:
+                mask_TS &= segments_T[start:stop, None] == segments_T[:stop]
+            parts.append(jax.nn.dot_product_attention(q_TNH[start:stop], k_TKH[:stop], v_TKH[:stop], mask=mask_TS[None], implementation="xla"))
+        return jnp.concatenate(parts)
+
+    return jax.lax.map(lambda inputs: sequence(*inputs), (q_BTNH, k_BTKH, v_BTKH, segments_BT))
 
 
 class Attention(nnx.Module):
@@ -62,10 +89,12 @@ class Attention(nnx.Module):
         if cache is not None and ctx.segments_BT is not None:
             raise ValueError("segments_BT with a cache: a served sequence is one document")
         dtype = h_BTD.dtype
-        q_BTNH = rope(jnp.einsum("BTD,DNH->BTNH", h_BTD, self.q.astype(dtype)), ctx.positions_BT, self.rope_base)
-        k_BTKH = rope(jnp.einsum("BTD,DKH->BTKH", h_BTD, self.k.astype(dtype)), ctx.positions_BT, self.rope_base)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.v.astype(dtype))
-        if cache is None:
+        q_BTNH = checkpoint_name(rope(heads(h_BTD, self.q[...]), ctx.positions_BT, self.rope_base), "q")
+        k_BTKH = checkpoint_name(rope(heads(h_BTD, self.k[...]), ctx.positions_BT, self.rope_base), "k")
+        v_BTKH = checkpoint_name(heads(h_BTD, self.v[...]), "v")
+        if cache is None and ctx.implementation == "cpu":
+            y_BTNH = cpu_attention(q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT)
+        elif cache is None:
             mask = None
             if ctx.segments_BT is not None:
                 mask = (ctx.segments_BT[:, :, None] == ctx.segments_BT[:, None, :])[:, None]
@@ -80,5 +109,10 @@ class Attention(nnx.Module):
             y_BTNH = jax.nn.dot_product_attention(
                 q_BTNH, cache["k"].astype(dtype), cache["v"].astype(dtype), mask=mask, implementation="xla")
         # as one matrix: for two contracted axes XLA's CPU compiler copies the whole weight, transposed, in every step
-        o_ND = self.o.astype(dtype).reshape(-1, h_BTD.shape[-1])
-        return y_BTNH.reshape(*h_BTD.shape[:2], -1) @ o_ND, cache
+        o_ED = self.o.reshape(-1, h_BTD.shape[-1])
+        return linear(checkpoint_name(y_BTNH, "attention").reshape(*h_BTD.shape[:2], -1), o_ED), cache
+
+
+def heads(h_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
+    """h_BTD weight_DNH -> [B, T, N, H]"""
+    return linear(h_BTD, weight_DNH.reshape(len(weight_DNH), -1)).reshape(*h_BTD.shape[:2], *weight_DNH.shape[1:])

@@ -7,11 +7,12 @@ x is the residual stream X_L, h its norm, row the value that the memory hands in
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
 from flexmemory.models.attention import Attention, Context
-from flexmemory.models.ffn import RMSNorm, Square, SwiGLU
+from flexmemory.models.ffn import RMSNorm, Square, SwiGLU, gated, linear
 from flexmemory.models.memory import FFNRows, TableRows
 from flexmemory.models.patterns import LayerSpec, flex_widths, parse_betas, parse_pattern
 
@@ -141,13 +142,16 @@ class Stem(AttnOnly):
         self.down = nnx.Param(init(rngs.params(), (layer.d_ffn, cfg.d_model), jnp.float32))
 
     def inner(self, h_BTD, row_BTF):
-        return jax.nn.silu(h_BTD @ self.gate.astype(h_BTD.dtype)) * row_BTF
+        return gated(self.context_map("gate", h_BTD), row_BTF)
+
+    def context_map(self, name, h_BTD):
+        return checkpoint_name(linear(h_BTD, getattr(self, name)[...]), name)
 
     def __call__(self, x_BTD, row_BTW, ctx, cache=None):
         attn, cache = self.attend(x_BTD, ctx, cache)
         a_BTD = x_BTD + attn
         inner_BTF = self.inner(self.ffn_norm(a_BTD), row_BTW)
-        return a_BTD + ctx.scaled(inner_BTF @ self.down.astype(inner_BTF.dtype)), cache
+        return a_BTD + ctx.scaled(linear(inner_BTF, self.down[...])), cache
 
 
 class StemGate(Stem):
@@ -157,7 +161,7 @@ class StemGate(Stem):
     context_maps = ("up",)
 
     def inner(self, h_BTD, row_BTF):
-        return jax.nn.silu(row_BTF) * (h_BTD @ self.up.astype(h_BTD.dtype))
+        return gated(row_BTF, self.context_map("up", h_BTD))
 
 
 class StemDagger(Stem):
@@ -167,8 +171,7 @@ class StemDagger(Stem):
     context_maps = ("gate", "up")
 
     def inner(self, h_BTD, row_BTF):
-        gate, up = h_BTD @ self.gate.astype(h_BTD.dtype), h_BTD @ self.up.astype(h_BTD.dtype)
-        return jax.nn.silu(gate) * (up + row_BTF)
+        return gated(self.context_map("gate", h_BTD), self.context_map("up", h_BTD) + row_BTF)
 
 
 KINDS = {

@@ -1,10 +1,50 @@
 """Norms and feed-forward maps. Weights are float32 and cast to the input's dtype where they are used."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from flexmemory.config import ModelConfig
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """x [..., D] @ weight_DF, float32 and cast to x's dtype. The weight's gradient is summed and given in float32. Reverse-mode derivatives only.
+
+    A matmul of its own because of that gradient: JAX's own forms its transpose, for which XLA's CPU compiler transposes the large
+    operand [..., F] and then the result, a third of the time of a train step.
+    """
+    return x @ weight_DF.astype(x.dtype)
+
+
+def _linear_forward(x, weight_DF):
+    return linear(x, weight_DF), (x, weight_DF)
+
+
+def _linear_backward(residuals, grad):
+    x, weight_DF = residuals
+    x_ND, grad_NF = x.reshape(-1, weight_DF.shape[0]), grad.reshape(-1, weight_DF.shape[1])
+    grad_DF = jnp.matmul(x_ND.T, grad_NF, preferred_element_type=jnp.float32)
+    return (grad_NF @ weight_DF.astype(grad.dtype).T).reshape(x.shape), grad_DF.astype(weight_DF.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # costs less to compute again than to keep
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """SiLU(gate) * up"""
+    return jax.nn.silu(gate) * up
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale_D).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -15,9 +55,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -45,8 +83,8 @@ class SwiGLU(nnx.Module):
         self.down = nnx.Param(init(rngs.params(), (d_ff, cfg.d_model), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = x @ self.gate.astype(x.dtype), x @ self.up.astype(x.dtype)
-        return (jax.nn.silu(gate) * up) @ self.down.astype(x.dtype)
+        gate, up = checkpoint_name(linear(x, self.gate[...]), "gate"), checkpoint_name(linear(x, self.up[...]), "up")
+        return linear(gated(gate, up), self.down[...])
 
 
 class Square(nnx.Module):
@@ -67,6 +105,6 @@ class Square(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.count >= 2:
-            gate = jax.nn.silu(x @ self.gate.astype(x.dtype))
-            x = gate * (x @ self.up.astype(x.dtype)) if self.count == 3 else gate
-        return x @ self.down.astype(x.dtype)
+            gate = checkpoint_name(linear(x, self.gate[...]), "gate")
+            x = gated(gate, checkpoint_name(linear(x, self.up[...]), "up")) if self.count == 3 else jax.nn.silu(gate)
+        return linear(x, self.down[...])

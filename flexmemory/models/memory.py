@@ -62,8 +62,8 @@ class TableRows(nnx.Module):
         std = (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), (cfg.vocab_size, layer.row_width), jnp.float32))
 
-    def __call__(self, ids_R: jax.Array, e_RD: jax.Array) -> jax.Array:
-        return self.table[ids_R].astype(e_RD.dtype)
+    def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
+        return (self.table if ids_R is None else self.table[ids_R]).astype(e_RD.dtype)
 
 
 def x0_norm(cfg: ModelConfig) -> nnx.Module:
@@ -81,9 +81,18 @@ def apply_stack(body: Callable, carry, xs, length: int, scan: bool):
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *ys)
 
 
-def remat(body: Callable, length: int, scan: bool) -> Callable:
-    """``body`` of :func:`apply_stack` that keeps only its inputs for the backward pass. Unrolled code needs a barrier, a loop has one."""
-    return jax.checkpoint(body, prevent_cse=not (scan and length > 1))
+# Tensors that a remat may keep, named by checkpoint_name where they are made: what attention reads (q and k with RoPE) and gives before
+# its output projection; the projections in front of an FFN's SiLU and beside it, of the context and of a live row.
+KEEPABLE = ("q", "k", "v", "attention", "gate", "up")
+
+
+def remat(body: Callable, length: int, scan: bool, keep: str) -> Callable:
+    """``body`` of :func:`apply_stack` that keeps its inputs and the tensors named in ``keep`` (of KEEPABLE, between spaces) for the backward pass.
+
+    Unrolled code needs a barrier, a loop has one.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(*keep.split())
+    return jax.checkpoint(body, policy=policy, prevent_cse=not (scan and length > 1))
 
 
 def row_groups(specs: tuple[LayerSpec, ...]) -> dict[str, list[int]]:
@@ -122,7 +131,7 @@ class TokenMemory(nnx.Module):
         uses_e = any(spec.d_memory for spec in specs)  # a stack of learned tables alone reads no embedding
         self.norm = x0_norm(cfg) if cfg.x0_norm_shared and uses_e else None
         self.detach, self.scan, self.dtype = cfg.detach_x0, cfg.scan_layers, jnp.dtype(cfg.compute_dtype)
-        self.remat = cfg.remat
+        self.remat, self.keep = cfg.remat, cfg.remat_keep
         groups, stacks, places = row_groups(specs), {}, {}
         for name, layers in groups.items():
             for index in layers:
@@ -137,8 +146,11 @@ class TokenMemory(nnx.Module):
         self.order = tuple((name, tuple((stack, tuple(groups[name].index(i) for i in layers)) for stack, layers in parts))
                            for name, parts in order.items())
 
-    def __call__(self, ids_R: jax.Array, e_RD: jax.Array) -> Rows:
-        """Rows of the addresses ids_R (int32) whose token embeddings are e_RD. Returns rows_LRW by group."""
+    def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> Rows:
+        """Rows of the addresses ids_R (int32) whose token embeddings are e_RD. Returns rows_LRW by group.
+
+        ids_R is None where the tables hold the rows of these R addresses alone, in their order: so the row-sparse optimiser trains them.
+        """
         e_RD = e_RD.astype(self.dtype)
         if self.detach:
             e_RD = jax.lax.stop_gradient(e_RD)
@@ -161,5 +173,5 @@ class TokenMemory(nnx.Module):
         def body(carry, source):
             return carry, source(ids_R, e_RD)
 
-        body = remat(body, length, self.scan) if self.remat else body
+        body = remat(body, length, self.scan, self.keep) if self.remat else body
         return apply_stack(body, None, stack, length, self.scan)[1]

@@ -38,9 +38,12 @@ class Transformer(nnx.Module):
             for i, (unit, repeats) in enumerate(self.cuts)})
         self.memory = TokenMemory(cfg, self.specs, {kind: block.source for kind, block in KINDS.items()}, rngs) if with_memory and row_groups(self.specs) else None
 
-    def rows(self, ids_R: jax.Array) -> Rows:
-        """Live rows of the addresses ids_R, int32: {group: rows_LRW in compute dtype}; {} for a model without memory."""
-        return {} if self.memory is None else self.memory(ids_R, self.embed[ids_R])
+    def rows(self, ids_R: jax.Array, gathered: bool = False) -> Rows:
+        """Live rows of the addresses ids_R, int32: {group: rows_LRW in compute dtype}; {} for a model without memory.
+
+        ``gathered``: the tables hold the rows of ids_R alone, in their order.
+        """
+        return {} if self.memory is None else self.memory(None if gathered else ids_R, self.embed[ids_R])
 
     def hidden(self, ids_BT, rows: Rows, inverse_BT, *, positions_BT=None, segments_BT=None, cache=None, ffn_scale=1.0):
         """Final normed states.
@@ -75,15 +78,19 @@ class Transformer(nnx.Module):
                     x_BTD, made[u] = blocks[u](x_BTD, row_BTW, ctx, layer_cache and layer_cache[u])
                 return x_BTD, made if layer_cache is not None else None
 
-            body = remat(body, repeats, cfg.scan_layers) if cfg.remat else body
+            body = remat(body, repeats, cfg.scan_layers, cfg.remat_keep) if cfg.remat else body
             xs = (self.blocks[f"s{i}"], unit_rows, cache and cache[f"s{i}"])
             x_BTD, new_cache[f"s{i}"] = apply_stack(body, x_BTD, xs, repeats, cfg.scan_layers)
         return x_BTD, new_cache if cache is not None else None
 
+    @property
+    def head_DV(self) -> jax.Array:
+        """The output weights, float32: the head, or the transposed embedding."""
+        return self.embed[...].T if self.head is None else self.head[...]
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """logits_BTV float32 of final states x_BTD."""
-        head_DV = self.embed.T if self.head is None else self.head
-        return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("BTD,DV->BTV", x_BTD, self.head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
 
     def __call__(self, ids_BT, rows: Rows, inverse_BT, **kwargs) -> jax.Array:
         """logits_BTV float32; arguments as for :meth:`hidden`."""
@@ -91,13 +98,13 @@ class Transformer(nnx.Module):
 
 
 def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
-    """For ``jax.nn.dot_product_attention``: "auto" is cudnn on a GPU where cuDNN surely can (bfloat16, head width a multiple of 8 and at
+    """``Context.implementation``: "auto" is cpu on a CPU, cudnn on a GPU where cuDNN surely can (bfloat16, head width a multiple of 8 and at
     most 128, no document mask), else xla."""
     if cfg.attention != "auto":
         return cfg.attention
     head_dim = cfg.head_dim or cfg.d_model // cfg.n_heads
     can = cfg.compute_dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128 and not masked
-    return "cudnn" if can and jax.default_backend() == "gpu" else "xla"
+    return {"cpu": "cpu", "gpu": "cudnn" if can else "xla"}.get(jax.default_backend(), "xla")
 
 
 def init_params(cfg: ModelConfig, seed: int) -> dict:

@@ -1,5 +1,6 @@
 """Checkpoints through Orbax: items params, optimizer, data; written asynchronously, complete or not there at all."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 from flexmemory.config import Config, load_json
 from flexmemory.errors import UserError
 from flexmemory.models.transformer import abstract_params
-from flexmemory.train.optimizer import make_optimizer
+from flexmemory.train.step import init_optimizer
 
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.training.Checkpointer:
@@ -38,7 +39,7 @@ def restore(checkpoints, workdir: Path, cfg: Config) -> dict | None:
     if checkpoints.latest is None:
         return None
     step, params = checkpoints.latest.step, abstract_params(cfg.model)
-    optimizer = jax.eval_shape(make_optimizer(cfg.optimizer, cfg.train.steps).init, params)
+    optimizer = jax.eval_shape(functools.partial(init_optimizer, cfg), params)
     return {**_load(workdir, step, {"params": params, "optimizer": optimizer, "data": None}), "step": jnp.asarray(step, jnp.int32)}
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from flexmemory.errors import UserError
 from flexmemory.evals.perplexity import make_eval_step, perplexity
 from flexmemory.evals.questions import answer_accuracy, encode_questions
 from flexmemory.files import is_disk_full, write_json
-from flexmemory.models.accounting import account, train_flops_per_token
+from flexmemory.machine import peak_device_bytes, peak_rss
+from flexmemory.models.accounting import account
 from flexmemory.progress import ProgressLine
-from flexmemory.train import checkpoint
-from flexmemory.train.clock import Clock, peak_flops
+from flexmemory.train import checkpoint, trace
+from flexmemory.train.clock import Clock, Work, flops
+from flexmemory.train.compiled import compile_step
 from flexmemory.train.run import Writer, claim, summary_writer
 from flexmemory.train.step import init_state, make_train_step
 
@@ -51,13 +54,16 @@ def resolve(cfg: Config) -> tuple[Config, TokenShards, TokenShards]:
     return cfg, train, val
 
 
-def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> dict:
+def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callable[[], bool] = lambda: False,
+          profile_steps: range | None = None) -> dict:
     """Trains (or resumes) a run and returns what final_result.json holds; a finished run is left as it is.
 
-    ``stop`` is asked after every step; when it says so, a checkpoint is written and TrainingInterrupted raised. Raises UserError
-    (also when the disk is full) and TrainingDiverged.
+    ``stop`` is asked after every step; when it says so, a checkpoint is written and TrainingInterrupted raised. A profiler trace of
+    ``profile_steps``, numbered from 1, goes to the run folder. Raises UserError (also when the disk is full) and TrainingDiverged.
     """
     workdir, clock = Path(workdir), Clock()
+    if profile_steps is not None:
+        trace.check(profile_steps, cfg.train.steps)
     with clock.span("setup"), contextlib.ExitStack() as closing:
         cfg, shards, val_shards = resolve(cfg)
         tokenizer = tokenizers.load(cfg.data.path)
@@ -71,15 +77,18 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
         checkpoints = closing.enter_context(contextlib.closing(checkpoint.open_checkpoints(workdir, cfg.train.keep_checkpoints)))
         state = checkpoint.restore(checkpoints, workdir, cfg)
         start = int(state["step"]) if state else 0
+        if profile_steps and start >= profile_steps[-1]:
+            print(f"train: the run is at step {start}, past those to profile; nothing is traced", file=sys.stderr)
         if start == cfg.train.steps and (workdir / "final_result.json").exists():
             return json.loads((workdir / "final_result.json").read_bytes())
         counts = {name: float(value) for name, value in state.pop("data").items()} if state else {}
         state = state or init_state(cfg)
         run = closing.enter_context(contextlib.closing(Run(cfg, workdir, clock, checkpoints, progress, start, counts)))
+        tracing = closing.enter_context(trace.Trace(workdir / "profile", profile_steps or range(0), clock))
         closing = closing.pop_all()
     try:
         with closing:
-            state = run.steps(state, batches, val_shards, stop)
+            state = run.steps(state, batches, val_shards, stop, tracing)
             return run.finish(state, val_shards, tokenizer, questions)
     except Exception as error:
         if is_disk_full(error):
@@ -93,52 +102,60 @@ class Run:
     def __init__(self, cfg: Config, workdir: Path, clock: Clock, checkpoints, progress: bool, start: int, counts: dict[str, float]):
         self.cfg, self.workdir, self.clock, self.checkpoints = cfg, workdir, clock, checkpoints
         self.progress, self.start, self.saved = progress, start, start
-        self.step_fn, self.eval_step, self.compiled = make_train_step(cfg), make_eval_step(cfg), {}
+        self.step_fn, self.eval_step = make_train_step(cfg), make_eval_step(cfg)
+        self.compiled = {}  # R: (compiled step, its facts)
         self.writer = Writer(workdir, start, cfg.train.tensorboard)
-        self.numbers = account(cfg.model, cfg.data.seq_len)
-        self.tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
-        self.peak = peak_flops()
-        # over all starts of this run: tokens and seconds of timed steps, and the rows that all steps computed
-        self.counts = {"timed_tokens": 0.0, "timed_seconds": 0.0, "rows": 0.0} | counts
-        self.window = None  # (step, working seconds, rows) at the start of the interval that the next log line covers
+        self.account, self.tokens_per_step = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
+        self.work = Work(clock, self.account, self.tokens_per_step, counts)
 
     def close(self) -> None:
         self.writer.close()
 
-    def steps(self, state: dict, batches, val_shards: TokenShards, stop: Callable[[], bool]) -> dict:
+    def steps(self, state: dict, batches, val_shards: TokenShards, stop: Callable[[], bool], tracing: trace.Trace) -> dict:
         """Trains from ``start`` to the end and returns the state."""
         cfg, pending = self.cfg, None
         with ProgressLine("train", cfg.train.steps, "steps", self.progress, start=self.start) as line, \
-                prefetch(batches, self.start, cfg.train.steps) as stream:
-            for step in range(self.start, cfg.train.steps):
+                prefetch(batches, self.start, cfg.train.steps, put=jax.device_put) as stream:
+            for step in range(self.start + 1, cfg.train.steps + 1):
                 with self.clock.span("data_wait"):
                     batch = next(stream)
-                run_step = self._compiled(state, batch, line)
-                state, metrics = run_step(state, batch)
+                rows = batch["unique_ids"].size
+                if rows not in self.compiled:
+                    if pending:
+                        self._log(line, *pending)  # so that no step's time passes for the compiler's
+                        pending = None
+                    self._compile(line, rows, state, batch)
+                run_step, _ = self.compiled[rows]
+                with tracing.step(step):
+                    state, metrics = run_step(state, batch)
                 if pending:
                     self._log(line, *pending)
-                pending = (step + 1, metrics, batch["unique_ids"].size)
-                if self._due(cfg.train.eval_every, step + 1) or self._due(cfg.train.checkpoint_every, step + 1):
-                    self._log(line, *pending)  # waits for the step: an evaluation or a checkpoint must be of a sound state
+                pending = (step, metrics, rows)
+                evaluates, saves = self._due(cfg.train.eval_every, step), self._due(cfg.train.checkpoint_every, step)
+                if evaluates or saves or tracing.ends(step):
+                    self._log(line, *pending)  # waits for the step: what is evaluated or saved must be sound, what is traced complete
                     pending = None
-                    if self._due(cfg.train.eval_every, step + 1):
-                        self._evaluate(state, step + 1, val_shards)
-                    if self._due(cfg.train.checkpoint_every, step + 1):
-                        self._save(state, step + 1)
-                if stop() and step + 1 < cfg.train.steps:
+                    if tracing.ends(step):
+                        tracing.close()
+                    if evaluates:
+                        self._evaluate(state, step, val_shards)
+                    if saves:
+                        self._save(state, step)
+                if stop() and step < cfg.train.steps:
                     if pending:
                         self._log(line, *pending)
-                    if self.saved < step + 1:
-                        self._save(state, step + 1)
-                    self.checkpoints.wait()
-                    raise TrainingInterrupted(f"stopped after step {step + 1}; the same command goes on from there")
+                    if self.saved < step:
+                        self._save(state, step)
+                    with self.clock.span("checkpoint"):
+                        self.checkpoints.wait()
+                    raise TrainingInterrupted(f"stopped after step {step}; the same command goes on from there")
             if pending:
                 self._log(line, *pending)
         return state
 
     def finish(self, state: dict, val_shards: TokenShards, tokenizer: Tokenizer, questions: list[dict]) -> dict:
         """Final checkpoint, evaluation and result."""
-        cfg, steps, counts = self.cfg, self.cfg.train.steps, self.counts
+        cfg, steps = self.cfg, self.cfg.train.steps
         if self.saved < steps or not checkpoint.complete_steps(self.workdir):
             self._save(state, steps)
         with self.clock.span("checkpoint"):
@@ -146,13 +163,11 @@ class Run:
         result = self._evaluate(state, steps, val_shards)
         with self.clock.span("eval"):
             answers = answer_accuracy(cfg, state["params"], tokenizer, questions)
-        rate = counts["timed_tokens"] / counts["timed_seconds"] if counts["timed_seconds"] else None
-        rows = counts["rows"] / (steps * self.tokens_per_step) if steps else None
+        seconds = self.clock.seconds()
         final = {
-            "step": steps, "tokens": steps * self.tokens_per_step, **result, **answers, "train_tokens_per_s": rate,
-            "mfu": self._mfu(rate, rows) if rate else None, "rows_per_token": rows,
-            "seconds": {**self.clock.seconds, "train": self.clock.working() - self.clock.seconds["data_wait"], "total": self.clock.elapsed()},
-            "resumed_from": self.start, "accounting": self.numbers,
+            "step": steps, "tokens": steps * self.tokens_per_step, **result, **answers, **self.work.totals(steps),
+            "seconds": seconds | {"total": sum(seconds.values())}, "peak_bytes": {"device": peak_device_bytes(), "process": peak_rss()},
+            "resumed_from": self.start, "accounting": self.account,
         }
         write_json(self.workdir / "final_result.json", final)
         return final
@@ -160,15 +175,18 @@ class Run:
     def _due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0 and step < self.cfg.train.steps
 
-    def _compiled(self, state, batch, line: ProgressLine):
-        """The train step compiled for the batch's shapes; R takes one of a few static sizes, so this compiles once or twice."""
-        shapes = batch["unique_ids"].shape
-        if shapes not in self.compiled:
-            line.update(line.done, "compiling")
-            with self.clock.span("compile"):
-                self.compiled[shapes] = self.step_fn.lower(state, batch).compile()
-            self.window = None
-        return self.compiled[shapes]
+    def _compile(self, line: ProgressLine, rows: int, state: dict, batch: dict) -> None:
+        """Compiles the step for the batch's R, which takes one of a few static sizes, and writes what is known of all of them to compile.json."""
+        text = line.text
+        line.update(line.done, f"compiling for {rows:,} rows")
+        with self.clock.span("compile"):
+            self.compiled[rows] = compile_step(self.step_fn, state, batch)
+            steps = [{"rows": rows, "rows_per_token": rows / self.tokens_per_step, **facts,
+                      "flops": flops(self.account, self.tokens_per_step, rows / self.tokens_per_step, facts["xla_flops"])}
+                     for rows, (_, facts) in self.compiled.items()]
+            write_json(self.workdir / "compile.json", {"device": jax.devices()[0].device_kind, "steps": steps})
+        line.update(line.done, text)
+        self.work.interrupt()
 
     def _log(self, line: ProgressLine, step: int, metrics: dict, rows: int) -> None:
         """Reads one step's metrics (this waits for that step only), checks them, and writes every log_every-th."""
@@ -178,34 +196,16 @@ class Run:
             good = checkpoint.complete_steps(self.workdir)
             raise TrainingDiverged(f"step {step}: {', '.join(bad)}; last good checkpoint: "
                                    f"{self.workdir / 'checkpoints' / str(good[-1]) if good else 'none yet'}")
-        now, counts = self.clock.working(), self.counts
-        counts["rows"] += rows
-        if self.window is None:  # the first step after a compilation starts the clock and is not timed
-            self.window = (step, now, counts["rows"])
+        self.work.count(step, rows, self.compiled[rows][1]["xla_flops"])
         if step % self.cfg.train.log_every and step != self.cfg.train.steps:
             line.update(step)
             return
-        since, began, rows_before = self.window
-        text = f"loss {numbers['loss']:.4f}"
-        if step > since:
-            tokens = (step - since) * self.tokens_per_step
-            per_token = (counts["rows"] - rows_before) / tokens
-            counts["timed_tokens"] += tokens
-            counts["timed_seconds"] += now - began
-            rate, mfu = tokens / (now - began), self._mfu(tokens / (now - began), per_token)
-            self.window = (step, now, counts["rows"])
-            numbers |= {"tokens_per_s": rate, "mfu": mfu, "rows_per_token": per_token}
-            text += f"  {rate:,.0f} tokens/s  MFU " + ("unknown" if mfu is None else f"{mfu:.1%}")
-        numbers |= {"tokens": step * self.tokens_per_step, "data_wait_s": self.clock.seconds["data_wait"],
-                    "compile_s": self.clock.seconds["compile"]}
-        self.writer.write(step, numbers)
+        text, rates = f"loss {numbers['loss']:.4f}", self.work.rates(step)
+        if rates:
+            text += f"  {rates['tokens_per_s']:,.0f} tokens/s  MFU " + ("unknown" if rates["mfu"] is None else f"{rates['mfu']:.1%}")
+        seconds = {f"{part}_s": value for part, value in self.clock.seconds().items()}
+        self.writer.write(step, {**numbers, **rates, "tokens": step * self.tokens_per_step, **seconds})
         line.update(step, text)
-
-    def _mfu(self, tokens_per_s: float, rows_per_token: float) -> float | None:
-        """Model FLOPs really done over the device's bfloat16 peak; None on a device without a known peak. Training uses one device."""
-        if self.peak is None:
-            return None
-        return tokens_per_s * train_flops_per_token(self.numbers, rows_per_token) / self.peak
 
     def _evaluate(self, state: dict, step: int, val_shards: TokenShards) -> dict:
         with self.clock.span("eval"):
@@ -216,5 +216,5 @@ class Run:
 
     def _save(self, state: dict, step: int) -> None:
         with self.clock.span("checkpoint"):
-            checkpoint.save(self.checkpoints, step, state, self.counts)
+            checkpoint.save(self.checkpoints, step, state, self.work.counts)
         self.saved = step

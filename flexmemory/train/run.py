@@ -1,4 +1,4 @@
-"""The run folder: config.json, run.json (revision, versions, data), tokenizer.json, metrics.jsonl, checkpoints/, final_result.json."""
+"""The run folder: config.json, run.json (revision, versions, data), tokenizer.json, metrics.jsonl, compile.json, checkpoints/, final_result.json."""
 
 import dataclasses
 import fcntl

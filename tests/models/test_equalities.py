@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexmemory.models.attention import cpu_attention
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.ffn import linear
 from flexmemory.models.memory import gather_rows
 from flexmemory.models.transformer import abstract_params, build, empty_cache, init_params, per_layer, served_blocks, stack_layers
 
@@ -151,6 +153,41 @@ def test_decoding_with_a_cache_equals_the_full_forward():
         here = np.arange(2)[:, None], positions_BT
         got, cache = step(params, SEQUENCES[here], BATCH.inverse_BT[here], positions_BT, cache)
         assert relative_gap(got, want[here]) < 5e-6
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("length", [9, 128, 300])  # less than a block, one block, two and a rest
+def test_attention_for_a_cpu_is_attention(length, documents):
+    rng = np.random.default_rng(0)
+    q_BTNH, k_BTKH, v_BTKH, grad_BTNH = (jnp.asarray(rng.standard_normal((2, length, n, 4), np.float32)) for n in (4, 2, 2, 4))
+    segments_BT = jnp.asarray(np.sort(rng.integers(0, 5, (2, length)))) if documents else None
+    mask = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None] if documents else None
+
+    def value_and_grads(attention):
+        value, pull_back = jax.vjp(attention, q_BTNH, k_BTKH, v_BTKH)
+        return value, *pull_back(grad_BTNH)
+
+    got = jax.jit(value_and_grads, static_argnums=0)(lambda q, k, v: cpu_attention(q, k, v, segments_BT))
+    want = jax.jit(value_and_grads, static_argnums=0)(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True))
+    assert max(map(relative_gap, got, want)) < 2e-6
+
+
+def test_linear_and_its_gradients():
+    rng = np.random.default_rng(0)
+    x_BTD, weight_DF, grad_BTF = (rng.standard_normal(shape, np.float32) for shape in ((2, 3, 5), (5, 4), (2, 3, 4)))
+    value, pull_back = jax.vjp(linear, x_BTD, weight_DF)
+    np.testing.assert_allclose(value, x_BTD @ weight_DF, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pull_back(grad_BTF)[0], grad_BTF @ weight_DF.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pull_back(grad_BTF)[1], np.einsum("BTD,BTF->DF", x_BTD, grad_BTF), rtol=1e-5, atol=1e-6)
+
+
+def test_linear_gives_a_float32_gradient_to_a_weight_used_in_bfloat16():
+    """A bfloat16 sum of ones stands still at 256, and 1001 is no bfloat16."""
+    value, pull_back = jax.vjp(linear, jnp.ones((1001, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.float32))
+    assert value.dtype == jnp.bfloat16
+    grad_x, grad_weight = pull_back(value)
+    assert grad_x.dtype == jnp.bfloat16 and grad_weight.dtype == jnp.float32
+    np.testing.assert_array_equal(grad_weight, [[1001.0]])
 
 
 def test_bfloat16_stays_near_float32():

@@ -1,6 +1,7 @@
 """Runs: bit-equal resume, kill -9, faults, bad input."""
 
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ import pytest
 
 from flexmemory.config import to_json
 from flexmemory.errors import UserError
+from flexmemory.train import loop
 from flexmemory.train.checkpoint import complete_steps, load_params
+from flexmemory.train.clock import PARTS, Clock
 from flexmemory.train.loop import TrainingDiverged, TrainingInterrupted, train
 from flexmemory.train.run import read_metrics
 
@@ -62,7 +65,7 @@ def whole(tiny_config, tmp_path_factory):
 
 def test_run_folder_stands_alone(whole):
     cfg, workdir, final = whole
-    for name in ("config.json", "run.json", "tokenizer.json", "metrics.jsonl", "final_result.json", "checkpoints"):
+    for name in ("config.json", "run.json", "tokenizer.json", "metrics.jsonl", "final_result.json", "compile.json", "checkpoints"):
         assert (workdir / name).exists(), name
     assert final == json.loads((workdir / "final_result.json").read_text())
     assert complete_steps(workdir) == [2, 4, 6]
@@ -279,3 +282,113 @@ def test_asked_to_stop_it_saves_and_resumes_to_the_same_bits(whole, tmp_path):
     assert train(cfg, tmp_path / "run", progress=False)["resumed_from"] == 3
     assert equal(load_params(tmp_path / "run")[1], load_params(workdir)[1])
     assert losses(tmp_path / "run") == losses(workdir)
+
+
+def test_every_second_has_a_name(whole):
+    _, workdir, final = whole
+    seconds = dict(final["seconds"])
+    total = seconds.pop("total")
+    assert set(seconds) == set(PARTS) and total == sum(seconds.values())
+    assert min(seconds[part] for part in PARTS if part != "profile") > 0 == seconds["profile"]
+    lines = [row for row in read_metrics(workdir) if "loss" in row]
+    assert {f"{part}_s" for part in PARTS} <= set(lines[0])
+    assert [lines[0]["step_s"], lines[0]["eval_s"]] < [lines[-1]["step_s"], lines[-1]["eval_s"]] and lines[0]["eval_s"] == 0
+
+
+def test_the_compiled_step_and_the_memory_are_described(whole):
+    _, workdir, final = whole
+    made = json.loads((workdir / "compile.json").read_text())
+    (step,) = made["steps"]
+    assert made["device"] == jax.devices()[0].device_kind and step["rows_per_token"] == final["rows_per_token"] == step["rows"] / (4 * 96)
+    assert min(step["seconds"].values()) > 0 and step["bytes"]["peak"] > step["bytes"]["arguments"] > step["bytes"]["aliased"] > 0
+    assert step["flops"]["xla_over_counted"] == pytest.approx(final["flops"]["xla_over_counted"])
+    assert final["flops"]["counted"] == pytest.approx(6 * step["flops"]["counted"]) and 0 < final["flops"]["saved_share"] < 1
+    assert final["peak_bytes"]["process"] > 1 << 20
+
+
+class Arriving:
+    """A metric of a step; ``read`` is called when somebody waits for it."""
+
+    def __init__(self, value, read):
+        self.value, self.read = value, read
+
+    def __array__(self, dtype=None, copy=None):
+        self.read()
+        return np.asarray(self.value)
+
+
+def watch(monkeypatch, read) -> list[dict]:
+    """Has ``read(step)`` called whenever metrics of a step are waited for. Returns the batches of the steps called so far."""
+    compile_step, batches = loop.compile_step, []
+
+    def compile_(*args):
+        step, facts = compile_step(*args)
+
+        def called(state, batch):
+            state, metrics = step(state, batch)
+            batches.append(batch)
+            return state, {name: Arriving(value, functools.partial(read, len(batches))) for name, value in metrics.items()}
+
+        return called, facts
+
+    monkeypatch.setattr(loop, "compile_step", compile_)
+    return batches
+
+
+def test_the_loop_waits_for_the_step_before_never_for_the_newest(tiny_config, tmp_path, monkeypatch):
+    reads = set()
+    batches = watch(monkeypatch, lambda step: reads.add((step, len(batches))))
+    monkeypatch.setattr(jax, "block_until_ready", lambda *_: pytest.fail("the loop waits"))
+    train(tiny_config("dense", **{"train.eval_every": 4, "train.log_every": 2}), tmp_path / "run", progress=False)
+    # the metrics of step 4, which is evaluated, and of the last one are read before another is called
+    assert sorted(reads) == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6), (6, 6)]
+    assert all(isinstance(leaf, jax.Array) for batch in batches for leaf in batch.values()), "batches come on the device"
+
+
+def test_a_compilation_in_the_middle_is_no_training_time(tiny_config, tmp_path, monkeypatch, capsys):
+    """On a clock that moves by 1 for every step that is waited for, by 1,000 for every compilation."""
+    arrived, sizes, compile_step = set(), [], loop.compile_step
+    monkeypatch.setattr(loop, "Clock", lambda: Clock(lambda: len(arrived) + 1000.0 * len(sizes)))
+    monkeypatch.setattr(loop, "make_batches", lambda *args, **kwargs: Sizes())
+    monkeypatch.setattr(loop, "compile_step", lambda step, state, batch: sizes.append(batch["unique_ids"].size) or compile_step(step, state, batch))
+    watch(monkeypatch, arrived.add)
+    monkeypatch.setattr("flexmemory.progress.ProgressLine.update", lambda line, done, text=None: print(text))
+
+    class Sizes:
+        """R = 400, the vocabulary, and from the fourth batch on 384."""
+
+        def __getitem__(self, k):
+            ids = np.arange(4 * 96, dtype=np.int32).reshape(1, 4, 96) % 300
+            return {"ids": ids, "targets": ids, "inverse": ids, "unique_ids": np.arange(400 if k < 3 else 384, dtype=np.int32)}
+
+    final = train(tiny_config("memoryllm"), tmp_path / "run", progress=False)
+    assert sizes == [400, 384] and final["seconds"]["compile"] == 2000 and final["seconds"]["step"] == 6
+    assert final["train_tokens_per_s"] == 4 * 96 == read_metrics(tmp_path / "run")[-2]["tokens_per_s"]
+    assert ["tokens_per_s" in row for row in read_metrics(tmp_path / "run")[:6]] == [False, True, True, False, True, True]  # each first one may be slow
+    assert [step["rows"] for step in json.loads((tmp_path / "run" / "compile.json").read_text())["steps"]] == sizes
+    assert final["rows_per_token"] == pytest.approx((3 * 400 + 3 * 384) / (6 * 4 * 96))
+    said = capsys.readouterr().out.splitlines()
+    assert [text for text in said if "compiling" in text] == ["compiling for 400 rows", "compiling for 384 rows"]
+
+
+def traces(workdir) -> list[Path]:
+    return list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_of_some_steps(whole, tiny_config, tmp_path, capsys):
+    assert not (whole[1] / "profile").exists()
+    cfg, run = tiny_config("dense"), tmp_path / "run"
+    for steps in (range(5, 5), range(2), range(3, 8)):
+        with pytest.raises(UserError, match="1 <= FIRST <= LAST <= 6"):
+            train(cfg, run, progress=False, profile_steps=steps)
+    calls = []
+    with pytest.raises(TrainingInterrupted):  # while the trace is being made
+        train(cfg, run, progress=False, profile_steps=range(2, 6), stop=lambda: calls.append(1) or len(calls) == 3)
+    (written,) = traces(run)
+    assert b"step_num" in written.read_bytes()
+    shutil.rmtree(run / "profile")
+    final = train(cfg, run, progress=False, profile_steps=range(2, 6))  # goes on after step 3
+    assert len(traces(run)) == 1 and final["seconds"]["profile"] > 0
+    shutil.rmtree(run / "profile")
+    train(cfg, run, progress=False, profile_steps=range(2, 6))
+    assert not traces(run) and "the run is at step 6, past those to profile; nothing is traced" in capsys.readouterr().err

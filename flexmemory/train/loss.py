@@ -1,0 +1,102 @@
+"""Cross-entropy over a large vocabulary, a piece of the batch at a time: logits of all its tokens never exist at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Of one piece's logits [tokens, V] in float32, where no chunk is given. A CPU is as fast with an eighth of it; a GPU reads and writes the head's
+# gradient [D, V] once per piece, which takes 200 / tokens of the piece's matmuls.
+LOGITS_BYTES = 1 << 29
+
+
+def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cross-entropy in nats, logsumexp^2), each float32 [B, T]."""
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return lse_BT - picked_BT, lse_BT**2
+
+
+def chunked_losses(x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """:func:`token_losses` of the logits x_BTD @ head_DV, for evaluation: its derivative would keep every logit.
+
+    x_BTD final states in compute dtype; head_DV float32; targets_BT int32. ``chunk``: the most tokens whose logits exist at
+    once; None: as many as LOGITS_BYTES holds.
+    """
+    head_DV = head_DV.astype(x_BTD.dtype)
+    count = pieces(targets_BT.size, head_DV.shape[1], chunk)
+    losses = jax.lax.map(lambda piece: token_losses(_matmul(piece[0], head_DV), piece[1]), (split(x_BTD, count), split(targets_BT, count)))
+    return jax.tree.map(lambda loss_CN: join(loss_CN, targets_BT.shape), losses)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def mean_loss(x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, tokens: int, z_weight: float,
+              chunk: int | None = None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """(loss + z_weight * z, (loss, z)): float32 sums over the batch of :func:`chunked_losses`, whose arguments it takes, over ``tokens``.
+
+    Only the first carries a gradient. It is made along with the loss, so that logits are computed once and dropped piece by piece; that of
+    head_DV is summed in float32. ``tokens`` and ``z_weight`` are plain numbers.
+    """
+    return _means(*chunked_losses(x_BTD, head_DV, targets_BT, chunk), tokens, z_weight)
+
+
+def _means(ce_BT, z_BT, tokens, z_weight):
+    loss, z = ce_BT.sum() / tokens, z_BT.sum() / tokens
+    return loss + z_weight * z, (loss, z)
+
+
+def _forward(x_BTD, head_DV, targets_BT, tokens, z_weight, chunk):
+    weight_DV = head_DV.astype(x_BTD.dtype)
+
+    def piece(grad_DV, inputs):
+        x_ND, targets_N = inputs
+        logits_NV = _matmul(x_ND, weight_DV)
+        top_N = logits_NV.max(axis=-1)
+        exp_NV = jnp.exp(logits_NV - top_N[:, None])
+        sum_N = exp_NV.sum(axis=-1)
+        lse_N = jnp.log(sum_N) + top_N
+        picked_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+        # d ce = softmax - onehot; d lse^2 = 2 lse softmax
+        scale_N = (1 + 2 * z_weight * lse_N) / (sum_N * tokens)
+        hit_NV = jnp.arange(logits_NV.shape[1]) == targets_N[:, None]
+        grad_NV = (exp_NV * scale_N[:, None] - hit_NV / tokens).astype(x_ND.dtype)
+        grad_ND = _matmul(grad_NV, weight_DV.T).astype(x_ND.dtype)
+        return grad_DV + _matmul(x_ND.T, grad_NV), (lse_N - picked_N, lse_N**2, grad_ND)
+
+    count = pieces(targets_BT.size, head_DV.shape[1], chunk)
+    # a token that only fills up the last piece has x = 0: it adds nothing to grad_DV, and join drops the rest
+    grad_DV, (ce_CN, z_CN, grad_CND) = jax.lax.scan(piece, jnp.zeros(head_DV.shape, jnp.float32), (split(x_BTD, count), split(targets_BT, count)))
+    ce_BT, z_BT, grad_BTD = (join(a_CN, targets_BT.shape) for a_CN in (ce_CN, z_CN, grad_CND))
+    return _means(ce_BT, z_BT, tokens, z_weight), (grad_BTD, grad_DV)
+
+
+def _backward(tokens, z_weight, chunk, residuals, cotangents):
+    grad_BTD, grad_DV = residuals
+    by, _ = cotangents  # 1 in a plain gradient, which XLA leaves out
+    return grad_BTD * by.astype(grad_BTD.dtype), grad_DV * by, None
+
+
+mean_loss.defvjp(_forward, _backward)
+
+
+def _matmul(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def pieces(tokens: int, vocab: int, chunk: int | None) -> int:
+    """Into how many pieces to cut ``tokens``."""
+    return -(-tokens // (chunk or max(1, LOGITS_BYTES // (4 * vocab))))
+
+
+def split(a_BT: jax.Array, count: int) -> jax.Array:
+    """[B, T, ...] -> [count, N, ...], filled up with 0. Piece c is every count-th token from c on: a batch spread over devices stays spread."""
+    a_T = a_BT.reshape(-1, *a_BT.shape[2:])
+    a_T = jnp.pad(a_T, [(0, -len(a_T) % count)] + [(0, 0)] * (a_T.ndim - 1))
+    return a_T.reshape(-1, count, *a_T.shape[1:]).swapaxes(0, 1)
+
+
+def join(a_CN: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The inverse of :func:`split`: [C, N, ...] -> [B, T, ...]."""
+    a_T = a_CN.swapaxes(0, 1).reshape(-1, *a_CN.shape[2:])
+    return a_T[: shape[0] * shape[1]].reshape(*shape, *a_CN.shape[2:])
