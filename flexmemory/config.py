@@ -35,7 +35,7 @@ class ModelConfig:
     tied_head: bool = False
     init_std: float = 0.02
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
-    attention: str = "auto"  # auto (cudnn on GPU in bfloat16) | xla | cudnn
+    attention: str = "auto"  # auto (cudnn on GPU in bfloat16, blocks of queries on a CPU) | xla | cudnn
     scan_layers: bool = True  # scan over the repeating unit; False unrolls, same numbers
     remat: bool = False  # keep only the inputs of each repeating unit for the backward pass, and
     remat_keep: str = ""  # tensors kept beside them, e.g. "attention gate up"; see models/memory.py

@@ -24,6 +24,7 @@ from flexmemory.errors import UserError, nearest
 from flexmemory.machine import peak_device_bytes
 from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.models.blocks import KINDS, layer_specs
+from flexmemory.models.memory import gather_rows
 from flexmemory.models.transformer import abstract_params
 from flexmemory.train.clock import peak_flops
 from flexmemory.train.compiled import compile_step
@@ -77,6 +78,7 @@ def measure(scratch: Path, scale: str, kinds: str = DEFAULT_KINDS, config: Confi
         for _ in range(size["rounds"]):
             made.round()
         compile_ = compile_times()
+        seams = {name: made.seam(name) for name, variant in variants.items() if not variant.naive and layers_with_rows(variant)}
     figures = {name: made.figures(name) for name in variants}
     return {
         "bench": "train", "scale": scale, "machine": facts(scratch), "weights": "random", "ids": ids,
@@ -85,7 +87,7 @@ def measure(scratch: Path, scale: str, kinds: str = DEFAULT_KINDS, config: Confi
         "matmul": {"side": size["square"], "dtype": cfg.model.compute_dtype, "flops_per_s": statistics.median(made.matmul)},
         "kinds": figures, "ratios": ratios(figures, goals_of),
         "dense_mfu": {"measured": figures.get("dense", {}).get("mfu"), "goal": DENSE_MFU_GOAL.get(goals_of)},
-        "compile": compile_, "device_peak_bytes_of_all_kinds": peak_device_bytes(),
+        "seam": seams, "compile": compile_, "device_peak_bytes_of_all_kinds": peak_device_bytes(),
     }
 
 
@@ -162,6 +164,11 @@ def variant(name: str, cfg: Config) -> Variant:
     return Variant(dataclasses.replace(cfg, model=model, optimizer=optimizer), naive)
 
 
+def layers_with_rows(variant: Variant) -> list[int]:
+    """Row widths of the memory layers."""
+    return [spec.row_width for spec in layer_specs(variant.config.model) if spec.row_width]
+
+
 @contextlib.contextmanager
 def no_compilation_cache() -> Iterator[None]:
     """Compile times are those of a first run: the cache on disk is left alone."""
@@ -213,6 +220,22 @@ class Rounds:
         jax.block_until_ready(made)
         self.matmul.append(2 * len(self.square_NN) ** 3 * MATMULS / (time.perf_counter() - began))
 
+    def seam(self, name: str) -> dict:
+        """What it costs to hand rows to the blocks in one step, over all memory layers, and what computing them once saved: seconds.
+
+        gather: rows_RW[inverse]; scatter: its gradient, summed in float32. saved: the FLOPs of rows that were not computed, at this kind's own speed.
+        """
+        variant, batch, numbers = self.variants[name], self.batches[name], self.figures(name)
+        widths, inverse_BT = layers_with_rows(variant), batch["inverse"][0]
+        rows_RW = jax.random.normal(jax.random.key(0), (batch["unique_ids"].size, widths[0]), variant.config.model.compute_dtype)
+        gather = jax.jit(gather_rows)
+        scatter = jax.jit(lambda grad_BTW: jax.vjp(lambda rows: gather_rows(rows, inverse_BT), rows_RW)[1](grad_BTW))
+        grad_BTW = gather(rows_RW, inverse_BT)
+        calls = {"gather": lambda: gather(rows_RW, inverse_BT), "scatter": lambda: scatter(grad_BTW)}
+        per_step = len(widths) * len(batch["inverse"])
+        return {**{f"{what}_seconds": per_step * median_seconds(call) for what, call in calls.items()},
+                "saved_seconds": numbers["flops_saved_per_token"] * self.tokens / numbers["flops_per_s"]}
+
     def figures(self, name: str) -> dict:
         numbers = account(self.variants[name].config.model, self.seq_len)
         per_token = self.batches[name]["unique_ids"].size / self.tokens if numbers["row_bytes_per_token"] else 0.0
@@ -224,6 +247,16 @@ class Rounds:
             "flops_per_s": flops * self.tokens / seconds, "matmul_share": flops * self.tokens / seconds / statistics.median(self.matmul),
             "mfu": flops * self.tokens / seconds / peak if peak else None, **self.facts[name],
         }
+
+
+def median_seconds(call) -> float:
+    """Of five calls, after one that compiles."""
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
 
 
 def ratios(figures: dict[str, dict], goals_of: str | None) -> dict[str, dict]:

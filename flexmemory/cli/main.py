@@ -4,7 +4,9 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -34,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: command {argv[0]!r}: {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
     start_process()
+    if command_line:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         return importlib.import_module(f"flexmemory.cli.{argv[0]}").run(argv[1:])
     except UserError as error:
@@ -48,6 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def interrupt(number: int, frame) -> None:
+    """Ctrl-C as everywhere, but not lost: Python drops what is raised in a callback of its garbage collector, and JAX has one. Then a moment later."""
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+    else:
+        raise KeyboardInterrupt
 
 
 def start_process() -> None:

@@ -36,7 +36,7 @@ PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiple
 THREADS = 16  # papers/offload.md 3.2: 8 are too few, 32 gain nothing
 STAGING_BYTES = 8 << 20
 PROBES = 4  # bundles of a batch that are looked up in the page cache to judge the batch
-PROBE_EVERY = 8  # bundles; a question of 5 us before each single read of 100 us would cost more than a late answer
+PROBE_EVERY = 8  # bundles, reached by doubling from 1: a question of 5 us before each single read of 100 us would cost more than a late answer
 CHUNK_CACHE_BYTES = 16 << 20  # TensorStore's, beside the shard indexes: the pool keeps both, and an evicted index costs a read per call
 
 
@@ -126,6 +126,7 @@ class LocalReader:
         self._counts = dict.fromkeys(("reads", "bundles", "bytes", "page cache", "preadv", "uring", "threads", "read ahead"), 0)
         self._probe, self._o_direct = method in ("auto", "buffered"), method != "buffered"
         self._warm, self._unprobed = False, PROBE_EVERY  # the page cache held all of the last batch; bundles read since it was last asked
+        self._probe_every = 1  # so many, where it did not: one miss in a warm file is forgotten at once
         self._nowait, self._cachestat = os.RWF_NOWAIT, CacheStat()
         self._ring = self._pool = self._staging = self._fallback = None
         if method in ("auto", "uring"):
@@ -185,7 +186,7 @@ class LocalReader:
     def _read(self, tokens: list[int], out_UB: np.ndarray) -> None:
         missed = range(len(tokens))
         self._unprobed += len(tokens)
-        if self._probe and (self._warm or self._unprobed >= PROBE_EVERY or not self._o_direct):
+        if self._probe and (self._warm or self._unprobed >= self._probe_every or not self._o_direct):
             missed = self._from_cache(tokens, out_UB)
         if missed and self._o_direct:
             try:
@@ -220,6 +221,7 @@ class LocalReader:
         self._counts["page cache"] += len(likely) - len(missed)
         if len(likely) < len(tokens):
             missed = sorted({*range(len(tokens))} - {*likely} | {*missed})
+        self._probe_every = min(2 * self._probe_every, PROBE_EVERY) if missed and not self._warm else 1
         self._warm, self._unprobed = not missed, 0
         return missed
 

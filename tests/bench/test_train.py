@@ -31,6 +31,7 @@ def test_figures_hang_together(smoke):
     assert dense["total_parameters"] == once["total_parameters"]
     assert 0 == dense["rows_per_token"] < once["rows_per_token"] < naive["rows_per_token"] == 1
     assert once["flops_per_token"] + once["flops_saved_per_token"] == naive["flops_per_token"] == dense["flops_per_token"]
+    assert set(smoke["seam"]) == {"memoryllm"} and min(smoke["seam"]["memoryllm"].values()) > 0
     assert set(smoke["compile"]["layers"]) == {2, 24} and smoke["compile"]["ratio"] > 0
 
 

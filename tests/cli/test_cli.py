@@ -192,3 +192,26 @@ def test_a_closed_pipe_is_no_error():
     made = subprocess.run(f"{sys.executable} -m flexmemory.cli.main params --config={ROOT / 'configs/memoryllm.py'}:1b | head -1",
                           shell=True, capture_output=True, text=True)
     assert made.stderr == "" and made.stdout.startswith("pattern")
+
+
+IN_A_COLLECTION = """
+import gc, os, signal, sys, time
+from flexmemory.cli.main import interrupt
+
+def _xla_gc_callback(*_):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0)
+
+signal.signal(signal.SIGINT, interrupt)
+gc.callbacks.append(_xla_gc_callback)
+gc.collect()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+
+
+def test_an_interrupt_in_a_garbage_collection_is_not_lost():
+    assert subprocess.run([sys.executable, "-c", IN_A_COLLECTION]).returncode == 7

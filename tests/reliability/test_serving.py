@@ -184,7 +184,7 @@ from flexmemory.cli import main
 from flexmemory.tkv import location
 main.start_process = lambda: None
 location.Patience = functools.partial(location.Patience, timeout_s=4.0)
-sys.exit(main.main(sys.argv[1:]))
+sys.exit(main.main())
 """
 
 

@@ -190,6 +190,12 @@ def test_single_reads_find_out_that_the_page_cache_holds_the_table(disk_table, o
     for token in range(20):
         np.testing.assert_array_equal(read(r, [token]), rows_VB[[token]])
     assert r.stats()["page cache"] > 20 - reader.PROBE_EVERY
+    found = r.stats()["page cache"]
+    drop(location, group)
+    (location.local / format.shard_file(group, 1)).read_bytes()
+    for token in (0, SHARD_ROWS, SHARD_ROWS + 1):  # one that is not there, and two that are: asked for at once
+        np.testing.assert_array_equal(read(r, [token]), rows_VB[[token]])
+    assert r.stats()["page cache"] == found + 2 and r.stats()["preadv"] > 20
 
 
 def test_a_file_system_without_nowait_reads_cold_bundles_directly(table, monkeypatch, opened):
