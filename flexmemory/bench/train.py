@@ -70,9 +70,11 @@ def flags(parser) -> None:
 def measure(scratch: Path, scale: str, kinds: str = DEFAULT_KINDS, config: Config | None = None, data: str | None = None) -> dict:
     """The figures as a JSON-able dict; nothing is written under ``scratch``. Raises UserError before any work where the flags do not fit."""
     size = ROUNDS[scale]
-    cfg, batch, ids = prepare(config or CONFIGS[scale], data)
+    cfg = config or CONFIGS[scale]
+    # the goals are of the scales' own shapes, on the device that they are named for
+    goals_of = scale if cfg.model == CONFIGS[scale].model and scale == jax.default_backend() else None
+    cfg, batch, ids = prepare(cfg, data)
     variants = {name: variant(name, cfg) for name in check_names(kinds)}
-    goals_of = jax.default_backend() if scale != "smoke" else None
     with no_compilation_cache():
         made = Rounds(cfg, batch, variants, size["steps"], size["square"])
         for _ in range(size["rounds"]):
@@ -102,7 +104,10 @@ def prepare(cfg: Config, data: str | None) -> tuple[Config, Batch, str]:
         raise UserError("config model.vocab_size: 0 takes the data's, and there is none; set it, or give --data")
     else:
         shards, ids = Zipf(cfg.model.vocab_size), "Zipf law, s = 1 over a random order of ids"
-    batches = make_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=cfg.train.seed, accum=cfg.train.accum_steps)
+        if cfg.data.document_mask:
+            raise UserError("config data.document_mask: ids from a Zipf law have no documents; give --data, or leave it out")
+    batches = make_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=cfg.train.seed, accum=cfg.train.accum_steps,
+                           segments=cfg.data.document_mask)
     return cfg, batches[0], ids
 
 

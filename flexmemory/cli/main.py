@@ -21,7 +21,7 @@ COMMANDS = {
     "copy": "move a store, verified",
     "generate": "write text with rows read from a store",
     "params": "parameters, FLOPs and bytes of a config",
-    "bench": "measure reads, decoding and export, as JSON",
+    "bench": "measure reads, decoding, export, training and table updates, as JSON",
 }
 
 

@@ -120,13 +120,15 @@ def make_batches(
 
 def measure_row_sizes(batches: Batches, samples: int = SAMPLES) -> tuple[int, ...]:
     """Padded sizes R for `batches`, ascending: the largest of the sampled batches, that with a tenth of room for the few that are larger still, and what
-    always suffices; before them the median where it is a tenth less. A pure function of the batches' arguments."""
+    always suffices; before them the median where it is a tenth less. Small batches have but the last two. A pure function of the batches' arguments."""
     enough = batches.row_sizes[-1]
     last = batches.steps_per_epoch
     # Spread over the epoch; a bigger sample would cost more than the rare overflow it avoids.
     steps = sorted({i * last // samples for i in range(samples)})
     counts = sorted(batches.unique_count(k) for k in steps)
     median, largest, room = (_round_up(count) for count in (counts[len(counts) // 2], counts[-1], counts[-1] * 11 // 10))
+    if largest < 512:  # a compilation costs more than some rows
+        return _with_enough((room,), enough)
     return _with_enough((*((median,) if median <= 0.9 * largest else ()), largest, room), enough)
 
 

@@ -43,7 +43,7 @@ gather_rows.defvjp(_gather_forward, _gather_backward)
 class FFNRows(nnx.Module):
     """Live row of one layer: a SwiGLU of the normed token embedding (MemoryLLM Eq 2.4-2.5). W = D."""
 
-    stacking = "scan"  # one layer at a time keeps the [R, F] activations of one layer alive
+    stacking = "scan"  # in a fold, an evaluation or under remat one layer's [R, F] activations are alive at a time
 
     def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
         self.norm = None if cfg.x0_norm_shared else x0_norm(cfg)

@@ -30,7 +30,7 @@ def save(checkpoints, step: int, state: dict, counts: dict[str, float]) -> None:
     checkpoints.save_checkpointables_async(step, {
         "params": state["params"],
         "optimizer": state["optimizer"],
-        "data": {"step": np.asarray(step), **{name: np.asarray(value, np.float64) for name, value in counts.items()}},
+        "data": {**{name: np.asarray(value, np.float64) for name, value in counts.items()}, "step": np.asarray(step)},
     })
 
 

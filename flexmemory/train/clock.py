@@ -75,7 +75,7 @@ class Work:
 
     def count(self, step: int, rows: int, xla_flops: float | None) -> None:
         """Step number ``step`` has ended."""
-        self.counts["rows"] += rows
+        self.counts["rows"] += rows if self.account["row_bytes_per_token"] else 0
         self.counts["xla_flops"] += math.nan if xla_flops is None else xla_flops
         if self._since is None:
             self._since = (step, self.clock.working(), self.counts["rows"])

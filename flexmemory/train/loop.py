@@ -22,6 +22,7 @@ from flexmemory.evals.questions import answer_accuracy, encode_questions
 from flexmemory.files import is_disk_full, write_json
 from flexmemory.machine import peak_device_bytes, peak_rss
 from flexmemory.models.accounting import account
+from flexmemory.models.blocks import layer_specs
 from flexmemory.progress import ProgressLine
 from flexmemory.train import checkpoint, trace
 from flexmemory.train.clock import Clock, Work, flops
@@ -72,7 +73,8 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
         if cfg.train.tensorboard:
             summary_writer()  # raises when it is not installed
         batches = make_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=cfg.train.seed,
-                               accum=cfg.train.accum_steps, segments=cfg.data.document_mask)
+                               accum=cfg.train.accum_steps, segments=cfg.data.document_mask,
+                               row_sizes=None if any(spec.row_width for spec in layer_specs(cfg.model)) else ())  # without rows one size does, and one compilation
         closing.enter_context(claim(workdir, cfg, shards.fingerprint, tokenizer))
         checkpoints = closing.enter_context(contextlib.closing(checkpoint.open_checkpoints(workdir, cfg.train.keep_checkpoints)))
         state = checkpoint.restore(checkpoints, workdir, cfg)
@@ -120,10 +122,10 @@ class Run:
                 with self.clock.span("data_wait"):
                     batch = next(stream)
                 rows = batch["unique_ids"].size
+                if pending and (rows not in self.compiled or tracing.begins(step)):
+                    self._log(line, *pending)  # so that no step's time passes for the compiler's or the profiler's
+                    pending = None
                 if rows not in self.compiled:
-                    if pending:
-                        self._log(line, *pending)  # so that no step's time passes for the compiler's
-                        pending = None
                     self._compile(line, rows, state, batch)
                 run_step, _ = self.compiled[rows]
                 with tracing.step(step):

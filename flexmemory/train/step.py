@@ -71,8 +71,8 @@ def make_gradients(cfg: Config):
 def make_train_step(cfg: Config):
     """Returns ``step(state, batch) -> (state, metrics)``, jitted, with the state donated.
 
-    metrics: loss and z_loss in nats per token, lr, grad_norm, grad_norm/<label>, and param_norm of all that the step may have changed;
-    float32 scalars. With a row-sparse table_optimizer nothing of the size of a table is made, read or written.
+    metrics: loss and z_loss in nats per token, lr, grad_norm, grad_norm/<label>, and param_norm of all that the step may have changed (of
+    row-sparse tables the touched rows); float32 scalars. With a row-sparse table_optimizer nothing of the size of a table is made, read or written.
     """
     gradients, optimizer, rate = make_gradients(cfg), make_optimizer(cfg.optimizer, cfg.train.steps), schedule(cfg.optimizer, cfg.train.steps)
 
@@ -87,7 +87,8 @@ def make_train_step(cfg: Config):
         if tables:
             ids_R = touched_ids(batch["unique_ids"], batch["inverse"], cfg.model.vocab_size)
             updates, sparse = make_table_optimizer(cfg.optimizer, cfg.train.steps).update(row_grads, sparse, rows, ids_R=ids_R)
-            tables, rows = apply_rows(tables, updates, ids_R), optax.apply_updates(rows, updates)
+            tables, touched_R1 = apply_rows(tables, updates, ids_R), (ids_R < cfg.model.vocab_size)[:, None]
+            rows = jax.tree.map(lambda row, update: jnp.where(touched_R1, row + update, 0), rows, updates)
         metrics = {"loss": loss, "z_loss": z, "lr": jnp.asarray(rate(state["step"]), jnp.float32),
                    "grad_norm": jnp.sqrt(sum(n**2 for n in norms.values())), "param_norm": optax.tree.norm((weights, rows)),
                    **{f"grad_norm/{label}": norm for label, norm in norms.items()}}

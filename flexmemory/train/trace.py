@@ -16,6 +16,10 @@ class Trace:
     def __init__(self, folder: Path, steps: range, clock: Clock):
         self.folder, self.steps, self.clock, self.running = folder, steps, clock, False
 
+    def begins(self, number: int) -> bool:
+        """Is step ``number`` the first one to trace? Then nothing else may be under way."""
+        return not self.running and number in self.steps
+
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """To be held while step ``number`` is called: starts the trace where it is time, and names the step in it."""
         if number not in self.steps:

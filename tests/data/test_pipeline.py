@@ -122,12 +122,11 @@ def test_with_room_for_all_the_rows_are_the_vocabulary(shards):
 
 def test_measured_sizes_are_pure_round_and_rarely_overflow(shards):
     batches = make(shards)
-    assert batches.row_sizes == make(shards).row_sizes and len(batches.row_sizes) == 3
-    largest, room, enough = batches.row_sizes
-    assert largest % 8 == 0 and room % 8 == 0 and room >= 1.1 * (largest - 8) and enough == min(shards.vocab_size, 8 * T)
+    assert batches.row_sizes == make(shards).row_sizes and len(batches.row_sizes) == 2
+    typical, enough = batches.row_sizes
+    assert typical % 8 == 0 and enough == min(shards.vocab_size, 8 * T)
     counts = [batches.unique_count(k) for k in range(200)]
-    assert 0.8 * largest < sorted(counts)[100] <= largest
-    assert sum(count > largest for count in counts) <= 20 and sum(count > room for count in counts) == 0
+    assert 0.7 * typical < sorted(counts)[100] < typical and sum(count > typical for count in counts) <= 4
     assert [pipeline._round_up(n) for n in (1, 8, 100, 130, 513, 1000)] == [8, 8, 104, 136, 576, 1024]
 
 

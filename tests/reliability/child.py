@@ -183,6 +183,7 @@ def main() -> None:
     elif what == "ramfs":
         print(json.dumps(ramfs(source, out)))
     else:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
         slow_down(60)
         process = os.getpid()
         if not os.fork():  # tells when the first file is being written, and ends

@@ -7,7 +7,7 @@ import pytest
 from flexmemory.train import clock as clocks
 from flexmemory.train.clock import PARTS, Clock, Work, flops
 
-ACCOUNT = {"flops_per_token": 100, "memory_flops_per_row": 60}
+ACCOUNT = {"flops_per_token": 100, "memory_flops_per_row": 60, "row_bytes_per_token": 8}
 
 
 @pytest.fixture
@@ -86,3 +86,9 @@ def test_flops_that_deduplication_saved():
 
 def test_a_run_of_no_steps_has_no_rates(time):
     assert Work(Clock(time), ACCOUNT, 10, {}).totals(0) == {"train_tokens_per_s": None, "mfu": None, "rows_per_token": None, "flops": None}
+
+
+def test_a_model_without_memory_computes_no_rows(time):
+    work = Work(Clock(time), ACCOUNT | {"row_bytes_per_token": 0}, 10, {})
+    work.count(1, 400, None)
+    assert work.counts["rows"] == 0 and work.totals(1)["rows_per_token"] == 0
