@@ -82,11 +82,18 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    plan: str = "single"  # single (one device) | dp | fsdp | fsdp_tp; see docs/scaling.md
+    mesh: str = ""  # sizes of the axes, e.g. "data=8,fsdp=4,tensor=2"; "" gives all devices to the plan's first own axis
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
 
 CHOICES = {
@@ -97,6 +104,7 @@ CHOICES = {
     "model.attention": ("auto", "xla", "cudnn"),
     "optimizer.table_optimizer": ("adamw", "lazy_adam", "rowwise_adagrad"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "parallel.plan": ("single", "dp", "fsdp", "fsdp_tp"),
 }
 SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.decay_fraction")  # 0 <= value < 1; decay_fraction may be 1
 POSITIVE = ("model.d_model", "model.n_heads", "model.d_ff", "data.seq_len", "data.batch_size", "train.accum_steps",

@@ -1,8 +1,13 @@
 """Settings that every test shares; they must be in place before JAX starts."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# programs that several tests or their child processes compile are compiled once
+CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.TemporaryDirectory(prefix="flexmemory-tests-")
+if CACHE:
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 import pytest
 from absl import flags

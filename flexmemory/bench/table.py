@@ -17,7 +17,8 @@ import optax
 from flexmemory.bench.machine import facts
 from flexmemory.config import OptimizerConfig
 from flexmemory.train.optimizer import make_optimizer
-from flexmemory.train.tables import apply_rows, gather_tables, make_table_optimizer
+from flexmemory.parallel import lookup
+from flexmemory.train.tables import apply_rows, make_table_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def sparse_step(name: str) -> Callable:
 
     def step(state, grad_LRW, ids_R):
         tables, opt = state
-        rows = gather_tables(tables, ids_R)
+        rows = lookup(tables, ids_R)
         updates, opt = optimizer.update(jax.tree.map(lambda _: grad_LRW, rows), opt, rows, ids_R=ids_R)
         return apply_rows(tables, updates, ids_R), opt
 
@@ -130,7 +131,7 @@ def sparse_step(name: str) -> Callable:
 
 def dense_step(state, grad_LRW, ids_R):
     params, opt = state
-    rows, pull = jax.vjp(lambda params: gather_tables(params, ids_R), params)
+    rows, pull = jax.vjp(lambda params: lookup(params, ids_R), params)
     grads, = pull(jax.tree.map(lambda _: grad_LRW, rows))
     updates, opt = make("adamw").update(grads, opt, params)
     return optax.apply_updates(params, updates), opt
@@ -138,7 +139,7 @@ def dense_step(state, grad_LRW, ids_R):
 
 def move(state, grad_LRW, ids_R):
     """Takes the rows of every [L, V, W] off themselves: as many bytes as an update, no mathematics."""
-    return jax.tree.map(lambda a: apply_rows(a, -gather_tables(a, ids_R), ids_R) if a.ndim == 3 else a, state)
+    return jax.tree.map(lambda a: apply_rows(a, -lookup(a, ids_R), ids_R) if a.ndim == 3 else a, state)
 
 
 def compile_step(step: Callable, state, rows: int):

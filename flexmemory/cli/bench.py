@@ -24,6 +24,7 @@ BENCHES = {
     "export": "writing a store against the disk's sequential write and the fold alone",
     "train": "tokens/s of training steps of several kinds in turn, against the matmul; rows per token, memory, compile time",
     "table": "the update of learned tables against the size of the vocabulary",
+    "sharding": "bytes between devices of a sharded table's lookup, ours against the partitioner's",
 }
 SCALES = ("smoke", "cpu", "gpu")
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "copy": "move a store, verified",
     "generate": "write text with rows read from a store",
     "params": "parameters, FLOPs and bytes of a config",
+    "plan": "what each device of a mesh would hold, compute and send",
     "bench": "measure reads, decoding, export, training and table updates, as JSON",
 }
 

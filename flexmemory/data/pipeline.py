@@ -1,6 +1,6 @@
 """Batches from token shards: batch k is a pure function of (seed, k), with its unique ids ready for the memory layers.
 
-Letters: A accumulation steps, b rows of this host per accumulation step, T tokens, R unique ids of the whole batch (padded).
+Letters: A accumulation steps, b rows of this host per accumulation step, T tokens, R unique ids of a section of the batch (padded).
 """
 
 from __future__ import annotations
@@ -23,57 +23,59 @@ class Batches:
     A batch is a dict of
       ids        int32 [A, b, T]
       targets    int32 [A, b, T], the next tokens
-      unique_ids int32 [R], the ids of the batch over all accumulation steps and hosts, ascending, then padded with id 0
-      inverse    int32 [A, b, T], unique_ids[inverse] == ids; never refers to padding
+      unique_ids int32 [R] for each section of this host, one after another: its ids over all accumulation steps, ascending, then padded with id 0
+      inverse    int32 [A, b, T], places within the section's unique_ids, unique_ids[inverse] == ids; never refers to padding
       segments   int32 [A, b, T], number of the document within the row; only when asked for
 
-    R is one of `row_sizes`, the smallest that holds the batch, so that a compiled step meets few shapes. Where R >= V, unique_ids is 0..V-1.
-    unique_ids and R are the same on every host.
+    A section is the rows that one device computes: the rows of each accumulation step are cut into `sections` equal parts. The rows themselves do
+    not depend on the cut. R is one of `row_sizes`, the smallest that holds every section of the batch, so that a compiled step meets few shapes and all
+    hosts the same ones. Where R >= V, unique_ids is 0..V-1.
 
     Attributes:
       row_sizes: the possible R, ascending.
       steps_per_epoch: whole batches in one pass over the split, at least 1.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, shape: tuple[int, int, int], host_index: int, seed: int, segments: bool, shuffle: bool):
+    def __init__(self, shards: TokenShards, seq_len: int, shape: tuple[int, int, int], own: range, seed: int, segments: bool, shuffle: bool):
         self._shards, self._seq_len, self._segments = shards, seq_len, segments
-        self._accum, self._hosts, self._rows = shape  # a global batch is A x hosts x b windows
-        self._host_index = host_index
-        self.batch_size = self._accum * self._hosts * self._rows
+        self._accum, self._sections, self._rows = shape  # a global batch is A x sections x rows windows
+        self._own = own
+        self.batch_size = self._accum * self._sections * self._rows
         n_windows = shards.num_windows(seq_len)
         order = grain.MapDataset.range(n_windows).seed(seed)
         # Reshuffled in each epoch, and still addressable: the order is computed from (seed, epoch), never stored.
         self._order = (order.shuffle() if shuffle else order).repeat(None)
         self.steps_per_epoch = max(1, n_windows // self.batch_size)
-        self.row_sizes: tuple[int, ...] = (min(shards.vocab_size, self.batch_size * seq_len),)
+        self.row_sizes: tuple[int, ...] = (min(shards.vocab_size, self._accum * self._rows * seq_len),)
 
     def window_numbers(self, k: int) -> np.ndarray:
-        """Windows of global batch k, int64 [A, hosts, b]."""
+        """Windows of global batch k, int64 [A, B]."""
         if k < 0:
             raise IndexError(f"batch {k} is below 0")
         first = k * self.batch_size
         numbers = [self._order[i] for i in range(first, first + self.batch_size)]
-        return np.array(numbers, np.int64).reshape(self._accum, self._hosts, self._rows)
+        return np.array(numbers, np.int64).reshape(self._accum, self._sections * self._rows)
 
     def __getitem__(self, k: int) -> Batch:
-        numbers_AHb = self.window_numbers(k)
-        tokens_AHbT = self._tokens(numbers_AHb)
-        own_AbT = tokens_AHbT[:, self._host_index]
-        # Every host reads the whole batch: only so do all agree on unique_ids and R without talking.
-        batch = {"ids": own_AbT[..., :-1].copy(), "targets": own_AbT[..., 1:].copy()}
-        batch |= unique_rows(tokens_AHbT[..., :-1], batch["ids"], self._shards.vocab_size, self.row_sizes)
+        numbers_AB = self.window_numbers(k)
+        # Every host reads the whole batch: only so do all agree on R without talking.
+        tokens_ABT = self._tokens(numbers_AB)
+        own = slice(self._own.start * self._rows, self._own.stop * self._rows)
+        batch = {"ids": tokens_ABT[:, own, :-1].copy(), "targets": tokens_ABT[:, own, 1:].copy()}
+        batch |= unique_rows(tokens_ABT[..., :-1], self._shards.vocab_size, self.row_sizes, self._sections, self._own)
         if self._segments:
-            rows = [[self._shards.segments(int(i), self._seq_len)[:-1] for i in row] for row in numbers_AHb[:, self._host_index]]
+            rows = [[self._shards.segments(int(i), self._seq_len)[:-1] for i in row] for row in numbers_AB[:, own]]
             batch["segments"] = np.array(rows, np.int32)
         return batch
 
     def unique_count(self, k: int) -> int:
-        """Number of different ids in global batch k."""
-        return _count_unique(self._tokens(self.window_numbers(k))[..., :-1], self._shards.vocab_size)
+        """Number of different ids in global batch k, in the section that has most."""
+        ids_ABT = self._tokens(self.window_numbers(k))[..., :-1]
+        return max(_count_unique(part, self._shards.vocab_size) for part in np.split(ids_ABT, self._sections, axis=1))
 
-    def _tokens(self, numbers_AHb: np.ndarray) -> np.ndarray:
-        tokens = np.empty((*numbers_AHb.shape, self._seq_len + 1), np.int32)
-        for place, i in np.ndenumerate(numbers_AHb):
+    def _tokens(self, numbers_AB: np.ndarray) -> np.ndarray:
+        tokens = np.empty((*numbers_AB.shape, self._seq_len + 1), np.int32)
+        for place, i in np.ndenumerate(numbers_AB):
             tokens[place] = self._shards.window(int(i), self._seq_len)
         return tokens
 
@@ -87,29 +89,32 @@ def make_batches(
     accum: int = 1,
     segments: bool = False,
     shuffle: bool = True,
-    host_index: int = 0,
-    host_count: int = 1,
+    sections: int = 1,
+    own: range | None = None,
     row_sizes: tuple[int, ...] | None = None,
 ) -> Batches:
     """Batches of `batch_size` windows of `seq_len` tokens over all hosts; this host's share of them.
 
     Args:
+      sections: into how many parts devices cut the rows of an accumulation step.
+      own: the sections of this host, one after another; None for all.
       row_sizes: the padded sizes R to choose from; measured by `measure_row_sizes` where None. A size that always suffices is appended.
 
     Raises:
       UserError: sizes that do not fit each other or the shards, a seed outside 0..2^32-1.
     """
-    for name, value in (("batch_size", batch_size), ("accum", accum), ("host_count", host_count)):
+    for name, value in (("batch_size", batch_size), ("accum", accum), ("sections", sections)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
-    if not 0 <= host_index < host_count:
-        raise UserError(f"host_index={host_index} is outside 0..{host_count - 1}")
+    own = range(sections) if own is None else own
+    if not 0 <= own.start < own.stop <= sections or own.step != 1:
+        raise UserError(f"own={own} is not a range inside 0..{sections - 1}, the sections")
     if not 0 <= seed < 1 << 32:
         raise UserError(f"seed={seed} is outside 0..{(1 << 32) - 1}")
-    if batch_size % (accum * host_count):
-        raise UserError(f"batch_size={batch_size} is not divisible by accum*host_count={accum}*{host_count}; use a multiple of {accum * host_count}")
-    shape = (accum, host_count, batch_size // (accum * host_count))
-    batches = Batches(shards, seq_len, shape, host_index, seed, segments, shuffle)
+    if batch_size % (accum * sections):
+        raise UserError(f"batch_size={batch_size} is not divisible by accum*sections={accum}*{sections}; use a multiple of {accum * sections}")
+    shape = (accum, sections, batch_size // (accum * sections))
+    batches = Batches(shards, seq_len, shape, own, seed, segments, shuffle)
     if row_sizes is None:
         row_sizes = measure_row_sizes(batches)
     if any(size < 1 for size in row_sizes):
@@ -126,24 +131,28 @@ def measure_row_sizes(batches: Batches, samples: int = SAMPLES) -> tuple[int, ..
     # Spread over the epoch; a bigger sample would cost more than the rare overflow it avoids.
     steps = sorted({i * last // samples for i in range(samples)})
     counts = sorted(batches.unique_count(k) for k in steps)
-    median, largest, room = (_round_up(count) for count in (counts[len(counts) // 2], counts[-1], counts[-1] * 11 // 10))
+    median, largest, room = _round_up(counts[len(counts) // 2]), _round_up(counts[-1]), padded_rows(counts[-1])
     if largest < 512:  # a compilation costs more than some rows
         return _with_enough((room,), enough)
     return _with_enough((*((median,) if median <= 0.9 * largest else ()), largest, room), enough)
 
 
-def unique_rows(everybody: np.ndarray, ids: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...]) -> Batch:
-    """unique_ids int32 [R] of `everybody` and inverse int32 of `ids`, whose ids must be among them, each in its own shape; R from `row_sizes`."""
-    seen_V = np.zeros(vocab_size, bool)
-    seen_V[everybody.ravel()] = True
-    found = np.flatnonzero(seen_V)
-    size = next(size for size in row_sizes if size >= len(found))
+def unique_rows(ids: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...], sections: int = 1, own: range | None = None) -> Batch:
+    """unique_ids and inverse, as in `Batches`, of the sections `own` (None: all) of ids int32 [..., B, T]; R from `row_sizes`."""
+    parts, own = np.split(ids, sections, axis=-2), range(sections) if own is None else own
+    seen_SV = np.zeros((sections, vocab_size), bool)
+    for seen_V, part in zip(seen_SV, parts, strict=True):
+        seen_V[part.ravel()] = True
+    size = next(size for size in row_sizes if size >= seen_SV.sum(1).max())
     if size >= vocab_size:
-        return {"unique_ids": np.arange(vocab_size, dtype=np.int32), "inverse": ids.copy()}
-    unique_R = np.zeros(size, np.int32)
-    unique_R[: len(found)] = found
-    place_V = np.cumsum(seen_V, dtype=np.int32) - 1  # place of an id among those seen
-    return {"unique_ids": unique_R, "inverse": place_V[ids]}
+        return {"unique_ids": np.tile(np.arange(vocab_size, dtype=np.int32), len(own)), "inverse": np.concatenate([parts[s] for s in own], axis=-2)}
+    unique_SR, inverse = np.zeros((len(own), size), np.int32), []
+    for unique_R, s in zip(unique_SR, own, strict=True):
+        found = np.flatnonzero(seen_SV[s])
+        unique_R[: len(found)] = found
+        place_V = np.cumsum(seen_SV[s], dtype=np.int32) - 1  # place of an id among those seen
+        inverse.append(place_V[parts[s]])
+    return {"unique_ids": unique_SR.ravel(), "inverse": np.concatenate(inverse, axis=-2)}
 
 
 def eval_batches(
@@ -153,6 +162,8 @@ def eval_batches(
     batch_size: int,
     max_tokens: int | None = None,
     segments: bool = False,
+    sections: int = 1,
+    own: range | None = None,
     row_sizes: tuple[int, ...] | None = None,
 ) -> Iterator[Batch]:
     """The split in order, once: batches as in `Batches` without the axis A, and `weight` float32 [b, T].
@@ -166,28 +177,32 @@ def eval_batches(
     """
     if batch_size < 1 or seq_len < 1:
         raise UserError(f"batch_size={batch_size} and seq_len={seq_len} must be at least 1")
+    if batch_size % sections:
+        raise UserError(f"batch_size={batch_size} is not divisible by sections={sections}")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens} must be at least 1")
     spans = _eval_spans(shards, seq_len, max_tokens)
     if not spans:
         raise UserError(f"the {shards.split} split has no token to predict; prepare it from more text")
-    return _eval_batches(shards, spans, seq_len, batch_size, segments, row_sizes)
+    return _eval_batches(shards, spans, seq_len, batch_size, segments, sections, range(sections) if own is None else own, row_sizes)
 
 
-def _eval_batches(shards, spans, seq_len, batch_size, segments, row_sizes) -> Iterator[Batch]:
-    enough = min(shards.vocab_size, batch_size * seq_len)
+def _eval_batches(shards, spans, seq_len, batch_size, segments, sections, own, row_sizes) -> Iterator[Batch]:
+    rows = batch_size // sections
+    enough, mine = min(shards.vocab_size, rows * seq_len), slice(own.start * rows, own.stop * rows)
     groups = [spans[i : i + batch_size] for i in range(0, len(spans), batch_size)]
     if row_sizes is None:
         sample = [groups[i * len(groups) // SAMPLES] for i in range(SAMPLES)] if len(groups) > SAMPLES else groups
-        typical = max(_count_unique(_eval_rows(shards, group, seq_len, batch_size)[0][:, :-1], shards.vocab_size) for group in sample)
-        row_sizes = (_round_up(typical), _round_up(typical * 11 // 10))
+        typical = max(_count_unique(part, shards.vocab_size) for group in sample
+                      for part in np.split(_eval_rows(shards, group, seq_len, batch_size)[0][:, :-1], sections))
+        row_sizes = (_round_up(typical), padded_rows(typical))
     row_sizes = _with_enough(row_sizes, enough)
     for group in groups:
         tokens_bT, weight_bT, segments_bT = _eval_rows(shards, group, seq_len, batch_size, segments)
-        ids, targets = tokens_bT[:, :-1].copy(), tokens_bT[:, 1:].copy()
-        batch = {"ids": ids, "targets": targets, "weight": weight_bT} | unique_rows(ids, ids, shards.vocab_size, row_sizes)
+        batch = {"ids": tokens_bT[mine, :-1].copy(), "targets": tokens_bT[mine, 1:].copy(), "weight": weight_bT[mine]}
+        batch |= unique_rows(tokens_bT[:, :-1], shards.vocab_size, row_sizes, sections, own)
         if segments:
-            batch["segments"] = segments_bT
+            batch["segments"] = segments_bT[mine]
         yield batch
 
 
@@ -218,6 +233,11 @@ def _count_unique(tokens: np.ndarray, vocab_size: int) -> int:
     seen = np.zeros(vocab_size, bool)
     seen[tokens.ravel()] = True
     return int(seen.sum())
+
+
+def padded_rows(count: int) -> int:
+    """The size R for sections of which the largest has about ``count`` unique ids: with a tenth of room for the few that have more."""
+    return _round_up(count * 11 // 10)
 
 
 def _round_up(count: int) -> int:

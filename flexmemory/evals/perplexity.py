@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flexmemory.config import Config
 from flexmemory.data.pipeline import eval_batches
 from flexmemory.data.shards import TokenShards
-from flexmemory.evals.rows import RowsOf, live_rows
-from flexmemory.models.transformer import build
+from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
+from flexmemory.parallel import own_sections, putter, sections
 from flexmemory.train.loss import chunked_losses
 
 
@@ -18,13 +18,12 @@ def make_eval_step(cfg: Config, ffn_scale: float = 1.0):
 
     params: without ``memory``; rows: {group: rows_LRW} of the batch's unique_ids.
     """
-    merge = build(cfg.model, with_memory=False)
+    hidden = make_hidden(cfg.model)
 
     @jax.jit
     def step(params, rows, batch):
-        model = merge(params)
-        x_BTD, _ = model.hidden(batch["ids"], rows, batch["inverse"], segments_BT=batch.get("segments"), ffn_scale=ffn_scale)
-        ce_BT, _ = chunked_losses(x_BTD, model.head_DV, batch["targets"])
+        x_BTD, head_DV = hidden(params, rows, batch, segments_BT=batch.get("segments"), ffn_scale=ffn_scale)
+        ce_BT, _ = chunked_losses(x_BTD, head_DV, batch["targets"])
         return jnp.sum(ce_BT * batch["weight"]), jnp.sum(batch["weight"])
 
     return step
@@ -41,7 +40,9 @@ def perplexity(cfg: Config, params: dict, shards: TokenShards, step=None, max_to
     limit = cfg.train.eval_tokens if max_tokens is None else max_tokens
     sums = []
     rows = cfg.data.batch_size // cfg.train.accum_steps  # what fits in training fits here
-    for batch in eval_batches(shards, seq_len=cfg.data.seq_len, batch_size=rows, max_tokens=limit or None, segments=cfg.data.document_mask):
+    put, cut = putter(), {"sections": sections(), "own": own_sections()}
+    for batch in eval_batches(shards, seq_len=cfg.data.seq_len, batch_size=rows, max_tokens=limit or None, segments=cfg.data.document_mask, **cut):
+        batch = put(batch)
         sums.append(step(backbone, rows_of(batch["unique_ids"]), batch))
     tokens = sum(float(weight) for _, weight in sums)
     loss = sum(float(total) for total, _ in sums) / tokens

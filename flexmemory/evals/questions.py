@@ -5,12 +5,15 @@ from collections import defaultdict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import P
 
 from flexmemory.config import Config
+from flexmemory.data.pipeline import unique_rows
 from flexmemory.data.tokenizer import Tokenizer, encode_pair
 from flexmemory.errors import UserError
-from flexmemory.evals.rows import RowsOf, live_rows
-from flexmemory.models.transformer import build
+from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
+from flexmemory.models.transformer import output_logits
+from flexmemory.parallel import like, own_sections, putter, sections
 
 BATCH = 32
 
@@ -44,26 +47,27 @@ def answer_accuracy(cfg: Config, params: dict, tokenizer: Tokenizer, questions: 
     if not questions:
         return {}
     ids_QT, answer_QT = encode_questions(questions, tokenizer, cfg.data.seq_len)
-    rows_of, merge, vocab = rows_of or live_rows(cfg.model, params), build(cfg.model, with_memory=False), cfg.model.vocab_size
+    rows_of, hidden, vocab = rows_of or live_rows(cfg.model, params), make_hidden(cfg.model), cfg.model.vocab_size
     backbone = {name: value for name, value in params.items() if name != "memory"}
-    rows = min(vocab, BATCH * ids_QT.shape[1])  # always enough for the unique ids of a batch
+    put, cut, own = putter(), sections(), own_sections()
+    count = -(-BATCH // cut) * cut
+    mine = slice(own.start * count // cut, own.stop * count // cut)
+    sizes = (min(vocab, count // cut * ids_QT.shape[1]),)  # always enough for the unique ids of a batch
 
     @jax.jit
-    def right(params, ids_BT, rows, inverse_BT, answer_BT):
-        logits_BTV = merge(params)(ids_BT, rows, inverse_BT, ffn_scale=ffn_scale)
-        hit_BT = jnp.argmax(logits_BTV[:, :-1], axis=-1) == ids_BT[:, 1:]
-        return jnp.all(hit_BT | ~answer_BT[:, :-1], axis=-1)
+    def right(params, rows, batch):
+        x_BTD, head_DV = hidden(params, rows, batch, ffn_scale=ffn_scale)
+        hit_BT = jnp.argmax(output_logits(x_BTD, head_DV), axis=-1) == batch["targets"]
+        return like(jnp.all(hit_BT | ~batch["answers"], axis=-1), P(None))
 
     hits = []
-    for start in range(0, len(questions), BATCH):
-        ids_BT, answer_BT = ids_QT[start : start + BATCH], answer_QT[start : start + BATCH]
-        short = BATCH - len(ids_BT)
-        ids_BT, answer_BT = np.pad(ids_BT, ((0, short), (0, 0))), np.pad(answer_BT, ((0, short), (0, 0)))
-        unique, inverse = np.unique(ids_BT, return_inverse=True)
-        unique_R = np.zeros(rows, np.int32)
-        unique_R[: len(unique)] = unique
-        inverse_BT = inverse.reshape(ids_BT.shape).astype(np.int32)
-        hits.append(np.asarray(right(backbone, ids_BT, rows_of(unique_R), inverse_BT, answer_BT))[: BATCH - short])
+    for start in range(0, len(questions), count):
+        ids_BT, answer_BT = ids_QT[start : start + count], answer_QT[start : start + count]
+        found = len(ids_BT)
+        ids_BT, answer_BT = (np.pad(a_BT, ((0, count - found), (0, 0))) for a_BT in (ids_BT, answer_BT))
+        batch = {"targets": ids_BT[mine, 1:], "answers": answer_BT[mine, :-1], **unique_rows(ids_BT[:, :-1], vocab, sizes, cut, own)}
+        batch = put(batch)
+        hits.append(np.asarray(right(backbone, rows_of(batch["unique_ids"]), batch))[:found])
     hits = np.concatenate(hits)
     by_task, by_kind, chance = defaultdict(list), defaultdict(list), defaultdict(list)
     for question, hit in zip(questions, hits, strict=True):

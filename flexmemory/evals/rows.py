@@ -1,5 +1,6 @@
-"""Where an evaluation's rows come from: ``rows(ids_R) -> {group: rows_LRW in compute dtype}`` of int32 ids, repeats allowed."""
+"""Where an evaluation's rows come from, ``rows(ids_R) -> {group: rows_LRW in compute dtype}`` of int32 ids, repeats allowed, and what reads them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,8 +10,10 @@ import numpy as np
 from flexmemory.config import ModelConfig
 from flexmemory.models.memory import Rows
 from flexmemory.models.transformer import build
+from flexmemory.parallel import lookup
 from flexmemory.tkv import encoding
 from flexmemory.tkv.store import Store
+from flexmemory.train.step import ADDRESSED, merge, split
 
 RowsOf = Callable[[np.ndarray], Rows]
 
@@ -36,4 +39,19 @@ def stored_rows(store: Store) -> RowsOf:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _live(params: dict, ids_R: jax.Array, *, cfg: ModelConfig) -> Rows:
-    return build(cfg)(params).rows(ids_R)
+    addressed, rest = split(params, ADDRESSED)
+    return build(cfg)(merge(lookup(addressed, ids_R), rest)).rows(None)
+
+
+def make_hidden(cfg: ModelConfig):
+    """``hidden(params, rows, batch, **switches) -> (x_BTD, head_DV)``, for use inside jit: final states of a batch with unique_ids, of which ``rows``
+    are the rows, and inverse. params: without ``memory``. switches: of :meth:`Transformer.hidden`."""
+    merge_backbone = build(dataclasses.replace(cfg, tied_head=False), with_memory=False)
+
+    def hidden(params, rows, batch, **switches):
+        head_DV = params["embed"].T if cfg.tied_head else params["head"]
+        embed = lookup({"embed": params["embed"]}, batch["unique_ids"])
+        x_BTD, _ = merge_backbone(params | embed | {"head": head_DV}).hidden(batch["inverse"], rows, batch["inverse"], **switches)
+        return x_BTD, head_DV
+
+    return hidden

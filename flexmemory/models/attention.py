@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flexmemory.config import ModelConfig
 from flexmemory.models.ffn import linear
+from flexmemory.parallel import local
 
 BLOCK = 128  # queries at once in cpu_attention: their scores stay in the cache
 
@@ -40,6 +41,12 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
     left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, implementation: str) -> jax.Array:
+    """Causal attention, inside a document only where there are ``segments_BT``."""
+    mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation=implementation)
 
 
 def cpu_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
@@ -92,14 +99,9 @@ class Attention(nnx.Module):
         q_BTNH = checkpoint_name(rope(heads(h_BTD, self.q[...]), ctx.positions_BT, self.rope_base), "q")
         k_BTKH = checkpoint_name(rope(heads(h_BTD, self.k[...]), ctx.positions_BT, self.rope_base), "k")
         v_BTKH = checkpoint_name(heads(h_BTD, self.v[...]), "v")
-        if cache is None and ctx.implementation == "cpu":
-            y_BTNH = cpu_attention(q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT)
-        elif cache is None:
-            mask = None
-            if ctx.segments_BT is not None:
-                mask = (ctx.segments_BT[:, :, None] == ctx.segments_BT[:, None, :])[:, None]
-            y_BTNH = jax.nn.dot_product_attention(
-                q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation=ctx.implementation)
+        if cache is None:
+            attend = cpu_attention if ctx.implementation == "cpu" else functools.partial(causal_attention, implementation=ctx.implementation)
+            y_BTNH = local(attend, lambda q, k, v, segments: q)(q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT)  # sequences and heads know nothing of others
         else:
             b = jnp.arange(h_BTD.shape[0])[:, None]
             cache = {"k": cache["k"].at[b, ctx.positions_BT].set(k_BTKH.astype(cache["k"].dtype)),

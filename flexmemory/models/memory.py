@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import P
 
 from flexmemory.config import ModelConfig
 from flexmemory.models.ffn import LayerNorm, RMSNorm, SwiGLU
 from flexmemory.models.patterns import LayerSpec
+from flexmemory.parallel import local
 
 Rows = dict[str, jax.Array]  # group name -> rows_LRW of the group's memory layers, in layer order
 
@@ -22,9 +24,11 @@ Rows = dict[str, jax.Array]  # group name -> rows_LRW of the group's memory laye
 def gather_rows(rows_RW: jax.Array, inverse_BT: jax.Array) -> jax.Array:
     """rows_BTW = rows_RW[inverse_BT]; the gradient is summed in float32 whatever the rows' dtype.
 
-    ``inverse_BT`` must lie in 0..R-1 (out of range is clipped). Reverse-mode derivatives only.
+    ``inverse_BT`` must lie in 0..R-1 (out of range is clipped); on a mesh every section of the batch counts its own section of rows from 0.
+    Reverse-mode derivatives only.
     """
-    return jnp.take(rows_RW, inverse_BT, axis=0, mode="clip")
+    return local(lambda rows_RW, inverse_BT: jnp.take(rows_RW, inverse_BT, axis=0, mode="clip"),
+                 lambda rows, inverse: P(*inverse, *rows[1:]))(rows_RW, inverse_BT)
 
 
 def _gather_forward(rows_RW, inverse_BT):
@@ -32,9 +36,11 @@ def _gather_forward(rows_RW, inverse_BT):
 
 
 def _gather_backward(residuals, grad_BTW):
-    inverse_BT, rows_RW = residuals  # rows only for their shape and dtype
-    grad_RW = jnp.zeros(rows_RW.shape, jnp.float32).at[inverse_BT].add(grad_BTW.astype(jnp.float32), mode="clip")
-    return grad_RW.astype(rows_RW.dtype), np.zeros(inverse_BT.shape, jax.dtypes.float0)
+    def add(inverse_BT, rows_RW, grad_BTW):  # rows only for their shape and dtype
+        grad_RW = jnp.zeros(rows_RW.shape, jnp.float32).at[inverse_BT].add(grad_BTW.astype(jnp.float32), mode="clip")
+        return grad_RW.astype(rows_RW.dtype)
+
+    return local(add, lambda inverse, rows, grad: rows)(*residuals, grad_BTW), np.zeros(residuals[0].shape, jax.dtypes.float0)
 
 
 gather_rows.defvjp(_gather_forward, _gather_backward)
@@ -56,14 +62,19 @@ class FFNRows(nnx.Module):
 class TableRows(nnx.Module):
     """Learned row of one layer: table [V, W] float32, Xavier-normal as the STEM code initialises it."""
 
-    stacking = "vmap"  # a gather from [L, V, W]; scanning would copy whole tables
+    stacking = "vmap"  # tables lie side by side, [L, V, W]; scanning would copy whole ones
 
     def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
         std = (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), (cfg.vocab_size, layer.row_width), jnp.float32))
 
     def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
-        return (self.table if ids_R is None else self.table[ids_R]).astype(e_RD.dtype)
+        return take_rows(self.table[...], ids_R).astype(e_RD.dtype)
+
+
+def take_rows(table_VW: jax.Array, ids_R: jax.Array | None) -> jax.Array:
+    """rows_RW of the addresses ids_R; with None the table holds the rows asked for alone, in their order: so it is trained."""
+    return table_VW if ids_R is None else table_VW[ids_R]
 
 
 def x0_norm(cfg: ModelConfig) -> nnx.Module:
@@ -149,7 +160,7 @@ class TokenMemory(nnx.Module):
     def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> Rows:
         """Rows of the addresses ids_R (int32) whose token embeddings are e_RD. Returns rows_LRW by group.
 
-        ids_R is None where the tables hold the rows of these R addresses alone, in their order: so the row-sparse optimiser trains them.
+        ids_R: see :func:`take_rows`, through which every source reads its table.
         """
         e_RD = e_RD.astype(self.dtype)
         if self.detach:

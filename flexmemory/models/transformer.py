@@ -7,13 +7,15 @@ first one out and hands in rows read from a TKV store.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import P
 
 from flexmemory.config import ModelConfig
 from flexmemory.models.attention import Context
 from flexmemory.models.blocks import KINDS, layer_specs
-from flexmemory.models.ffn import RMSNorm
-from flexmemory.models.memory import Rows, TokenMemory, apply_stack, gather_rows, remat, row_groups, rows_by_unit
+from flexmemory.models.ffn import RMSNorm, contract, matching
+from flexmemory.models.memory import Rows, TokenMemory, apply_stack, gather_rows, remat, row_groups, rows_by_unit, take_rows
 from flexmemory.models.patterns import segments
+from flexmemory.parallel import like, spec_of
 
 
 class Transformer(nnx.Module):
@@ -38,12 +40,12 @@ class Transformer(nnx.Module):
             for i, (unit, repeats) in enumerate(self.cuts)})
         self.memory = TokenMemory(cfg, self.specs, {kind: block.source for kind, block in KINDS.items()}, rngs) if with_memory and row_groups(self.specs) else None
 
-    def rows(self, ids_R: jax.Array, gathered: bool = False) -> Rows:
+    def rows(self, ids_R: jax.Array | None) -> Rows:
         """Live rows of the addresses ids_R, int32: {group: rows_LRW in compute dtype}; {} for a model without memory.
 
-        ``gathered``: the tables hold the rows of ids_R alone, in their order.
+        ids_R None: embedding and tables hold the rows of the R addresses alone, in their order (:func:`addressed`).
         """
-        return {} if self.memory is None else self.memory(None if gathered else ids_R, self.embed[ids_R])
+        return {} if self.memory is None else self.memory(ids_R, take_rows(self.embed[...], ids_R))
 
     def hidden(self, ids_BT, rows: Rows, inverse_BT, *, positions_BT=None, segments_BT=None, cache=None, ffn_scale=1.0):
         """Final normed states.
@@ -59,7 +61,7 @@ class Transformer(nnx.Module):
 
     def embedded(self, ids_BT) -> jax.Array:
         """x_BTD, the residual stream before the first layer."""
-        return self.embed[ids_BT].astype(self.cfg.compute_dtype)
+        return gather_rows(self.embed[...], ids_BT).astype(self.cfg.compute_dtype)
 
     def layers(self, x_BTD, rows: Rows, inverse_BT, positions_BT, segments_BT=None, cache=None, ffn_scale=1.0, first: int = 0,
                last: int | None = None):
@@ -75,7 +77,8 @@ class Transformer(nnx.Module):
                 for j, spec in enumerate(unit):
                     u = f"u{j}"
                     row_BTW = gather_rows(layer_rows[u], inverse_BT) if spec.row_width else None
-                    x_BTD, made[u] = blocks[u](x_BTD, row_BTW, ctx, layer_cache and layer_cache[u])
+                    y_BTD, made[u] = blocks[u](x_BTD, row_BTW, ctx, layer_cache and layer_cache[u])
+                    x_BTD = like(y_BTD, spec_of(x_BTD))
                 return x_BTD, made if layer_cache is not None else None
 
             body = remat(body, repeats, cfg.scan_layers, cfg.remat_keep) if cfg.remat else body
@@ -88,13 +91,15 @@ class Transformer(nnx.Module):
         """The output weights, float32: the head, or the transposed embedding."""
         return self.embed[...].T if self.head is None else self.head[...]
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """logits_BTV float32 of final states x_BTD."""
-        return jnp.einsum("BTD,DV->BTV", x_BTD, self.head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-
     def __call__(self, ids_BT, rows: Rows, inverse_BT, **kwargs) -> jax.Array:
         """logits_BTV float32; arguments as for :meth:`hidden`."""
-        return self.logits(self.hidden(ids_BT, rows, inverse_BT, **kwargs)[0])
+        return output_logits(self.hidden(ids_BT, rows, inverse_BT, **kwargs)[0], self.head_DV)
+
+
+def output_logits(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """logits_BTV float32 of final states x_BTD."""
+    x_BTD, used_DV = matching(x_BTD, head_DV)
+    return contract(x_BTD, used_DV, 2, 0, P(*spec_of(x_BTD)[:-1], spec_of(used_DV)[1]), jnp.float32)
 
 
 def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
@@ -107,11 +112,11 @@ def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
     return {"cpu": "cpu", "gpu": "cudnn" if can else "xla"}.get(jax.default_backend(), "xla")
 
 
-def init_params(cfg: ModelConfig, seed: int) -> dict:
-    """Fresh parameters as a nested dict of float32 arrays, a pure function of (cfg, seed)."""
+def init_params(cfg: ModelConfig, seed: int, places=None) -> dict:
+    """Fresh parameters as a nested dict of float32 arrays, a pure function of (cfg, seed). ``places``: a tree of their shardings."""
     # it runs once: on a CPU the compiler's optimiser takes 14 s over the random draws of a mixed stack, without it 2 s
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed)))), compiler_options=quick)()
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed)))), out_shardings=places, compiler_options=quick)()
 
 
 def abstract_params(cfg: ModelConfig, with_memory: bool = True) -> dict:

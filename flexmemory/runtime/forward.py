@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flexmemory.config import ModelConfig
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.memory import row_groups
-from flexmemory.models.transformer import build, served_blocks
+from flexmemory.models.transformer import build, output_logits, served_blocks
 from flexmemory.tkv.encoding import decode
 from flexmemory.tkv.fold import Layouts
 
@@ -58,7 +58,7 @@ def tail(params, cache, x_BTD, positions_BT, slot, stored, bases, inverse_BT, pi
     rows = model_rows(stored, bases, cfg, layouts)
     x_BTD, part = model.layers(x_BTD, rows, inverse_BT, positions_BT, cache=_of_slot(cache, slot), first=first_memory_layer(cfg))
     picked_B1D = jnp.take_along_axis(model.norm(x_BTD), pick_B[:, None, None], axis=1)
-    return model.logits(picked_B1D)[:, 0], _into_slot(cache, part, slot)
+    return output_logits(picked_B1D, model.head_DV)[:, 0], _into_slot(cache, part, slot)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layouts"))

@@ -1,6 +1,5 @@
 """Checkpoints through Orbax: items params, optimizer, data; written asynchronously, complete or not there at all."""
 
-import functools
 from pathlib import Path
 
 import jax
@@ -11,7 +10,8 @@ from orbax.checkpoint import v1 as ocp
 from flexmemory.config import Config, load_json
 from flexmemory.errors import UserError
 from flexmemory.models.transformer import abstract_params
-from flexmemory.train.step import init_optimizer
+from flexmemory.parallel import placed, plan_of
+from flexmemory.train.step import abstract_state
 
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.training.Checkpointer:
@@ -38,9 +38,10 @@ def restore(checkpoints, workdir: Path, cfg: Config) -> dict | None:
     """The latest full state with the loop's counts under "data", or None when there is no checkpoint. Raises UserError on a damaged one."""
     if checkpoints.latest is None:
         return None
-    step, params = checkpoints.latest.step, abstract_params(cfg.model)
-    optimizer = jax.eval_shape(functools.partial(init_optimizer, cfg), params)
-    return {**_load(workdir, step, {"params": params, "optimizer": optimizer, "data": None}), "step": jnp.asarray(step, jnp.int32)}
+    step, state = checkpoints.latest.step, abstract_state(cfg)
+    places = placed(plan_of(cfg), state)
+    abstract = {name: at(state[name], places[name]) for name in ("params", "optimizer")}
+    return {**_load(workdir, step, {**abstract, "data": None}), "step": jnp.asarray(step, jnp.int32, device=places["step"])}
 
 
 def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict, int]:
@@ -52,7 +53,13 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict, i
     if step is not None and step not in steps:
         raise UserError(f"{workdir}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
-    return cfg, _load(workdir, step, {"params": abstract_params(cfg.model)})["params"], step
+    params = abstract_params(cfg.model)
+    return cfg, _load(workdir, step, {"params": at(params, placed(plan_of(cfg), params))})["params"], step
+
+
+def at(abstract, places):
+    """Shapes and dtypes with the shardings ``places``."""
+    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract, places)
 
 
 def complete_steps(workdir: Path) -> list[int]:
@@ -61,8 +68,6 @@ def complete_steps(workdir: Path) -> list[int]:
 
 
 def _load(workdir: Path, step: int, abstract: dict) -> dict:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
     try:
         return ocp.load_checkpointables((Path(workdir) / "checkpoints" / str(step)).absolute(), abstract)
     except (MemoryError, jax.errors.JaxRuntimeError):  # the checkpoint is sound, the machine too small

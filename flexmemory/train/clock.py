@@ -19,9 +19,9 @@ PARTS = ("setup", "compile", "step", "data_wait", "eval", "checkpoint", "profile
 
 
 def peak_flops() -> float | None:
-    """Peak of one local device, None when the device is not in the table."""
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS if name in kind), None)
+    """Peak of the devices of the mesh in force, or of one device without a mesh; None when the device is not in the table."""
+    kind, mesh = jax.devices()[0].device_kind, jax.sharding.get_mesh()
+    return next((peak * (1 if mesh.empty else mesh.size) for name, peak in PEAK_FLOPS if name in kind), None)
 
 
 class Clock:
@@ -101,7 +101,7 @@ class Work:
                 "flops": flops(self.account, tokens, rows, counts["xla_flops"]) if steps else None}
 
     def _mfu(self, tokens_per_s: float, rows_per_token: float) -> float | None:
-        """Model FLOPs really done over the device's bfloat16 peak; None on a device without a known peak. Training uses one device."""
+        """Model FLOPs really done over the devices' bfloat16 peak; None on a device without a known peak."""
         if self.peak is None:
             return None
         return tokens_per_s * train_flops_per_token(self.account, rows_per_token) / self.peak

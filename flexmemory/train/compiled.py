@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import jax
 from jax.extend import core
+from jax.sharding import get_abstract_mesh
 
 
 def compile_step(step, *args) -> tuple[jax.stages.Compiled, dict]:
@@ -14,7 +15,7 @@ def compile_step(step, *args) -> tuple[jax.stages.Compiled, dict]:
     seconds: ``lower`` (tracing and lowering), ``compile`` (XLA, or reading its persistent cache) and ``analyse`` (counting ``xla_flops``).
     bytes: ``arguments``, ``outputs``, ``aliased`` (outputs that lie in donated arguments), ``temporaries``, ``code`` and ``peak``, the memory
     that a call needs: arguments + outputs - aliased + temporaries + code. None where the backend does not say.
-    xla_flops: see :func:`xla_flops`; None where XLA gives none. xla_loops_once: ``flops`` and ``bytes_accessed`` of the optimised program as
+    xla_flops: see :func:`xla_flops`; None where XLA gives none, and on a mesh, where it counts what every device does by itself once. xla_loops_once: ``flops`` and ``bytes_accessed`` of the optimised program as
     XLA states them, each loop's body counted once whatever its length; None likewise.
     """
     times = [time.perf_counter()]
@@ -23,7 +24,7 @@ def compile_step(step, *args) -> tuple[jax.stages.Compiled, dict]:
     times.append(time.perf_counter())
     compiled = lowered.compile()
     times.append(time.perf_counter())
-    cost, flops = compiled.cost_analysis() or {}, xla_flops(traced.jaxpr, lowered)
+    cost, flops = compiled.cost_analysis() or {}, xla_flops(traced.jaxpr, lowered) if get_abstract_mesh().empty else math.nan
     times.append(time.perf_counter())
     seconds = {name: after - before for name, before, after in zip(("lower", "compile", "analyse"), times, times[1:])}
     return compiled, {"seconds": seconds, "bytes": memory(compiled), "xla_flops": None if math.isnan(flops) else flops,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from flexmemory import cluster, parallel
 from flexmemory.config import Config
 from flexmemory.data import tokenizer as tokenizers
 from flexmemory.data.pipeline import make_batches
@@ -23,11 +24,12 @@ from flexmemory.files import is_disk_full, write_json
 from flexmemory.machine import peak_device_bytes, peak_rss
 from flexmemory.models.accounting import account
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.transformer import abstract_params
 from flexmemory.progress import ProgressLine
 from flexmemory.train import checkpoint, trace
 from flexmemory.train.clock import Clock, Work, flops
 from flexmemory.train.compiled import compile_step
-from flexmemory.train.run import Writer, claim, summary_writer
+from flexmemory.train.run import Writer, claim, leaves, summary_writer
 from flexmemory.train.step import init_state, make_train_step
 
 
@@ -67,15 +69,20 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
         trace.check(profile_steps, cfg.train.steps)
     with clock.span("setup"), contextlib.ExitStack() as closing:
         cfg, shards, val_shards = resolve(cfg)
+        cluster.agree({f"config {name}": value for name, value in leaves(cfg).items()} | {"data fingerprint": shards.fingerprint})
+        if mesh := parallel.make_mesh(cfg.parallel):
+            parallel.check(cfg, abstract_params(cfg.model), dict(mesh.shape))
+            closing.enter_context(jax.set_mesh(mesh))
         tokenizer = tokenizers.load(cfg.data.path)
         questions = read_questions(cfg.data.path)
         encode_questions(questions, tokenizer, cfg.data.seq_len)  # raises when one is too long
         if cfg.train.tensorboard:
             summary_writer()  # raises when it is not installed
         batches = make_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=cfg.train.seed,
-                               accum=cfg.train.accum_steps, segments=cfg.data.document_mask,
+                               accum=cfg.train.accum_steps, segments=cfg.data.document_mask, sections=parallel.sections(), own=parallel.own_sections(),
                                row_sizes=None if any(spec.row_width for spec in layer_specs(cfg.model)) else ())  # without rows one size does, and one compilation
-        closing.enter_context(claim(workdir, cfg, shards.fingerprint, tokenizer))
+        if lock := cluster.on_first(lambda: claim(workdir, cfg, shards.fingerprint, tokenizer)):
+            closing.enter_context(lock)
         checkpoints = closing.enter_context(contextlib.closing(checkpoint.open_checkpoints(workdir, cfg.train.keep_checkpoints)))
         state = checkpoint.restore(checkpoints, workdir, cfg)
         start = int(state["step"]) if state else 0
@@ -85,7 +92,7 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
             return json.loads((workdir / "final_result.json").read_bytes())
         counts = {name: float(value) for name, value in state.pop("data").items()} if state else {}
         state = state or init_state(cfg)
-        run = closing.enter_context(contextlib.closing(Run(cfg, workdir, clock, checkpoints, progress, start, counts)))
+        run = closing.enter_context(contextlib.closing(Run(cfg, workdir, clock, checkpoints, progress and cluster.is_first(), start, counts)))
         tracing = closing.enter_context(trace.Trace(workdir / "profile", profile_steps or range(0), clock))
         closing = closing.pop_all()
     try:
@@ -106,22 +113,27 @@ class Run:
         self.progress, self.start, self.saved = progress, start, start
         self.step_fn, self.eval_step = make_train_step(cfg), make_eval_step(cfg)
         self.compiled = {}  # R: (compiled step, its facts)
-        self.writer = Writer(workdir, start, cfg.train.tensorboard)
+        self.writer = Writer(workdir, start, cfg.train.tensorboard) if cluster.is_first() else None
         self.account, self.tokens_per_step = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
         self.work = Work(clock, self.account, self.tokens_per_step, counts)
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
+
+    def write(self, step: int, numbers: dict) -> None:
+        if self.writer:
+            self.writer.write(step, numbers)
 
     def steps(self, state: dict, batches, val_shards: TokenShards, stop: Callable[[], bool], tracing: trace.Trace) -> dict:
         """Trains from ``start`` to the end and returns the state."""
         cfg, pending = self.cfg, None
         with ProgressLine("train", cfg.train.steps, "steps", self.progress, start=self.start) as line, \
-                prefetch(batches, self.start, cfg.train.steps, put=jax.device_put) as stream:
+                prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as stream:
             for step in range(self.start + 1, cfg.train.steps + 1):
                 with self.clock.span("data_wait"):
                     batch = next(stream)
-                rows = batch["unique_ids"].size
+                rows = batch["unique_ids"].size  # of all sections
                 if pending and (rows not in self.compiled or tracing.begins(step)):
                     self._log(line, *pending)  # so that no step's time passes for the compiler's or the profiler's
                     pending = None
@@ -143,7 +155,7 @@ class Run:
                         self._evaluate(state, step, val_shards)
                     if saves:
                         self._save(state, step)
-                if stop() and step < cfg.train.steps:
+                if (stop() or cluster.preempted(step)) and step < cfg.train.steps:
                     if pending:
                         self._log(line, *pending)
                     if self.saved < step:
@@ -171,7 +183,8 @@ class Run:
             "seconds": seconds | {"total": sum(seconds.values())}, "peak_bytes": {"device": peak_device_bytes(), "process": peak_rss()},
             "resumed_from": self.start, "accounting": self.account,
         }
-        write_json(self.workdir / "final_result.json", final)
+        if cluster.is_first():
+            write_json(self.workdir / "final_result.json", final)
         return final
 
     def _due(self, every: int, step: int) -> bool:
@@ -186,7 +199,8 @@ class Run:
             steps = [{"rows": rows, "rows_per_token": rows / self.tokens_per_step, **facts,
                       "flops": flops(self.account, self.tokens_per_step, rows / self.tokens_per_step, facts["xla_flops"])}
                      for rows, (_, facts) in self.compiled.items()]
-            write_json(self.workdir / "compile.json", {"device": jax.devices()[0].device_kind, "steps": steps})
+            if cluster.is_first():
+                write_json(self.workdir / "compile.json", {"device": jax.devices()[0].device_kind, "steps": steps})
         line.update(line.done, text)
         self.work.interrupt()
 
@@ -206,14 +220,14 @@ class Run:
         if rates:
             text += f"  {rates['tokens_per_s']:,.0f} tokens/s  MFU " + ("unknown" if rates["mfu"] is None else f"{rates['mfu']:.1%}")
         seconds = {f"{part}_s": value for part, value in self.clock.seconds().items()}
-        self.writer.write(step, {**numbers, **rates, "tokens": step * self.tokens_per_step, **seconds})
+        self.write(step, {**numbers, **rates, "tokens": step * self.tokens_per_step, **seconds})
         line.update(step, text)
 
     def _evaluate(self, state: dict, step: int, val_shards: TokenShards) -> dict:
         with self.clock.span("eval"):
             result = perplexity(self.cfg, state["params"], val_shards, self.eval_step)
         result = {f"val_{name}": value for name, value in result.items()}
-        self.writer.write(step, result)
+        self.write(step, result)
         return result
 
     def _save(self, state: dict, step: int) -> None:

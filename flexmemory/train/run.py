@@ -17,7 +17,7 @@ from flexmemory.files import SCRATCH, is_disk_full, write_json, write_text
 
 # fields that may change between the start and the resumption of a run: they do not touch parameters or batches
 FREE = {"data.path", "train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep_checkpoints",
-        "train.tensorboard"}
+        "train.tensorboard", "parallel.plan", "parallel.mesh"}
 LOCK = ".lock"
 
 
@@ -49,7 +49,7 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
         tokenizer.save(workdir)
         write_json(workdir / "run.json", {
             "data_fingerprint": data_fingerprint, "git": git_revision(), "device": jax.devices()[0].device_kind,
-            "platform": jax.default_backend(),
+            "platform": jax.default_backend(), "devices": jax.device_count() if cfg.parallel.plan != "single" else 1, "processes": jax.process_count(),
             "versions": {name: importlib.metadata.version(name) for name in
                          ("flexmemory", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")}})
     except OSError as error:

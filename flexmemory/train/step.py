@@ -1,69 +1,105 @@
 """The train step: rows once per unique id, loss with exact denominators, accumulation, clipping, update. One compiled function."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
+from jax.sharding import get_abstract_mesh
 
 from flexmemory.config import Config
-from flexmemory.models.transformer import build, init_params
+from flexmemory.models.transformer import abstract_params, build, init_params
+from flexmemory.parallel import combine, dense_gradient, lookup, placed, plan_of, touched
 from flexmemory.train.loss import mean_loss
-from flexmemory.train.optimizer import clip, group_norms, make_optimizer, schedule
-from flexmemory.train.tables import apply_rows, gather_tables, make_table_optimizer, merge_tables, split_tables
+from flexmemory.train.optimizer import clip, group_norms, label_params, make_optimizer, schedule
+from flexmemory.train.tables import apply_rows, make_table_optimizer
 
 
 def init_state(cfg: Config) -> dict:
-    """{"params", "optimizer", "step"}: plain arrays, a pure function of the config."""
-    params = init_params(cfg.model, cfg.train.seed)
-    return {"params": params, "optimizer": init_optimizer(cfg, params), "step": jnp.zeros((), jnp.int32)}
+    """{"params", "optimizer", "step"}: plain arrays, a pure function of the config; on a mesh each lies where the plan says."""
+    if get_abstract_mesh().empty:
+        params = init_params(cfg.model, cfg.train.seed)
+        return {"params": params, "optimizer": init_optimizer(cfg, params), "step": jnp.zeros((), jnp.int32)}
+    places = placed(plan_of(cfg), abstract_state(cfg))
+    params = init_params(cfg.model, cfg.train.seed, places["params"])
+    optimizer = jax.jit(functools.partial(init_optimizer, cfg), out_shardings=places["optimizer"])(params)
+    return {"params": params, "optimizer": optimizer, "step": jnp.zeros((), jnp.int32, device=places["step"])}
+
+
+def abstract_state(cfg: Config) -> dict:
+    """Shapes and dtypes of :func:`init_state`, without computing it."""
+    params = abstract_params(cfg.model)
+    return {"params": params, "optimizer": jax.eval_shape(functools.partial(init_optimizer, cfg), params),
+            "step": jax.ShapeDtypeStruct((), jnp.int32)}
 
 
 def init_optimizer(cfg: Config, params: dict) -> dict:
     """{"weights", "tables"}: the optimisers' states; "tables" of those trained row by row, {} where AdamW trains them like the rest."""
-    tables, weights = split(cfg, params)
+    sparse, weights = split(params, sparse_labels(cfg))
     return {"weights": make_optimizer(cfg.optimizer, cfg.train.steps).init(weights),
-            "tables": make_table_optimizer(cfg.optimizer, cfg.train.steps).init(tables) if tables else {}}
+            "tables": make_table_optimizer(cfg.optimizer, cfg.train.steps).init(sparse) if sparse else {}}
 
 
-def split(cfg: Config, params: dict) -> tuple[dict, dict]:
-    """(tables trained by their touched rows alone, all other parameters)"""
-    return ({}, params) if cfg.optimizer.table_optimizer == "adamw" else split_tables(params)
+def sparse_labels(cfg: Config) -> tuple[str, ...]:
+    """Labels of the parameters trained by their touched rows alone."""
+    return () if cfg.optimizer.table_optimizer == "adamw" else ("table",)
+
+
+ADDRESSED = ("table", "embed")  # labels of the parameters that a token's id addresses: a step computes with R of their rows
+
+
+def split(params: dict, labels: tuple[str, ...]) -> tuple[dict, dict]:
+    """(parameters with one of ``labels``, the rest): nested dicts with the paths of ``params``, so that labels stay what they are."""
+    flat, found = traverse_util.flatten_dict(params), traverse_util.flatten_dict(label_params(params))
+    return (traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if found[path] in labels}),
+            traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if found[path] not in labels}))
+
+
+def merge(one: dict, other: dict) -> dict:
+    """The inverse of :func:`split`, for parameters or for anything in their place (rows, gradients)."""
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(one) | traverse_util.flatten_dict(other))
 
 
 def make_gradients(cfg: Config):
-    """Returns ``gradients(params, batch) -> (grads, (loss, z))``, to be jitted: float32, loss and mean logsumexp^2 in nats per token.
+    """Returns ``gradients(rows, weights, batch) -> ((row_grads, grads), (loss, z))``, to be jitted: float32, loss and mean logsumexp^2 in nats per token.
 
-    A batch as data/pipeline.py makes it: micro-batches on a leading axis A, one set of unique ids for all. Rows of the R unique ids are
-    computed once, before the micro-batches, and differentiated once, after them: the memory's work is R rows a step however the batch is
-    split, and the loss of every token counts the same. Tables trained by touched rows come in, and their gradients out, as those R rows.
+    rows: of the parameters with ADDRESSED labels, :func:`parallel.lookup` of the batch's unique ids; weights: all others, and in a tied model "head",
+    the transposed embedding. A batch as data/pipeline.py makes it: micro-batches on a leading axis A, one set of unique ids for all. The memory's rows
+    are computed once, before the micro-batches, and differentiated once, after them: its work is R rows a step however the batch is
+    split, and the loss of every token counts the same.
     """
-    merge, merge_backbone = build(cfg.model), build(cfg.model, with_memory=False)
-    gathered = cfg.optimizer.table_optimizer != "adamw"  # see split
+    untied = dataclasses.replace(cfg.model, tied_head=False)
+    merge_all, merge_backbone = build(untied), build(untied, with_memory=False)
 
     def loss_fn(backbone, rows, micro, tokens):
         model = merge_backbone(backbone)
-        x_BTD, _ = model.hidden(micro["ids"], rows, micro["inverse"], segments_BT=micro.get("segments"))
+        # the embedding holds the batch's rows, in which a token's address is its place among the unique ids
+        x_BTD, _ = model.hidden(micro["inverse"], rows, micro["inverse"], segments_BT=micro.get("segments"))
         return mean_loss(x_BTD, model.head_DV, micro["targets"], tokens, cfg.train.z_loss)
 
-    def gradients(params, batch):
+    def gradients(rows, weights, batch):
         micros, tokens = {name: leaf for name, leaf in batch.items() if name != "unique_ids"}, batch["targets"].size
+        params = merge(rows, weights)
         backbone = {name: leaf for name, leaf in params.items() if name != "memory"}
         sources = {name: params[name] for name in ("memory", "embed") if "memory" in params}
-        rows, pull_back = jax.vjp(lambda sources: merge(params | sources).rows(batch["unique_ids"], gathered), sources)
+        memory_rows, pull_back = jax.vjp(lambda sources: merge_all(params | sources).rows(None), sources)
         grad_and_sums = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)
 
         def accumulate(total, micro):
-            made = grad_and_sums(backbone, rows, micro, tokens)
+            made = grad_and_sums(backbone, memory_rows, micro, tokens)
             return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), total, made), None
 
         if cfg.train.accum_steps == 1:
-            (grads, row_grads), sums = grad_and_sums(backbone, rows, jax.tree.map(lambda leaf: leaf[0], micros), tokens)
+            (grads, row_grads), sums = grad_and_sums(backbone, memory_rows, jax.tree.map(lambda leaf: leaf[0], micros), tokens)
         else:
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.float32), ((backbone, rows), (0.0, 0.0)))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), ((backbone, memory_rows), (jnp.zeros(()), jnp.zeros(()))))
             ((grads, row_grads), sums), _ = jax.lax.scan(accumulate, zeros, micros)
-        (through_rows,) = pull_back(jax.tree.map(lambda grad, row: grad.astype(row.dtype), row_grads, rows))
+        (through_rows,) = pull_back(jax.tree.map(lambda grad, row: grad.astype(row.dtype), row_grads, memory_rows))
         if through_rows:
             grads |= {"memory": through_rows["memory"], "embed": grads["embed"] + through_rows["embed"]}
-        return grads, sums
+        return split(grads, ADDRESSED), sums
 
     return gradients
 
@@ -75,29 +111,33 @@ def make_train_step(cfg: Config):
     row-sparse tables the touched rows); float32 scalars. With a row-sparse table_optimizer nothing of the size of a table is made, read or written.
     """
     gradients, optimizer, rate = make_gradients(cfg), make_optimizer(cfg.optimizer, cfg.train.steps), schedule(cfg.optimizer, cfg.train.steps)
+    vocab, labels = cfg.model.vocab_size, sparse_labels(cfg)
 
     def step(state, batch):
-        tables, weights = split(cfg, state["params"])
-        rows = gather_tables(tables, batch["unique_ids"])
-        grads, (loss, z) = gradients(merge_tables(rows, weights), batch)
+        addressed, weights = split(state["params"], ADDRESSED)
+        rows = lookup(addressed, batch["unique_ids"])
+        head = {"head": addressed["embed"].T} if cfg.model.tied_head else {}
+        (row_grads, grads), (loss, z) = gradients(rows, weights | head, batch)
+        # each table's gradient: of its own size, or of the touched rows
+        ids_R = touched(batch["unique_ids"], batch["inverse"], vocab)
+        (tables, dense), (table_rows, _), (table_grads, dense_grads) = (split(tree, labels) for tree in (addressed, rows, row_grads))
+        table_grads, table_rows, ids_C = combine(table_grads, table_rows, ids_R, tables) if tables else ({}, {}, ids_R)
+        dense_grads = dense_gradient(dense_grads, ids_R, dense)
+        if head:
+            dense_grads["embed"] += grads.pop("head").T
+        grads = merge(merge(grads, dense_grads), table_grads)
         norms = group_norms(grads)
-        row_grads, grads = split(cfg, clip(grads, norms, cfg.optimizer))
-        updates, dense = optimizer.update(grads, state["optimizer"]["weights"], weights)
+        table_grads, grads = split(clip(grads, norms, cfg.optimizer), labels)
+        weights = merge(weights, dense)
+        updates, moments = optimizer.update(grads, state["optimizer"]["weights"], weights)
         weights, sparse = optax.apply_updates(weights, updates), state["optimizer"]["tables"]
         if tables:
-            ids_R = touched_ids(batch["unique_ids"], batch["inverse"], cfg.model.vocab_size)
-            updates, sparse = make_table_optimizer(cfg.optimizer, cfg.train.steps).update(row_grads, sparse, rows, ids_R=ids_R)
-            tables, touched_R1 = apply_rows(tables, updates, ids_R), (ids_R < cfg.model.vocab_size)[:, None]
-            rows = jax.tree.map(lambda row, update: jnp.where(touched_R1, row + update, 0), rows, updates)
+            updates, sparse = make_table_optimizer(cfg.optimizer, cfg.train.steps).update(table_grads, sparse, table_rows, ids_R=ids_C)
+            tables, is_row_C1 = apply_rows(tables, updates, ids_C), (ids_C < vocab)[:, None]
+            table_rows = jax.tree.map(lambda row, update: jnp.where(is_row_C1, row + update, 0), table_rows, updates)
         metrics = {"loss": loss, "z_loss": z, "lr": jnp.asarray(rate(state["step"]), jnp.float32),
-                   "grad_norm": jnp.sqrt(sum(n**2 for n in norms.values())), "param_norm": optax.tree.norm((weights, rows)),
+                   "grad_norm": jnp.sqrt(sum(n**2 for n in norms.values())), "param_norm": optax.tree.norm((weights, table_rows)),
                    **{f"grad_norm/{label}": norm for label, norm in norms.items()}}
-        return {"params": merge_tables(tables, weights), "optimizer": {"weights": dense, "tables": sparse}, "step": state["step"] + 1}, metrics
+        return {"params": merge(tables, weights), "optimizer": {"weights": moments, "tables": sparse}, "step": state["step"] + 1}, metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def touched_ids(unique_R: jax.Array, inverse: jax.Array, vocab_size: int) -> jax.Array:
-    """``unique_R`` with V, which is no row, where no token of the batch refers to the place: padding, or the rest of a whole vocabulary."""
-    touched_R = jnp.zeros(unique_R.shape, bool).at[inverse.ravel()].set(True)
-    return jnp.where(touched_R, unique_R, vocab_size)

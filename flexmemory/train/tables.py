@@ -2,8 +2,7 @@
 
 Tables are any tree of float32 arrays [L, V, W]. The step works with their gathered rows [L, R, W] and never makes anything of size V·W:
 
-    tables, rest = split_tables(params)
-    rows = gather_tables(tables, ids_R)                     # in the tables' place: merge_tables(rows, rest), model.rows(..., gathered=True)
+    rows = parallel.lookup(tables, ids_R)
     ...                                                     # gradients with respect to rows, clipped together with all others
     updates, state = optimizer.update(grads, state, rows, ids_R=ids_R)
     tables = apply_rows(tables, updates, ids_R)             # in place where the caller donates the tables and the state
@@ -17,10 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
+from jax import P
 
 from flexmemory.config import OptimizerConfig
-from flexmemory.train.optimizer import label_params, schedule
+from flexmemory.parallel import sharding, spec_of
+from flexmemory.train.optimizer import schedule
 
 
 class LazyAdamState(NamedTuple):
@@ -116,26 +116,9 @@ def scale_by_rowwise_adagrad(eps: float) -> optax.GradientTransformationExtraArg
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def gather_tables(tables, ids_R: jax.Array):
-    """rows_LRW of every table; an entry equal to V gets the last row."""
-    return jax.tree.map(lambda table_LVW: _gather(table_LVW, _layers(table_LVW), ids_R), tables)
-
-
 def apply_rows(tables, updates, ids_R: jax.Array):
     """The tables with update_LRW added to the rows ids_R; all other rows keep their bits."""
     return jax.tree.map(lambda table_LVW, update_LRW: _rows_at(table_LVW, _layers(table_LVW), ids_R).add(update_LRW, **SCATTER), tables, updates)
-
-
-def split_tables(params: dict) -> tuple[dict, dict]:
-    """(tables, rest): nested dicts with the paths of ``params``, so that labels stay what they are. A model without tables gives {} first."""
-    flat, labels = traverse_util.flatten_dict(params), traverse_util.flatten_dict(label_params(params))
-    return (traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if labels[path] == "table"}),
-            traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if labels[path] != "table"}))
-
-
-def merge_tables(tables: dict, rest: dict) -> dict:
-    """The inverse of :func:`split_tables`, for tables or for anything in their place (rows, gradients)."""
-    return traverse_util.unflatten_dict(traverse_util.flatten_dict(rest) | traverse_util.flatten_dict(tables))
 
 
 SCATTER = dict(mode="drop", unique_indices=True)
@@ -147,7 +130,8 @@ def _rows_at(table, layers, ids_R):
 
 
 def _gather(table, layers, ids_R):
-    return _rows_at(table, layers, ids_R).get(mode="clip")
+    cut = P(*(None,) * (1 if isinstance(layers, int) or layers.ndim == 0 else 2), *spec_of(table)[2:])
+    return _rows_at(table, layers, ids_R).get(mode="clip", out_sharding=sharding(cut))
 
 
 def _layers(table) -> jax.Array:

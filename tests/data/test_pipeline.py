@@ -145,32 +145,41 @@ def test_a_size_for_the_median_where_batches_differ_much():
 
 def test_padding_is_never_referred_to_even_where_id_0_is_used():
     ids = np.array([[[0, 5, 5, 9]], [[7, 7, 7, 7]]], np.int32)
-    found = pipeline.unique_rows(ids, ids, 100, (8, 50))
+    found = pipeline.unique_rows(ids, 100, (8, 50))
     assert found["unique_ids"].tolist() == [0, 5, 7, 9, 0, 0, 0, 0]
     assert found["inverse"].tolist() == [[[0, 1, 1, 3]], [[2, 2, 2, 2]]]
 
 
-def test_hosts_partition_the_global_batch_and_agree_on_its_rows(shards):
+def test_hosts_partition_the_global_batch_whatever_the_cut(shards):
     whole = make(shards, batch_size=12, accum=2, segments=True)
-    hosts = [make(shards, batch_size=12, accum=2, segments=True, host_index=h, host_count=3) for h in range(3)]
-    assert len({host.row_sizes for host in hosts}) == 1 and hosts[0].row_sizes == whole.row_sizes
+    hosts = [make(shards, batch_size=12, accum=2, segments=True, sections=6, own=own) for own in (range(3), range(3, 5), range(5, 6))]
+    assert len({host.row_sizes for host in hosts}) == 1 and hosts[0].row_sizes[-1] == 2 * T
     for k in (0, 7, 500):
         parts = [host[k] for host in hosts]
-        for name in ("ids", "targets", "inverse", "segments"):
+        for name in ("ids", "targets", "segments"):
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1), whole[k][name])
-        for part in parts:
-            np.testing.assert_array_equal(part["unique_ids"], whole[k]["unique_ids"])
-            np.testing.assert_array_equal(part["unique_ids"][part["inverse"]], part["ids"])
+        sections = np.concatenate([part["unique_ids"] for part in parts]).reshape(6, -1)
+        assert sections.shape[1] == next(size for size in hosts[0].row_sizes if size >= hosts[0].unique_count(k))
+        inverse = np.concatenate([part["inverse"] for part in parts], axis=1)
+        for s, unique_R in enumerate(sections):
+            mine = {"ids": whole[k]["ids"][:, s : s + 1], "inverse": inverse[:, s : s + 1], "unique_ids": unique_R}
+            check_unique(mine, shards.vocab_size)
+
+
+def test_sections_that_may_hold_the_vocabulary_are_it(shards):
+    batch = make(shards, batch_size=64, sections=2, row_sizes=(10**6,))[0]
+    np.testing.assert_array_equal(batch["unique_ids"], np.tile(np.arange(shards.vocab_size), 2))
+    np.testing.assert_array_equal(batch["inverse"], batch["ids"])
 
 
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"batch_size": 10, "accum": 4}, r"batch_size=10 is not divisible by accum\*host_count=4\*1; use a multiple of 4"),
-        ({"batch_size": 8, "host_count": 3}, "batch_size=8 is not divisible"),
+        ({"batch_size": 10, "accum": 4}, r"batch_size=10 is not divisible by accum\*sections=4\*1; use a multiple of 4"),
+        ({"batch_size": 8, "sections": 3}, "batch_size=8 is not divisible"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"accum": 0}, "accum=0"),
-        ({"host_index": 2, "host_count": 2}, "host_index=2"),
+        ({"sections": 2, "own": range(2, 3)}, r"own=range\(2, 3\)"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1 << 32}, "seed="),
         ({"seq_len": 0}, "seq_len=0"),

@@ -12,7 +12,7 @@ from flexmemory.models.attention import cpu_attention
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.ffn import linear
 from flexmemory.models.memory import gather_rows
-from flexmemory.models.transformer import abstract_params, build, empty_cache, init_params, per_layer, served_blocks, stack_layers
+from flexmemory.models.transformer import abstract_params, build, empty_cache, init_params, output_logits, per_layer, served_blocks, stack_layers
 
 from .tiny import (SEQUENCES, assert_same_bits, cross_entropy, deduplicated, logits, loss_and_grads, mixed, naive, random_params,
                    relative_gap, tiny, widest_gap)
@@ -146,7 +146,7 @@ def test_decoding_with_a_cache_equals_the_full_forward():
         model = merge(params)
         x_BTD, lead = model.layers(model.embedded(ids_BT), {}, inverse_BT, positions_BT, cache={"s0": cache["s0"]}, last=1)
         x_BTD, tail = model.layers(x_BTD, rows, inverse_BT, positions_BT, cache={k: v for k, v in cache.items() if k != "s0"}, first=1)
-        return model.logits(model.norm(x_BTD)), lead | tail
+        return output_logits(model.norm(x_BTD), model.head_DV), lead | tail
 
     cache = empty_cache(cfg, batch=2, length=12)
     for positions_BT in [np.tile(np.arange(3), (2, 1))] + [np.array([[min(t, 8)], [t - 1]]) for t in range(3, 10)]:

@@ -18,6 +18,7 @@ from flexmemory.config import ModelConfig
 from flexmemory.models.accounting import account
 from flexmemory.models.blocks import KINDS, Dense
 from flexmemory.models.ffn import RMSNorm
+from flexmemory.models.memory import take_rows
 from flexmemory.models.patterns import LayerSpec
 from flexmemory.models.transformer import build, init_params
 from flexmemory.runtime.engine import Engine
@@ -43,7 +44,7 @@ class MekiRows(nnx.Module):
 
     def __call__(self, ids_R, e_RD):
         g_RW = (jax.nn.silu(e_RD @ self.gate) * (e_RD @ self.up)) @ self.down
-        return self.alpha * self.norm(self.table[ids_R] + self.beta * g_RW)
+        return self.alpha * self.norm(take_rows(self.table[...], ids_R) + self.beta * g_RW)
 
 
 class Meki(Dense):

@@ -15,9 +15,10 @@ from flexmemory.data.pipeline import make_batches, unique_rows
 from flexmemory.data.shards import TokenShards
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.transformer import abstract_params
+from flexmemory.parallel import dense_gradient, lookup, touched
 from flexmemory.train.loop import resolve
 from flexmemory.train.optimizer import path_name
-from flexmemory.train.step import init_optimizer, init_state, make_gradients, make_train_step
+from flexmemory.train.step import ADDRESSED, init_optimizer, init_state, make_gradients, make_train_step, merge, split
 
 GOLDEN = Path(__file__).parent / "golden_first_step.json"
 
@@ -47,7 +48,7 @@ def test_the_memory_of_a_step_does_its_work_once_however_the_batch_is_split(tiny
     for accum in (1, 4):
         cfg, _, _ = resolve(tiny_config("memoryllm", **{"train.accum_steps": accum, "model.scan_layers": False}))
         batch = batch_of(cfg, accum)
-        traced = jax.make_jaxpr(make_gradients(cfg))(abstract_params(cfg.model), batch)
+        traced = jax.make_jaxpr(full_gradients(cfg))(abstract_params(cfg.model), batch)
         products.append(sum(count_products(traced.jaxpr, batch["unique_ids"].size)))
     assert products[0] == products[1] == 9  # gate, up and down; each with its two gradients
 
@@ -63,6 +64,19 @@ def count_products(jaxpr, rows: int):
                 yield eqn.params.get("length", 1) * sum(count_products(inner, rows))
 
 
+def full_gradients(cfg):
+    """``gradients(params, batch)``: of every parameter, of its own size."""
+    gradients = make_gradients(cfg)
+
+    def call(params, batch):
+        addressed, weights = split(params, ADDRESSED)
+        (row_grads, grads), sums = gradients(lookup(addressed, batch["unique_ids"]), weights, batch)
+        ids_R = touched(jnp.asarray(batch["unique_ids"]), jnp.asarray(batch["inverse"]), cfg.model.vocab_size)
+        return merge(grads, dense_gradient(row_grads, ids_R, addressed)), sums
+
+    return call
+
+
 MEMORY_KINDS = [kind for kind, block in KINDS.items() if block.source is not None]
 
 
@@ -70,12 +84,12 @@ MEMORY_KINDS = [kind for kind, block in KINDS.items() if block.source is not Non
 def test_rows_once_per_unique_id_are_rows_once_per_token(kind, tiny_config):
     cfg, _, _ = resolve(tiny_config(f"dense {kind}"))
     batch, vocab = batch_of(cfg), cfg.model.vocab_size
-    gradients, params, count = jax.jit(make_gradients(cfg)), init_state(cfg)["params"], batch["ids"].size
+    gradients, params, count = jax.jit(full_gradients(cfg)), init_state(cfg)["params"], batch["ids"].size
     one = np.full_like(batch["ids"], 7)
     for case, ids, sizes, size in (("full", batch["ids"], (count,), count), ("tiny", one, (8, count), 8), ("overflow", batch["ids"], (8, count), count),
                                    ("whole vocabulary", batch["ids"], (vocab,), vocab)):
         both = {"ids": ids, "targets": batch["targets"]}
-        deduplicated = both | unique_rows(ids, ids, vocab, sizes)
+        deduplicated = both | unique_rows(ids, vocab, sizes)
         naive = both | {"unique_ids": ids.ravel(), "inverse": np.arange(count, dtype=np.int32).reshape(ids.shape)}
         assert len(deduplicated["unique_ids"]) == size, case
         (got, (loss, _)), (want, (naive_loss, _)) = gradients(params, deduplicated), gradients(params, naive)
@@ -95,7 +109,7 @@ def test_only_touched_rows_of_a_table_and_its_moments_move(table_optimizer, tiny
     batch, state = batch_of(cfg), init_state(cfg)
     batch["ids"][batch["ids"] == 5] = 6  # token 5 occurs nowhere, and 0 only as padding
     batch["ids"][batch["ids"] == 0] = 6
-    batch |= unique_rows(batch["ids"], batch["ids"], cfg.model.vocab_size, (cfg.model.vocab_size // 2, cfg.model.vocab_size))
+    batch |= unique_rows(batch["ids"], cfg.model.vocab_size, (cfg.model.vocab_size // 2, cfg.model.vocab_size))
     touched = np.zeros(cfg.model.vocab_size, bool)
     touched[batch["ids"]] = True
     before = jax.tree.map(np.array, state)
@@ -131,7 +145,7 @@ def test_padding_changes_no_figure_of_a_sparse_step(tiny_config):
     for size in (count, count + 40, vocab):
         state = init_state(cfg)
         for _ in range(2):  # in the second, moments of rows that stand at padding are not 0
-            state, metrics = step(state, batch | unique_rows(batch["ids"], batch["ids"], vocab, (size,)))
+            state, metrics = step(state, batch | unique_rows(batch["ids"], vocab, (size,)))
         made.append({name: float(value) for name, value in metrics.items()})
     for metrics in made[1:]:
         assert metrics == pytest.approx(made[0], rel=1e-6)
@@ -155,7 +169,7 @@ def test_a_bfloat16_step_is_a_float32_step_within_its_bound(tiny_config):
     made = {}
     for dtype in ("float32", "bfloat16"):
         cfg, _, _ = resolve(tiny_config("flex memoryllm stem", **{"model.compute_dtype": dtype}))
-        made[dtype] = jax.jit(make_gradients(cfg))(init_state(cfg)["params"], batch_of(cfg))
+        made[dtype] = jax.jit(full_gradients(cfg))(init_state(cfg)["params"], batch_of(cfg))
     (want, (loss, _)), (got, (low_loss, _)) = made["float32"], made["bfloat16"]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got))
     assert float(low_loss) == pytest.approx(float(loss), rel=1e-4)

@@ -16,7 +16,9 @@ from flexmemory.config import ModelConfig, OptimizerConfig
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.transformer import abstract_params, init_params
 from flexmemory.train.optimizer import label_params, schedule
-from flexmemory.train.tables import apply_rows, gather_tables, make_table_optimizer, merge_tables, scale_by_lazy_adam, split_tables
+from flexmemory.parallel import lookup
+from flexmemory.train.step import merge, split
+from flexmemory.train.tables import apply_rows, make_table_optimizer, scale_by_lazy_adam
 
 NAMES = ("lazy_adam", "rowwise_adagrad")
 STEPS, R = 6, 5
@@ -65,7 +67,7 @@ def compiled_step(cfg):
     optimizer = make_table_optimizer(cfg, STEPS)
 
     def step(tables, state, grads, ids_R):
-        updates, state = optimizer.update(grads, state, gather_tables(tables, ids_R), ids_R=ids_R)
+        updates, state = optimizer.update(grads, state, lookup(tables, ids_R), ids_R=ids_R)
         return apply_rows(tables, updates, ids_R), state
 
     return jax.jit(step, donate_argnums=(0, 1))
@@ -166,7 +168,7 @@ def test_nothing_of_a_tables_size_is_made(name):
     state = jax.eval_shape(optimizer.init, tables)
 
     def step(tables, state, ids_R):
-        rows = gather_tables(tables, ids_R)
+        rows = lookup(tables, ids_R)
         grads = jax.grad(lambda rows: sum(jnp.sum(jnp.sin(row)) for row in jax.tree.leaves(rows)))(rows)
         updates, state = optimizer.update(grads, state, rows, ids_R=ids_R)
         return apply_rows(tables, updates, ids_R), state
@@ -192,22 +194,22 @@ def test_the_state_survives_a_checkpoint(name, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_split_and_merge(kind):
     params = abstract_params(ModelConfig(pattern=f"{kind}*2 dense", vocab_size=20, d_model=32, d_ff=88))
-    tables, rest = split_tables(params)
+    tables, rest = split(params, ("table",))
     assert set(jax.tree.leaves(label_params(tables))) == ({"table"} if kind.startswith("stem") else set())
     assert "table" not in jax.tree.leaves(label_params(rest))
-    merged = merge_tables(tables, rest)
+    merged = merge(tables, rest)
     assert jax.tree.structure(merged) == jax.tree.structure(params) and jax.tree.leaves(merged) == jax.tree.leaves(params)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_without_tables_has_an_optimizer_that_does_nothing(name):
-    tables, rest = split_tables(init_params(ModelConfig(pattern="dense", vocab_size=20, d_model=32, d_ff=88), 0))
+    tables, rest = split(init_params(ModelConfig(pattern="dense", vocab_size=20, d_model=32, d_ff=88), 0), ("table",))
     made, _ = run(config(name), tables, [(np.arange(R), {})])
-    assert made == {} and merge_tables(made, rest).keys() == rest.keys()
+    assert made == {} and merge(made, rest).keys() == rest.keys()
 
 
 def test_gathered_rows_are_the_tables_rows():
     tables = trees(0)
     ids = np.asarray([7, 0, 10])
-    for a, b in zip(jax.tree.leaves(gather_tables(jax.tree.map(jnp.asarray, tables), jnp.asarray(ids))), jax.tree.leaves(tables), strict=True):
+    for a, b in zip(jax.tree.leaves(lookup(jax.tree.map(jnp.asarray, tables), jnp.asarray(ids))), jax.tree.leaves(tables), strict=True):
         np.testing.assert_array_equal(a, b[:, ids])

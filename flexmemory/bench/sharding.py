@@ -1,0 +1,116 @@
+"""`flexmemory bench sharding`: what a lookup of a sharded table and its gradient send, ours against what XLA's partitioner makes of a plain gather."""
+
+import dataclasses
+import os
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import P
+from jax.sharding import AxisType
+
+from flexmemory.bench.machine import facts
+from flexmemory.errors import UserError
+from flexmemory.parallel import AXES, BATCH, COLUMNS, dense_gradient, lookup
+from flexmemory.train.collectives import collectives, traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    sizes: tuple[int, ...]  # V
+    width: int
+    tokens: int  # of the whole batch
+    rounds: int
+
+
+SCALES = {
+    "smoke": Scale((512, 4096), 32, 256, 2),
+    "cpu": Scale((65_536, 524_288), 256, 1024, 5),
+    "gpu": Scale((65_536, 524_288), 2048, 65_536, 20),
+}
+LAYOUTS = {"rows": P(COLUMNS, None), "columns": P(None, COLUMNS), "replicated": P(None, None)}
+
+
+def flags(parser) -> None:
+    parser.add_argument("--devices", type=int, default=8, help="devices to use; where JAX sees a CPU alone it is made into so many (default %(default)s)")
+
+
+def measure(scratch: Path, scale: str, devices: int) -> dict:
+    """Bytes of the results of all collectives on one device, forward and backward, and seconds of a call.
+
+    A call looks up the rows of each section's unique ids (Zipf tokens) and makes the table's gradient from that of the rows. "ours" is
+    :func:`parallel.lookup` and :func:`parallel.dense_gradient`, the others are ``table[ids]`` and its derivative with the table cut by rows, by columns,
+    or not at all, and the rows cut as the batch is. "growth": ours with as many tokens per device on fewer devices, and the table's bytes on each.
+    Seconds of devices that are parts of one CPU say nothing of a network: "fake_devices" is true there.
+    """
+    s = SCALES[scale]
+    fake = made_up(devices)
+    rng = np.random.default_rng(0)
+    found = {}
+    for v in s.sizes:
+        mesh = mesh_of(devices)
+        ids = section_ids(rng, v, s.tokens, devices)
+        with jax.set_mesh(mesh):
+            made = {name: call(name, v, s.width, ids, s.rounds) for name in ("ours", *LAYOUTS)}
+        best = min(made[name]["bytes"] for name in LAYOUTS)
+        found[str(v)] = {"unique_ids_per_section": len(ids) // devices, "layouts": made, "partitioner_over_ours": best / made["ours"]["bytes"]}
+    growth = {}
+    for n in [n for n in (1, 2, 4, 8, 16, 32) if n <= devices]:
+        ids = section_ids(np.random.default_rng(0), s.sizes[0], s.tokens * n // devices, n)
+        with jax.set_mesh(mesh_of(n)):
+            growth[str(n)] = call("ours", s.sizes[0], s.width, ids, s.rounds) | {"table_bytes_per_device": s.sizes[0] * s.width * 4 // n}
+    return {"bench": "sharding", "scale": scale, "machine": facts(scratch), "load": os.getloadavg()[0], "devices": devices, "fake_devices": fake,
+            "tokens": s.tokens, "width": s.width, "sizes": found, "growth": growth}
+
+
+def made_up(devices: int) -> bool:
+    """Sees to enough devices; True where they are made up of one CPU."""
+    if jax.config.jax_platforms in (None, "", "cpu"):
+        try:
+            jax.config.update("jax_num_cpu_devices", devices)
+        except RuntimeError:  # JAX runs already, with what it has
+            pass
+    if jax.device_count() < devices:
+        raise UserError(f"--devices: {devices}, JAX sees {jax.device_count()}; give at most that")
+    return jax.default_backend() == "cpu"
+
+
+def mesh_of(devices: int):
+    return jax.make_mesh((1, devices, 1), AXES, axis_types=(AxisType.Explicit,) * 3, devices=jax.devices()[:devices])
+
+
+def section_ids(rng, vocab: int, tokens: int, sections: int) -> np.ndarray:
+    """Unique ids of Zipf tokens, a section after another, filled up with V to one size."""
+    rank_of = rng.permutation(vocab).astype(np.int32)
+    share = 1 / np.arange(1, vocab + 1)
+    parts = [np.unique(rank_of[rng.choice(vocab, tokens // sections, p=share / share.sum())]) for _ in range(sections)]
+    size = max(map(len, parts))
+    return np.concatenate([np.append(part, np.full(size - len(part), vocab, np.int32)) for part in parts]).astype(np.int32)
+
+
+def call(name: str, vocab: int, width: int, ids: np.ndarray, rounds: int) -> dict:
+    """{"bytes", "seconds", "collectives"} of one layout on the mesh in force."""
+    spec = LAYOUTS["columns"] if name == "ours" else LAYOUTS[name]
+
+    def ours(table, ids_R, grad_RW):
+        return lookup(table, ids_R), dense_gradient(grad_RW, ids_R, table)
+
+    def plain(table, ids_R, grad_RW):
+        rows_RW, pull_back = jax.vjp(lambda table: table.at[ids_R].get(mode="fill", fill_value=0, out_sharding=P(BATCH, None)), table)
+        return rows_RW, pull_back(grad_RW)[0]
+
+    mesh = jax.sharding.get_mesh()
+    at = lambda spec: jax.NamedSharding(mesh, spec)  # noqa: E731
+    args = (jax.jit(lambda: jnp.zeros((vocab, width), jnp.float32), out_shardings=at(spec))(), jax.device_put(ids, at(P(BATCH))),
+            jax.jit(lambda: jnp.ones((len(ids), width), jnp.float32), out_shardings=at(P(BATCH, None)))())
+    compiled = jax.jit(ours if name == "ours" else plain, out_shardings=(at(P(BATCH, None)), at(spec))).lower(*args).compile()
+    sent = collectives(compiled.as_text())
+    seconds = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        seconds.append(time.perf_counter() - began)
+    return {"bytes": traffic(sent), "seconds": statistics.median(seconds[1:]), "collectives": sent}

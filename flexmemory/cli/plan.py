@@ -1,0 +1,81 @@
+"""flexmemory plan --config=configs/memoryllm.py:1b --mesh=data=8,fsdp=32 [--memory=80] [--json]
+
+What every device of a mesh would hold, compute and send in a training step, found by compiling the step for devices that are not there. Compiled by
+XLA for CPUs: temporaries on an accelerator differ (bfloat16 products need none in float32, flash attention keeps no scores), collectives hardly.
+"""
+
+import json
+import math
+import os
+
+from absl import flags
+
+from flexmemory.cli.flags import config_of, parse
+from flexmemory.errors import UserError
+
+SHOWN = 12  # arrays and collectives in the text; JSON has all
+
+
+def run(argv: list[str]) -> int:
+    def define(values):
+        flags.DEFINE_string("mesh", None, "sizes of the axes, for example data=8,fsdp=32; config parallel.mesh where left out", flag_values=values)
+        flags.DEFINE_float("memory", 80.0, "GB of one device", lower_bound=0.001, flag_values=values)
+        flags.DEFINE_integer("rows", None, "unique ids of a section of the batch; by Zipf's law where left out", lower_bound=1, flag_values=values)
+        flags.DEFINE_boolean("compile", True, "also compile the step: temporaries and collectives", flag_values=values)
+        flags.DEFINE_boolean("json", False, "print JSON", flag_values=values)
+
+    values = parse(argv, define, __doc__)
+    cfg = config_of(values)
+    from flexmemory import parallel
+    from flexmemory.train.dryrun import dry_run, expected_rows, on_mesh
+
+    cfg, changed = on_mesh(cfg, values.mesh or cfg.parallel.mesh)
+    if not cfg.model.vocab_size:
+        raise UserError("config model.vocab_size: 0; give the vocabulary that the data will have (--config.model.vocab_size=)")
+    sizes = parallel.mesh_sizes(cfg.parallel)
+    mesh = devices(sizes) if values.compile else parallel.abstract_mesh(sizes)
+    rows = values.rows or expected_rows(cfg, sizes["data"] * sizes["fsdp"])
+    made = dry_run(cfg, mesh, rows, values.compile) | {"changed": changed, "device_memory": int(values.memory * 1e9)}
+    print(json.dumps(made, indent=1) if values.json else text(made))
+    return 0
+
+
+def devices(sizes: dict[str, int]):
+    """A mesh of so many devices of the CPU, made up by XLA. Nothing may have touched a device before."""
+    import jax
+
+    from flexmemory import parallel
+
+    count = math.prod(sizes.values())
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    if jax.device_count() != count:
+        raise RuntimeError(f"{jax.device_count()} devices where {count} were asked for: JAX was in use before")
+    return jax.make_mesh(tuple(sizes[axis] for axis in parallel.AXES), parallel.AXES)
+
+
+def text(made: dict) -> str:
+    """The numbers as aligned text."""
+    limit = made["device_memory"]
+    lines = [f"{made['devices']:,} devices, {', '.join(f'{axis} {size}' for axis, size in made['mesh'].items())}, plan {made['plan']}"]
+    lines += [f"changed for this mesh: {', '.join(made['changed'])}"] if made["changed"] else []
+    lines += ["", f"{'bytes of one device':<28}{'GB':>10}"]
+    parts = made["bytes"]
+    held = sum(size for name, size in parts.items() if name not in ("temporaries", "peak"))
+    for name, size in parts.items():
+        lines.append(f"  {name:<26}{size / 1e9:>10.3f}")
+    total = parts.get("peak", held)
+    lines.append(f"  {'fits' if total <= limit else 'DOES NOT FIT':<26}{total / 1e9:>10.3f} of {limit / 1e9:g}" + ("" if "peak" in parts else " (without temporaries)"))
+    lines += ["", f"{'largest arrays of one device':<58}{'shape of the whole':<26}{'GB':>8}  lies"]
+    for array in made["arrays"][:SHOWN]:
+        shape, mark = "x".join(map(str, array["shape"])), "  does not fit alone" if array["bytes"] > limit else ""
+        lines.append(f"  {array['name']:<56}{shape:<26}{array['bytes'] / 1e9:>8.3f}  {array['spec']}{mark}")
+    lines += ["", f"{made['flops'] / 1e12:,.2f} TFLOP a step on each device; {made['rows_per_section']:,} rows a section"]
+    if made["collectives"] is not None:
+        lines += ["", f"{'sent in a step, bytes of results on one device':<58}{'times':>8}{'MB':>12}"]
+        for row in made["collectives"][:SHOWN]:
+            shape = row["shape"] if len(row["shape"]) < 36 else row["shape"][:33] + "..."
+            lines.append(f"  {row['kind']:<20}{shape:<36}{row['count']:>8,}{row['bytes'] * row['count'] / 1e6:>12,.2f}")
+        lines.append(f"  {'all':<64}{made['sent'] / 1e6:>12,.2f}")
+    return "\n".join(lines)

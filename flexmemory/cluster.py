@@ -1,0 +1,127 @@
+"""Several processes as one run: how they find each other, agree before the first step, and stop together."""
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flexmemory.errors import UserError
+
+
+def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int = 300) -> None:
+    """Joins this process to the run, before anything touches a device. All None: JAX finds the others itself, under SLURM, Open MPI, on a TPU pod, or in
+    Kubernetes.
+
+    coordinator: HOST:PORT of process 0. timeout: seconds to wait for the others. Raises UserError naming what is missing.
+    """
+    given = [name for name, value in (("coordinator", coordinator), ("processes", processes), ("process", process)) if value is not None]
+    if given and len(given) < 3:
+        missing = sorted({"coordinator", "processes", "process"} - set(given))
+        raise UserError(f"--{', --'.join(missing)}: missing beside --{', --'.join(given)}; give all three, or --distributed alone where SLURM, Open MPI, "
+                        "a TPU pod or Kubernetes starts the processes")
+    if given and not 0 <= process < processes:
+        raise UserError(f"--process: {process} is outside 0..{processes - 1}, the --processes")
+    if given:
+        meet(coordinator, processes, process, timeout)
+    try:
+        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=timeout)
+    except ValueError as error:
+        raise UserError(f"--distributed: JAX does not see what starts the processes here ({error}); give --coordinator=HOST:PORT, --processes and "
+                        "--process") from None
+
+
+def meet(coordinator: str, processes: int, process: int, timeout: float) -> None:
+    """Waits until all processes are there, by a word to process 0 each: JAX's own wait ends the program without saying who is missing.
+
+    Raises UserError naming those that have not come within ``timeout`` seconds.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator: {coordinator!r} is not HOST:PORT")
+    end = time.monotonic() + timeout
+    if process == 0:
+        try:
+            listening = socket.create_server((host, int(port)), backlog=processes)
+        except OSError as error:
+            raise UserError(f"--coordinator: process 0 cannot listen on {coordinator} ({error.strerror}); give a free port of its own host") from None
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(listening)
+            came = {0: None}
+            while len(came) < processes:
+                listening.settimeout(max(end - time.monotonic(), 0.001))
+                try:
+                    caller = closing.enter_context(listening.accept()[0])
+                    caller.settimeout(5)
+                    came[int(caller.recv(16))] = caller
+                except TimeoutError:
+                    missing = ", ".join(str(i) for i in range(processes) if i not in came)
+                    raise UserError(f"process {missing} of {processes} did not come to {coordinator} within {timeout} s; see that it runs and can reach "
+                                    "it, or give a longer --start_timeout") from None
+                except (ValueError, OSError):  # not one of ours
+                    continue
+            for caller in filter(None, came.values()):
+                caller.sendall(b"go")
+    else:
+        while True:
+            try:
+                with socket.create_connection((host, int(port)), timeout=max(end - time.monotonic(), 0.001)) as caller:
+                    caller.sendall(str(process).encode())
+                    caller.settimeout(max(end - time.monotonic(), 0.001))
+                    if caller.recv(2) == b"go":
+                        return
+            except OSError:
+                pass
+            if time.monotonic() > end:
+                raise UserError(f"process {process}: process 0 did not answer on {coordinator} within {timeout} s, or others are missing; see that it "
+                                "runs there, or give a longer --start_timeout")
+            time.sleep(0.1)
+
+
+def is_first() -> bool:
+    """Does this process write logs and results?"""
+    return jax.process_index() == 0
+
+
+def agree(facts: dict) -> None:
+    """Raises UserError on every process, naming the fact and both values, where processes were started with different ones."""
+    first, *others = gather(facts)
+    for process, other in enumerate(others, 1):
+        for name in first:
+            if first[name] != other.get(name):
+                raise UserError(f"{name}: {first[name]!r} on process 0, {other.get(name)!r} on process {process}; start all processes with the same")
+
+
+def on_first(f: Callable):
+    """``f()`` on process 0, while the others wait; its UserError is raised on all. Returns its result there, None elsewhere."""
+    result, error = None, None
+    if is_first():
+        try:
+            result = f()
+        except UserError as failed:
+            error = failed
+    said = gather(error and str(error))[0]
+    if said is not None:
+        raise error or UserError(said)
+    return result
+
+
+def preempted(step: int) -> bool:
+    """Has any process been asked to end (SIGTERM)? All of one run answer alike after the same step; of a single process always False."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def gather(value) -> list:
+    """The JSON value of every process, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(text))).ravel()
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]

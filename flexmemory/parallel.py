@@ -1,0 +1,425 @@
+"""One mesh, named plans, and the exchange of table rows. Only here are mesh axes named.
+
+Training runs the same code on one device and on many: outside a mesh every function below does what is left of it on one device. Arrays carry
+their shardings in their types (JAX's explicit mode): an operation that would need an unplanned transfer does not trace.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, get_abstract_mesh
+
+from flexmemory.config import Config, ParallelConfig
+from flexmemory.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # a batch, and whatever follows from its tokens, is cut over both
+COLUMNS = ("tensor", "data", "fsdp")  # of a table: tensor first, so that columns of all batch sections make one whole slice of a tensor axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where each kind of tensor lies; letters as in docs/architecture.md, axes in front of them (layers, accumulation steps) are never cut."""
+
+    batch_BT: P = P(BATCH, None)  # ids, targets, inverse, segments, weights of tokens
+    ids_R: P = P(BATCH)  # unique ids: a section for every section of the batch
+    embed_VD: P = P(None, None)
+    head_DV: P = P(None, None)
+    q_DNH: P = P(None, None, None)  # also k and v
+    o_NHD: P = P(None, None, None)
+    up_DF: P = P(None, None)  # also gate
+    down_FD: P = P(None, None)
+    norm_D: P = P()  # gains of any shape
+    table_VW: P = P(None, COLUMNS)
+    sums_V: P = P(None)  # one number per row of a table
+
+
+FSDP = Plan(embed_VD=P(None, "fsdp"), head_DV=P("fsdp", None), q_DNH=P("fsdp", None, None), o_NHD=P(None, None, "fsdp"), up_DF=P("fsdp", None),
+            down_FD=P(None, "fsdp"))
+FSDP_TP = Plan(embed_VD=P(None, "fsdp"), head_DV=P("fsdp", "tensor"), q_DNH=P("fsdp", "tensor", None), o_NHD=P("tensor", None, "fsdp"),
+               up_DF=P("fsdp", "tensor"), down_FD=P("tensor", "fsdp"))
+# name: (plan, axes that its mesh may have above 1)
+PLANS = {"single": (Plan(), ()), "dp": (Plan(), ("data",)), "fsdp": (FSDP, ("data", "fsdp")), "fsdp_tp": (FSDP_TP, AXES)}
+
+# The field of Plan for each parameter, by its path; first match wins, a parameter that matches nothing raises.
+FIELDS = (
+    ("table_VW", r"^memory\..*\.table$"),
+    ("norm_D", r"(^|\.)\w*norm\.(scale|bias)$|\.(alpha|beta)$"),
+    ("embed_VD", r"^embed$"),
+    ("head_DV", r"^head$"),
+    ("q_DNH", r"\.attn\.(q|k|v)$"),
+    ("o_NHD", r"\.attn\.o$"),
+    ("up_DF", r"\.(gate|up)$"),
+    ("down_FD", r"\.down$"),
+)
+
+
+# --- meshes ---
+
+
+def mesh_sizes(cfg: ParallelConfig, devices: int | None = None) -> dict[str, int]:
+    """{axis: size} of a config's mesh. "" spreads ``devices`` (None: not known) over the plan's last axis that cuts a batch.
+
+    Raises UserError for a bad text, an axis that the plan does not use, sizes that do not make up ``devices``.
+    """
+    sizes, may = dict.fromkeys(AXES, 1), PLANS[cfg.plan][1]
+    for word in filter(None, cfg.mesh.split(",")):
+        axis, equals, size = word.partition("=")
+        if axis not in AXES or not equals or not size.isdecimal() or not int(size):
+            raise UserError(f"config parallel.mesh: {word!r} in {cfg.mesh!r} is not AXIS=SIZE; write for example data=8,fsdp=4 (axes {', '.join(AXES)})")
+        if int(size) > 1 and axis not in may:
+            good = [name for name, (_, axes) in PLANS.items() if axis in axes]
+            raise UserError(f"config parallel.mesh: axis {axis} of size {size} under plan {cfg.plan}, which uses {', '.join(may) or 'none'}; "
+                            f"set parallel.plan={good[0]}")
+        sizes[axis] = int(size)
+    if not cfg.mesh and may and devices:
+        sizes["fsdp" if "fsdp" in may else may[0]] = devices
+    count = math.prod(sizes.values())
+    if devices is not None and may and count != devices:
+        last = next((axis for axis in ("data", "fsdp") if axis in may), may[0])
+        others = count // sizes[last]
+        near = f"{last}={devices // others}" if devices % others == 0 else f"{last}={max(devices // others, 1)} on {max(devices // others, 1) * others} devices"
+        raise UserError(f"config parallel.mesh: {cfg.mesh!r} is for {count} devices, there are {devices}; the nearest is {near}")
+    return sizes
+
+
+def make_mesh(cfg: ParallelConfig, devices=None) -> Mesh | None:
+    """The mesh of a config over ``devices`` (all of the run by default), to be entered with ``jax.set_mesh``; None for plan "single"."""
+    if cfg.plan == "single":
+        if jax.process_count() > 1:
+            raise UserError(f"config parallel.plan: single in a run of {jax.process_count()} processes; set dp, fsdp or fsdp_tp")
+        return None
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(cfg, len(devices))
+    return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh without devices, to trace under."""
+    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def sections() -> int:
+    """Into how many pieces the mesh in force cuts a batch; 1 without one."""
+    mesh = get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def own_sections() -> range:
+    """The sections that this process's devices compute; all without a mesh. Raises UserError where they are not one after another."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return range(1)
+    devices = mesh.devices.reshape(sections(), -1)  # tensor is the last axis
+    own = [s for s, row in enumerate(devices) if any(device.process_index == jax.process_index() for device in row)]
+    if own != list(range(own[0], own[-1] + 1)):
+        raise UserError(f"config parallel.mesh: the sections of process {jax.process_index()}, {own}, are not one after another; use larger tensor or "
+                        "smaller data axes, so that a process has whole rows of the mesh")
+    return range(own[0], own[-1] + 1)
+
+
+def putter() -> Callable[[dict], dict]:
+    """``put(batch)``: this process's sections of a batch onto its devices, from any thread."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.device_put
+    share = sections() // len(own_sections())
+
+    def put(batch: dict) -> dict:
+        made = {}
+        for name, spec in batch_specs(batch).items():
+            whole = tuple(size * share if entry == BATCH else size for size, entry in zip(batch[name].shape, spec, strict=True))
+            made[name] = jax.make_array_from_process_local_data(NamedSharding(mesh, spec), batch[name], whole)
+        return made
+
+    return put
+
+
+def names(entry) -> tuple[str, ...]:
+    """Axes of one entry of a spec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+# --- where arrays lie ---
+
+
+def plan_of(cfg: Config) -> Plan:
+    return PLANS[cfg.parallel.plan][0]
+
+
+def spec(plan: Plan, path: str, ndim: int) -> P:
+    """Of the parameter ``path`` (dotted), of its gradient and moments. Raises ValueError for one that no field of the plan covers."""
+    for field, pattern in FIELDS:
+        if re.search(pattern, path):
+            return padded(getattr(plan, field), ndim)
+    raise ValueError(f"parameter {path} has no place in a plan: add a row to flexmemory.parallel.FIELDS")
+
+
+def padded(spec: P, ndim: int) -> P:
+    """The spec of an array with more axes in front, which are not cut."""
+    return P(*(None,) * (ndim - len(spec)), *spec) if ndim >= len(spec) else P(*spec[len(spec) - ndim :])
+
+
+def param_specs(plan: Plan, params: dict) -> dict:
+    """A tree of specs shaped like ``params``."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: spec(plan, jax.tree_util.keystr(path, simple=True, separator="."), leaf.ndim), params)
+
+
+def state_specs(plan: Plan, state: dict) -> dict:
+    """A tree of specs shaped like a train state: moments lie where their parameters do, counts and the step everywhere."""
+    params = {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])}
+
+    def place(path, leaf):
+        if leaf.ndim == 0:
+            return P()
+        parts = keys(path)
+        for start in range(len(parts)):
+            if parts[start:] in params:
+                at = params[parts[start:]]
+                if at.shape == leaf.shape:
+                    return spec(plan, ".".join(parts[start:]), leaf.ndim)
+                if at.shape[:-1] == leaf.shape:
+                    return padded(plan.sums_V, leaf.ndim)
+        raise ValueError(f"state {'.'.join(parts)} of shape {leaf.shape} belongs to no parameter: it has no place in a plan")
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def keys(path) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def batch_specs(batch: dict) -> dict:
+    """Specs of a batch as data/pipeline.py makes it, the same in every plan."""
+    return {name: padded(Plan.ids_R if name == "unique_ids" else Plan.batch_BT, np.ndim(leaf)) for name, leaf in batch.items()}
+
+
+def placed(plan: Plan, state):
+    """Shardings on the mesh in force of a train state or of parameters (shapes or arrays); on the first own device without a mesh."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: alone, state)
+    specs = state_specs(plan, state) if "params" in state else param_specs(plan, state)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
+    """Raises UserError where the mesh does not divide what it cuts: the batch or a width. ``params``: shapes."""
+    pieces, batch, accum = sizes["data"] * sizes["fsdp"], cfg.data.batch_size, cfg.train.accum_steps
+    if batch // accum % pieces:
+        near = max((n for n in range(1, batch + 1) if batch % (n * pieces) == 0), key=lambda n: -abs(n - accum), default=None)
+        mend = f"train.accum_steps={near}" if near else f"data.batch_size={-(-batch // (pieces * accum)) * pieces * accum}"
+        raise UserError(f"config data.batch_size: {batch} in {accum} micro-batches makes {batch // accum} sequences, which data*fsdp={pieces} does not "
+                        f"divide; set {mend}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = ".".join(keys(path))
+        for axis, entry in enumerate(spec(plan_of(cfg), name, leaf.ndim)):
+            count = math.prod(sizes[a] for a in names(entry))
+            if leaf.shape[axis] % count:
+                cut = [a for a in names(entry) if sizes[a] > 1]
+                near = max(n for n in range(1, count + 1) if leaf.shape[axis] % n == 0)
+                raise UserError(f"config parallel.mesh: {'*'.join(cut)}={count} does not divide axis {axis} of {name}, {leaf.shape[axis]}; "
+                                f"the nearest that does is {near}")
+
+
+# --- inside a step ---
+
+
+def spec_of(x) -> P:
+    """How the array is cut."""
+    return jax.typeof(x).sharding.spec
+
+
+def local(f: Callable, out_specs: Callable) -> Callable:
+    """``f`` on every device's own part of its arguments (arrays or None). ``out_specs`` gives the specs of the result from those of the
+    arguments. Without a mesh ``f`` itself."""
+    if get_abstract_mesh().empty:
+        return f
+
+    def call(*args):
+        specs = jax.tree.map(spec_of, args)
+        return jax.shard_map(f, in_specs=specs, out_specs=out_specs(*specs))(*args)
+
+    return call
+
+
+def gathered(weight: jax.Array) -> jax.Array:
+    """The weight whole over the axes that cut the batch, for use by every section; cut over "tensor" still."""
+    if get_abstract_mesh().empty:
+        return weight
+    return jax.reshard(weight, P(*(tuple(a for a in names(entry) if a not in BATCH) or None for entry in spec_of(weight))))
+
+
+def like(x: jax.Array, spec: P) -> jax.Array:
+    """x cut as ``spec`` says."""
+    return x if spec_of(x) == spec else jax.reshard(x, spec)
+
+
+def sum_over_batch(grad: jax.Array, spec: P) -> jax.Array:
+    """Inside :func:`local`: the sum over all sections of the batch of a weight's gradient, of which this device keeps the part that ``spec`` gives it."""
+    for axis in () if get_abstract_mesh().empty else BATCH:
+        place = next((i for i, entry in enumerate(spec) if axis in names(entry)), None)
+        grad = jax.lax.psum(grad, axis) if place is None else jax.lax.psum_scatter(grad, axis, scatter_dimension=place, tiled=True)
+    return grad
+
+
+def varying(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+    """Inside :func:`local`: a constant x as the start of a sum that differs between sections of the batch, and along ``axes``."""
+    return x if get_abstract_mesh().empty else jax.lax.pcast(x, (*BATCH, *axes), to="varying")
+
+
+def sharding(spec: P) -> P | None:
+    """For ``out_sharding=``: the spec, None without a mesh."""
+    return None if get_abstract_mesh().empty else spec
+
+
+# --- rows of tables ---
+#
+# Tables are trees of arrays [.., V, W]. Without a mesh their rows are an ordinary gather. On a mesh every device holds some columns of all V rows,
+# so that no token, however frequent, loads one device more than another; sections of the batch and columns of the table change places
+# in one all-to-all of (ids of a section) x W numbers for all tables together, whatever V.
+
+
+def lookup(tables, ids_R: jax.Array):
+    """rows [.., R, W] of every table; an id equal to V gets the last row. On a mesh ids_R is cut into sections, and so are the rows."""
+    if get_abstract_mesh().empty:
+        return jax.tree.map(lambda table: _rows_at(table, ids_R).get(mode="clip"), tables)
+
+    def at_columns(exchanged, tables, ids_R, _):
+        ids_N = _all_ids(ids_R, exchanged)
+        return _to_sections([_rows_at(table, ids_N).get(mode="clip") for table in tables], exchanged)
+
+    return _by_exchange(at_columns, tables, ids_R, out=_row_spec)
+
+
+def dense_gradient(row_grads, ids_R: jax.Array, tables):
+    """The gradient of every table, of its own size, from that of the rows ids_R; an id equal to V is no row."""
+
+    def add(grad, ids_N, table, unique):
+        return _rows_at(jnp.zeros_like(table), ids_N).add(grad, mode="drop", unique_indices=unique)
+
+    if get_abstract_mesh().empty:
+        return jax.tree.map(lambda grad, table: add(grad, ids_R, table, True), row_grads, tables)
+
+    def at_columns(exchanged, tables, ids_R, grads):
+        ids_N, rest = _all_ids(ids_R, exchanged), tuple(axis for axis in BATCH if axis not in exchanged)
+        made = [add(grad, ids_N, table, not exchanged) for grad, table in zip(_to_columns(grads, exchanged), tables, strict=True)]
+        return [jax.lax.psum(grad, rest) for grad in made] if rest else made
+
+    return _by_exchange(at_columns, tables, ids_R, row_grads, out=spec_of)
+
+
+def combine(row_grads, rows, ids_R: jax.Array, tables):
+    """What the row-sparse optimiser takes, (grads, rows, ids_C): every id at most once and V for no row, whole on every device, with
+    gradients [.., C, W] summed over equal ids and cut as the table's columns. Without a mesh these are the arguments.
+
+    C is the number of ids of all sections, or V where that is less.
+    """
+    if get_abstract_mesh().empty:
+        return row_grads, rows, ids_R
+    vocab = jax.tree.leaves(tables)[0].shape[-2]
+    ids_N = jax.reshard(ids_R, P(None))
+    grads = _by_exchange(lambda exchanged, tables, ids_R, grads: _to_columns(grads, exchanged), tables, ids_R, row_grads, out=spec_of)
+    if sections() > 1:
+        ids_C = jnp.unique(ids_N, size=min(ids_N.size, vocab), fill_value=vocab)
+        place_N = jnp.searchsorted(ids_C, ids_N)  # of an id equal to V perhaps beyond the end, where it is dropped
+        grads = jax.tree.map(lambda grad: _rows_at(jnp.zeros(grad.shape[:-2] + (ids_C.size, grad.shape[-1]), grad.dtype, out_sharding=spec_of(grad)),
+                                                   place_N).add(grad, mode="drop"), grads)
+        ids_N = ids_C
+    return grads, jax.tree.map(lambda table: take_whole(table, ids_N), tables), ids_N
+
+
+def take_whole(table: jax.Array, ids_C: jax.Array) -> jax.Array:
+    """Rows of ids that are whole on every device, cut as the table's columns: nothing moves."""
+    return _rows_at(table, ids_C).get(mode="clip", out_sharding=sharding(P(*(None,) * (table.ndim - 1), spec_of(table)[-1])))
+
+
+def touched(unique_R: jax.Array, inverse: jax.Array, vocab_size: int) -> jax.Array:
+    """``unique_R`` with V, which is no row, where no token of the section refers to the place: padding, or the rest of a whole vocabulary."""
+
+    def section(unique_R, inverse):
+        touched_R = jnp.zeros(unique_R.shape, bool).at[inverse.ravel()].set(True)
+        return jnp.where(touched_R, unique_R, vocab_size)
+
+    return local(section, lambda unique, inverse: unique)(unique_R, inverse)
+
+
+def _rows_at(table, ids):
+    # (layer, id) pairs: on a CPU this outruns slices [L, 1, W] at axis 1, the more so the larger the table
+    return table.at[ids] if table.ndim == 2 else table.at[jnp.arange(len(table), dtype=jnp.int32)[:, None], ids]
+
+
+def _row_spec(table) -> P:
+    kept = tuple(axis for axis in names(spec_of(table)[-1]) if axis not in BATCH)
+    return P(*(None,) * (table.ndim - 2), BATCH, kept or None)
+
+
+def _by_exchange(f: Callable, tables, ids_R, rows=None, *, out: Callable):
+    """A tree like ``tables`` of ``f(exchanged axes, [tables], ids_R, [rows])`` on each device's own parts, called once for all tables that exchange
+    over the same axes. The results lie as ``out(table)`` says."""
+    leaves, treedef = jax.tree.flatten(tables)
+    rows = [None] * len(leaves) if rows is None else treedef.flatten_up_to(rows)
+    made = [None] * len(leaves)
+    for exchanged in dict.fromkeys(map(_exchanged, leaves)):
+        mine = [i for i, leaf in enumerate(leaves) if _exchanged(leaf) == exchanged]
+        args = [leaves[i] for i in mine], ids_R, [rows[i] for i in mine]
+        part = jax.shard_map(functools.partial(f, exchanged), in_specs=jax.tree.map(spec_of, args), out_specs=[out(leaves[i]) for i in mine])
+        for i, result in zip(mine, part(*args), strict=True):
+            made[i] = result
+    return treedef.unflatten(made)
+
+
+def _exchanged(table) -> tuple[str, ...]:
+    return tuple(axis for axis in names(spec_of(table)[-1]) if axis in BATCH)
+
+
+def _all_ids(ids_R, exchanged):
+    return jax.lax.all_gather(ids_R, exchanged, tiled=True) if exchanged else ids_R
+
+
+def _to_sections(parts, exchanged):
+    """[.., N, w] of own columns and all sections -> [.., R, W] of the own section and all columns."""
+    if not exchanged:
+        return parts
+    flat_NX = jnp.concatenate([jnp.moveaxis(part, -2, 0).reshape(part.shape[-2], -1) for part in parts], axis=1)
+    count = jax.lax.axis_size(exchanged)
+    flat_RSX = jax.lax.all_to_all(flat_NX, exchanged, 0, 1, tiled=True).reshape(len(flat_NX) // count, count, -1)
+    made, start = [], 0
+    for part in parts:
+        size = part.size // part.shape[-2]
+        piece = flat_RSX[:, :, start : start + size].reshape(*flat_RSX.shape[:2], *part.shape[:-2], part.shape[-1])
+        piece = jnp.moveaxis(jnp.moveaxis(piece, 1, -2), 0, -3)  # [.., R, S, w]
+        made.append(piece.reshape(*piece.shape[:-2], -1))
+        start += size
+    return made
+
+
+def _to_columns(parts, exchanged):
+    """The inverse of :func:`_to_sections`."""
+    if not exchanged:
+        return list(parts)
+    count = jax.lax.axis_size(exchanged)
+    pieces, shapes = [], []
+    for part in parts:
+        piece = part.reshape(*part.shape[:-1], count, -1)
+        piece = jnp.moveaxis(jnp.moveaxis(piece, -3, 0), -2, 1)  # [R, S, .., w]
+        shapes.append(piece.shape)
+        pieces.append(piece.reshape(*piece.shape[:2], -1))
+    flat_RSX = jnp.concatenate(pieces, axis=2)
+    flat_NX = jax.lax.all_to_all(flat_RSX, exchanged, 1, 0, tiled=True)
+    flat_NX = flat_NX.reshape(-1, flat_RSX.shape[-1])
+    made, start = [], 0
+    for shape in shapes:
+        size = math.prod(shape[2:])
+        made.append(jnp.moveaxis(flat_NX[:, start : start + size].reshape(-1, *shape[2:]), 0, -2))
+        start += size
+    return made

@@ -1,0 +1,93 @@
+"""A train step on devices that are not there: what each of them would hold, compute and send."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from flexmemory import parallel
+from flexmemory.config import Config, ParallelConfig
+from flexmemory.data.pipeline import padded_rows
+from flexmemory.models.accounting import account, train_flops_per_token
+from flexmemory.train.collectives import collectives, traffic
+from flexmemory.train.compiled import memory
+from flexmemory.train.step import abstract_state, make_train_step
+
+PARTS = ("weights", "weight moments", "tables", "table moments", "batch")
+
+
+def on_mesh(cfg: Config, mesh: str) -> tuple[Config, list[str]]:
+    """(the config on that mesh, what had to be changed for it): the smallest plan that uses the mesh's axes where the config's does not, and
+    micro-batches that its sections divide."""
+    said, plan = [], cfg.parallel.plan
+    used = {word.partition("=")[0] for word in mesh.split(",") if not word.endswith("=1")}
+    if not used <= set(parallel.PLANS[plan][1]):
+        plan = next((name for name, (_, axes) in parallel.PLANS.items() if used <= set(axes)), "fsdp_tp")
+        said.append(f"parallel.plan={plan}")
+    cfg = dataclasses.replace(cfg, parallel=ParallelConfig(plan, mesh))
+    sizes = parallel.mesh_sizes(cfg.parallel)
+    pieces, batch, accum = sizes["data"] * sizes["fsdp"], cfg.data.batch_size, cfg.train.accum_steps
+    if batch // accum % pieces and batch % pieces == 0:
+        accum = max(n for n in range(1, min(accum, batch // pieces) + 1) if batch % (n * pieces) == 0)
+        said.append(f"train.accum_steps={accum}")
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accum_steps=accum))
+    return cfg, said
+
+
+def abstract_step(cfg: Config, mesh, rows: int) -> tuple[dict, dict]:
+    """(state, batch) of shapes with shardings on a mesh, for :func:`make_train_step`; ``rows``: unique ids of a section."""
+    state = abstract_state(cfg)
+    places = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), parallel.state_specs(parallel.plan_of(cfg), state))
+    shape = (cfg.train.accum_steps, cfg.data.batch_size // cfg.train.accum_steps, cfg.data.seq_len)
+    names = ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ()))
+    batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
+    batch["unique_ids"] = jax.ShapeDtypeStruct((rows * mesh.shape["data"] * mesh.shape["fsdp"],), np.int32)
+    specs = parallel.batch_specs(batch)
+    at = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)  # noqa: E731
+    return jax.tree.map(at, state, places), {name: at(leaf, jax.NamedSharding(mesh, specs[name])) for name, leaf in batch.items()}
+
+
+def expected_rows(cfg: Config, sections: int) -> int:
+    """Unique ids of a section, padded, if tokens were drawn by Zipf's law (exponent 1) over the vocabulary."""
+    tokens, vocab = cfg.data.batch_size * cfg.data.seq_len // sections, cfg.model.vocab_size
+    share_V = 1 / np.arange(1, vocab + 1)
+    found = -np.expm1(tokens * np.log1p(-share_V / share_V.sum())).sum()
+    return min(padded_rows(math.ceil(found)), tokens, vocab)
+
+
+def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
+    """What a step of ``cfg`` needs on every device of ``mesh``, which may be abstract where nothing is to be compiled.
+
+    {"devices", "mesh", "plan", "rows_per_section", "bytes": per device by PARTS and, compiled, "temporaries" and "peak"; "arrays": per device, the largest
+    first, [{"name", "shape", "bytes", "spec"}]; "flops": of a step on each device; "collectives": see collectives.py, and "sent": their bytes;
+    None where not compiled}. Raises UserError where the mesh does not divide the model or the batch.
+    """
+    sizes = dict(mesh.shape)
+    state = abstract_state(cfg)
+    parallel.check(cfg, state["params"], sizes)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if hasattr(mesh, "abstract_mesh") else mesh):
+        state, batch = abstract_step(cfg, mesh, rows)
+        arrays = [{"name": ".".join(parallel.keys(path)), "shape": leaf.shape, "bytes": _own_bytes(leaf), "spec": str(leaf.sharding.spec)}
+                  for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+        traced = make_train_step(cfg).trace(state, batch)
+    parts = dict.fromkeys(PARTS, 0)
+    for array in arrays:
+        table = "memory." in array["name"] and ".table" in array["name"]
+        parts[("tables" if table else "weights") if array["name"].startswith("params.") else "table moments" if table else "weight moments"] += array["bytes"]
+    parts["batch"] = sum(_own_bytes(leaf) for leaf in batch.values())
+    numbers, tokens = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
+    sections = sizes["data"] * sizes["fsdp"]
+    made = {"devices": math.prod(sizes.values()), "mesh": sizes, "plan": cfg.parallel.plan, "rows_per_section": rows,
+            "flops": tokens * train_flops_per_token(numbers, rows * sections / tokens) / math.prod(sizes.values()),
+            "bytes": parts, "arrays": sorted(arrays, key=lambda array: -array["bytes"]), "collectives": None, "sent": None}
+    if compiled:
+        program = traced.lower().compile()
+        sent, need = collectives(program.as_text()), memory(program)
+        made |= {"collectives": sent, "sent": traffic(sent)}
+        parts |= {"temporaries": need["temporaries"], "peak": need["peak"]}
+    return made
+
+
+def _own_bytes(leaf) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,141 @@
+"""Several processes are one: two of four devices on loopback, killed, asked to stop, restarted in other numbers, started wrongly."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flexmemory.train.checkpoint import complete_steps
+from flexmemory.train.run import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 8
+SMALL = {"data.batch_size": 8, "data.seq_len": 96, "train.steps": STEPS, "train.log_every": 1, "train.checkpoint_every": 2, "train.eval_tokens": 1024,
+         "optimizer.warmup_steps": 2, "optimizer.table_optimizer": "lazy_adam", "parallel.plan": "fsdp", "parallel.mesh": "data=2,fsdp=4"}
+
+
+def start(data, workdir, devices: int, process: int | None = None, processes: int = 2, port: int = 0, more=(), **sets) -> subprocess.Popen:
+    """``flexmemory train`` of a small stem model, with fake devices."""
+    command = [sys.executable, "-m", "flexmemory.cli.main", "train", f"--config={ROOT / 'configs' / 'stem.py'}:smoke", f"--workdir={workdir}",
+               f"--config.data.path={data}", *(f"--config.{name}={value}" for name, value in (SMALL | sets).items()), *more]
+    if process is not None:
+        command += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={process}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)})
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def pair(data, workdir, sets=({}, {}), **more) -> list[subprocess.Popen]:
+    port = free_port()
+    return [start(data, workdir, 4, process, port=port, **more, **sets[process]) for process in range(2)]
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """(exit code, what it said on stderr) of each."""
+    try:
+        return [(process.wait(240), process.stderr.read()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def losses(workdir) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(workdir) if "loss" in row}
+
+
+def wait_for_step(workdir, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while max(losses(workdir), default=0) < step:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    (code, said), = ended([start(tiny_data, workdir, 8)])
+    assert code == 0, said
+    return workdir
+
+
+def result(workdir) -> dict:
+    return json.loads((workdir / "final_result.json").read_text())
+
+
+def assert_same_run(workdir, other, bound=1e-5):
+    assert losses(workdir).keys() == losses(other).keys() == set(range(1, STEPS + 1))
+    for step, loss in losses(other).items():
+        assert losses(workdir)[step] == pytest.approx(loss, rel=bound), step
+    assert result(workdir)["val_loss"] == pytest.approx(result(other)["val_loss"], rel=bound)
+
+
+def test_two_processes_are_one_and_a_killed_one_is_no_loss(one_process, tiny_data, tmp_path):
+    workdir = tmp_path / "run"
+    processes = pair(tiny_data, workdir)
+    wait_for_step(workdir, 4)
+    processes[1].kill()
+    assert processes[1].wait() == -signal.SIGKILL
+    processes[0].kill()  # it notices by itself, but only after JAX's 100 s without a sign of life
+    ended(processes)
+    kept = complete_steps(workdir)
+    assert kept and kept[-1] in (2, 4, 6)
+    for code, said in ended(pair(tiny_data, workdir)):
+        assert code == 0, said
+    assert result(workdir)["resumed_from"] == kept[-1]
+    assert_same_run(workdir, one_process)
+
+
+def test_sigterm_to_one_stops_both_at_a_checkpoint_that_other_numbers_resume(one_process, tiny_data, tmp_path):
+    workdir = tmp_path / "run"
+    processes = pair(tiny_data, workdir, **{"train.checkpoint_every": 0, "train.steps": STEPS})
+    wait_for_step(workdir, 2)
+    processes[1].send_signal(signal.SIGTERM)
+    made = ended(processes)
+    assert [code for code, _ in made] == [128 + signal.SIGTERM] * 2, made
+    assert all("the same command goes on from there" in said for _, said in made)
+    (step,) = complete_steps(workdir)
+    assert 2 <= step < STEPS
+    (code, said), = ended([start(tiny_data, workdir, 2, **{"parallel.mesh": "fsdp=2", "train.checkpoint_every": 0})])
+    assert code == 0, said
+    assert result(workdir)["resumed_from"] == step
+    assert_same_run(workdir, one_process)
+
+
+def test_different_configs_are_named_before_the_first_step(tiny_data, tmp_path):
+    for code, said in ended(pair(tiny_data, tmp_path / "run", sets=({}, {"optimizer.lr": 0.02}))):
+        assert code == 2
+        assert "error: config optimizer.lr: 0.001 on process 0, 0.02 on process 1; start all processes with the same" in said.splitlines()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_process_that_never_comes_is_named(tiny_data, tmp_path):
+    process = start(tiny_data, tmp_path / "run", 4, 0, port=free_port(), more=["--start_timeout=3"])
+    (code, said), = ended([process])
+    assert code == 2 and len(said.splitlines()) == 1, said
+    assert "error: process 1 of 2 did not come to 127.0.0.1:" in said and "within 3 s" in said
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--process=0"], "--coordinator, --processes: missing beside --process"),
+    (["--coordinator=127.0.0.1:1", "--processes=2", "--process=2"], "--process: 2 is outside 0..1, the --processes"),
+    (["--distributed"], "--distributed: JAX does not see what starts the processes here"),
+])
+def test_a_wrong_start_is_one_line(flags, line, tiny_data, tmp_path):
+    (code, said), = ended([start(tiny_data, tmp_path / "run", 1, more=flags)])
+    assert code == 2 and line in said and len(said.splitlines()) == 1, said
+
+
+def test_one_device_plan_on_several_processes_is_refused(tiny_data, tmp_path):
+    for code, said in ended(pair(tiny_data, tmp_path / "run", **{"parallel.plan": "single", "parallel.mesh": ""})):
+        assert code == 2 and "config parallel.plan: single in a run of 2 processes; set dp, fsdp or fsdp_tp" in said
