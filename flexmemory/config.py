@@ -85,6 +85,7 @@ class OptimizerConfig:
 class ParallelConfig:
     plan: str = "single"  # single (one device) | dp | fsdp | fsdp_tp; see docs/scaling.md
     mesh: str = ""  # sizes of the axes, e.g. "data=8,fsdp=4,tensor=2"; "" gives all devices to the plan's first own axis
+    table_memory: str = "device"  # of tables trained by touched rows, and their moments: device | host (rows go in, updates come out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,7 @@ CHOICES = {
     "optimizer.table_optimizer": ("adamw", "lazy_adam", "rowwise_adagrad"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "parallel.plan": ("single", "dp", "fsdp", "fsdp_tp"),
+    "parallel.table_memory": ("device", "host"),
 }
 SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.decay_fraction")  # 0 <= value < 1; decay_fraction may be 1
 POSITIVE = ("model.d_model", "model.n_heads", "model.d_ff", "data.seq_len", "data.batch_size", "train.accum_steps",
@@ -172,6 +174,9 @@ def from_dict(values: ConfigDict | dict) -> Config:
     if config.optimizer.min_lr > config.optimizer.lr:
         raise UserError(f"config optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}")
     check_model(config.model)
+    if config.parallel.table_memory == "host" and config.optimizer.table_optimizer == "adamw":
+        raise UserError("config parallel.table_memory: host with optimizer.table_optimizer=adamw, which reads and writes whole tables in every step; "
+                        "set lazy_adam or rowwise_adagrad")
     if config.data.batch_size % config.train.accum_steps:
         raise UserError(f"config train.accum_steps: {config.train.accum_steps} does not divide data.batch_size {config.data.batch_size}")
     return config

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import P
+from jax.experimental.compute_on import compute_on
+
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, get_abstract_mesh
 
 from flexmemory.config import Config, ParallelConfig
@@ -202,14 +204,21 @@ def batch_specs(batch: dict) -> dict:
     return {name: padded(Plan.ids_R if name == "unique_ids" else Plan.batch_BT, np.ndim(leaf)) for name, leaf in batch.items()}
 
 
-def placed(plan: Plan, state):
-    """Shardings on the mesh in force of a train state or of parameters (shapes or arrays); on the first own device without a mesh."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.tree.map(lambda _: alone, state)
+def placed(cfg: Config, state):
+    """Shardings of a train state or of parameters (shapes or arrays): on the mesh in force, on the first own device without one. Tables trained by
+    touched rows, and their moments, lie in the host's memory where the config wants that."""
+    mesh, plan = jax.sharding.get_mesh(), plan_of(cfg)
+    mesh = get_abstract_mesh() if mesh.empty else mesh
     specs = state_specs(plan, state) if "params" in state else param_specs(plan, state)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    def place(path, spec, leaf):
+        table = leaf.ndim == 3 and re.search(r"\bmemory\..*\.table$", ".".join(keys(path)))
+        memory = "pinned_host" if table and cfg.parallel.table_memory == "host" else None
+        if mesh.empty:
+            return jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory)
+        return NamedSharding(mesh, spec, memory_kind=memory)
+
+    return jax.tree_util.tree_map_with_path(place, specs, state)
 
 
 def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
@@ -292,13 +301,16 @@ def sharding(spec: P) -> P | None:
 def lookup(tables, ids_R: jax.Array):
     """rows [.., R, W] of every table; an id equal to V gets the last row. On a mesh ids_R is cut into sections, and so are the rows."""
     if get_abstract_mesh().empty:
-        return jax.tree.map(lambda table: _rows_at(table, ids_R).get(mode="clip"), tables)
+        return jax.tree.map(lambda table: take_whole(table, ids_R), tables)
 
-    def at_columns(exchanged, tables, ids_R, _):
+    def at_columns(exchanged, tables, ids_R, read):
         ids_N = _all_ids(ids_R, exchanged)
-        return _to_sections([_rows_at(table, ids_N).get(mode="clip") for table in tables], exchanged)
+        rows = [_rows_at(table, ids_N).get(mode="clip") if rows is None else rows for table, rows in zip(tables, read, strict=True)]
+        return _to_sections(rows, exchanged)
 
-    return _by_exchange(at_columns, tables, ids_R, out=_row_spec)
+    # a table in the host's memory is read there, and only its rows come
+    read = jax.tree.map(lambda table: take_whole(table, jax.reshard(ids_R, P(None))) if in_host_memory(table) else None, tables)
+    return _by_exchange(at_columns, tables, ids_R, read, out=_row_spec)
 
 
 def dense_gradient(row_grads, ids_R: jax.Array, tables):
@@ -339,8 +351,31 @@ def combine(row_grads, rows, ids_R: jax.Array, tables):
 
 
 def take_whole(table: jax.Array, ids_C: jax.Array) -> jax.Array:
-    """Rows of ids that are whole on every device, cut as the table's columns: nothing moves."""
-    return _rows_at(table, ids_C).get(mode="clip", out_sharding=sharding(P(*(None,) * (table.ndim - 1), spec_of(table)[-1])))
+    """Rows of ids that are whole on every device, cut as the table's columns: nothing moves but, from the host's memory, the rows."""
+    cut = sharding(P(*(None,) * (table.ndim - 1), spec_of(table)[-1]))
+    if not in_host_memory(table):
+        return _rows_at(table, ids_C).get(mode="clip", out_sharding=cut)
+    rows = _on_host(lambda flat_XW, ids_X: flat_XW.at[ids_X].get(mode="clip", out_sharding=sharding(spec_of(flat_XW))), table, ids_C)
+    return jax.device_put(rows, jax.memory.Space.Device).reshape(*table.shape[:-2], len(ids_C), table.shape[-1])
+
+
+def put_whole(table: jax.Array, ids_C: jax.Array, rows: jax.Array) -> jax.Array:
+    """The table in the host's memory with ``rows``, as :func:`take_whole` gives them, in the place of the rows ids_C; an id equal to V is no row."""
+    flat_XW = jax.device_put(rows.reshape(-1, rows.shape[-1]), jax.memory.Space.Host)
+    return _on_host(lambda flat, ids_X, rows_XW: flat.at[ids_X].set(rows_XW, mode="drop", unique_indices=True), table, ids_C, flat_XW).reshape(table.shape)
+
+
+def _on_host(f: Callable, table, ids_C, *others):
+    """``f`` of the table as [L V, W] and of the rows' places in it, computed by the host where the table lies. (Indices of two axes would be put together
+    there from numbers that lie on the device, which JAX refuses.)"""
+    layers, vocab = math.prod(table.shape[:-2]), table.shape[-2]
+    ids_X = jnp.where(ids_C == vocab, layers * vocab, ids_C + vocab * jnp.arange(layers, dtype=jnp.int32)[:, None]).ravel()
+    args = table.reshape(layers * vocab, -1), jax.device_put(ids_X, jax.memory.Space.Host), *others
+    return compute_on(f, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)(*args)
+
+
+def in_host_memory(a: jax.Array) -> bool:
+    return jax.typeof(a).memory_space == jax.memory.Space.Host
 
 
 def touched(unique_R: jax.Array, inverse: jax.Array, vocab_size: int) -> jax.Array:
@@ -363,15 +398,15 @@ def _row_spec(table) -> P:
     return P(*(None,) * (table.ndim - 2), BATCH, kept or None)
 
 
-def _by_exchange(f: Callable, tables, ids_R, rows=None, *, out: Callable):
+def _by_exchange(f: Callable, tables, ids_R, rows, *, out: Callable):
     """A tree like ``tables`` of ``f(exchanged axes, [tables], ids_R, [rows])`` on each device's own parts, called once for all tables that exchange
-    over the same axes. The results lie as ``out(table)`` says."""
+    over the same axes. Of a table in the host's memory there is None. The results lie as ``out(table)`` says."""
     leaves, treedef = jax.tree.flatten(tables)
-    rows = [None] * len(leaves) if rows is None else treedef.flatten_up_to(rows)
+    rows = treedef.flatten_up_to(rows)
     made = [None] * len(leaves)
     for exchanged in dict.fromkeys(map(_exchanged, leaves)):
         mine = [i for i, leaf in enumerate(leaves) if _exchanged(leaf) == exchanged]
-        args = [leaves[i] for i in mine], ids_R, [rows[i] for i in mine]
+        args = [None if in_host_memory(leaves[i]) else leaves[i] for i in mine], ids_R, [rows[i] for i in mine]
         part = jax.shard_map(functools.partial(f, exchanged), in_specs=jax.tree.map(spec_of, args), out_specs=[out(leaves[i]) for i in mine])
         for i, result in zip(mine, part(*args), strict=True):
             made[i] = result

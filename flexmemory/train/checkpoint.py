@@ -1,5 +1,6 @@
 """Checkpoints through Orbax: items params, optimizer, data; written asynchronously, complete or not there at all."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from flexmemory.config import Config, load_json
+from flexmemory.config import Config, ParallelConfig, load_json
 from flexmemory.errors import UserError
 from flexmemory.models.transformer import abstract_params
-from flexmemory.parallel import placed, plan_of
+from flexmemory.parallel import placed
 from flexmemory.train.step import abstract_state
 
 
@@ -39,7 +40,7 @@ def restore(checkpoints, workdir: Path, cfg: Config) -> dict | None:
     if checkpoints.latest is None:
         return None
     step, state = checkpoints.latest.step, abstract_state(cfg)
-    places = placed(plan_of(cfg), state)
+    places = placed(cfg, state)
     abstract = {name: at(state[name], places[name]) for name in ("params", "optimizer")}
     return {**_load(workdir, step, {**abstract, "data": None}), "step": jnp.asarray(step, jnp.int32, device=places["step"])}
 
@@ -54,7 +55,7 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict, i
         raise UserError(f"{workdir}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     params = abstract_params(cfg.model)
-    return cfg, _load(workdir, step, {"params": at(params, placed(plan_of(cfg), params))})["params"], step
+    return cfg, _load(workdir, step, {"params": at(params, placed(dataclasses.replace(cfg, parallel=ParallelConfig()), params))})["params"], step
 
 
 def at(abstract, places):

@@ -5,6 +5,7 @@ import math
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flexmemory import parallel
 from flexmemory.config import Config, ParallelConfig
@@ -38,7 +39,7 @@ def on_mesh(cfg: Config, mesh: str) -> tuple[Config, list[str]]:
 def abstract_step(cfg: Config, mesh, rows: int) -> tuple[dict, dict]:
     """(state, batch) of shapes with shardings on a mesh, for :func:`make_train_step`; ``rows``: unique ids of a section."""
     state = abstract_state(cfg)
-    places = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), parallel.state_specs(parallel.plan_of(cfg), state))
+    places = parallel.placed(cfg, state)
     shape = (cfg.train.accum_steps, cfg.data.batch_size // cfg.train.accum_steps, cfg.data.seq_len)
     names = ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ()))
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
@@ -66,7 +67,7 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     sizes = dict(mesh.shape)
     state = abstract_state(cfg)
     parallel.check(cfg, state["params"], sizes)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if hasattr(mesh, "abstract_mesh") else mesh):
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
         state, batch = abstract_step(cfg, mesh, rows)
         arrays = [{"name": ".".join(parallel.keys(path)), "shape": leaf.shape, "bytes": _own_bytes(leaf), "spec": str(leaf.sharding.spec)}
                   for path, leaf in jax.tree_util.tree_leaves_with_path(state)]

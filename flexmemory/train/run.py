@@ -17,7 +17,7 @@ from flexmemory.files import SCRATCH, is_disk_full, write_json, write_text
 
 # fields that may change between the start and the resumption of a run: they do not touch parameters or batches
 FREE = {"data.path", "train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep_checkpoints",
-        "train.tensorboard", "parallel.plan", "parallel.mesh"}
+        "train.tensorboard", "parallel.plan", "parallel.mesh", "parallel.table_memory"}
 LOCK = ".lock"
 
 

@@ -7,22 +7,22 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
-from jax.sharding import get_abstract_mesh
+
 
 from flexmemory.config import Config
 from flexmemory.models.transformer import abstract_params, build, init_params
-from flexmemory.parallel import combine, dense_gradient, lookup, placed, plan_of, touched
+from flexmemory.parallel import combine, dense_gradient, lookup, placed, touched
 from flexmemory.train.loss import mean_loss
 from flexmemory.train.optimizer import clip, group_norms, label_params, make_optimizer, schedule
-from flexmemory.train.tables import apply_rows, make_table_optimizer
+from flexmemory.train.tables import apply_rows, make_table_optimizer, update_in_host_memory
 
 
 def init_state(cfg: Config) -> dict:
     """{"params", "optimizer", "step"}: plain arrays, a pure function of the config; on a mesh each lies where the plan says."""
-    if get_abstract_mesh().empty:
+    if cfg.parallel.plan == "single" and cfg.parallel.table_memory == "device":
         params = init_params(cfg.model, cfg.train.seed)
         return {"params": params, "optimizer": init_optimizer(cfg, params), "step": jnp.zeros((), jnp.int32)}
-    places = placed(plan_of(cfg), abstract_state(cfg))
+    places = placed(cfg, abstract_state(cfg))
     params = init_params(cfg.model, cfg.train.seed, places["params"])
     optimizer = jax.jit(functools.partial(init_optimizer, cfg), out_shardings=places["optimizer"])(params)
     return {"params": params, "optimizer": optimizer, "step": jnp.zeros((), jnp.int32, device=places["step"])}
@@ -132,12 +132,19 @@ def make_train_step(cfg: Config):
         updates, moments = optimizer.update(grads, state["optimizer"]["weights"], weights)
         weights, sparse = optax.apply_updates(weights, updates), state["optimizer"]["tables"]
         if tables:
-            updates, sparse = make_table_optimizer(cfg.optimizer, cfg.train.steps).update(table_grads, sparse, table_rows, ids_R=ids_C)
-            tables, is_row_C1 = apply_rows(tables, updates, ids_C), (ids_C < vocab)[:, None]
+            update = make_table_optimizer(cfg.optimizer, cfg.train.steps).update
+            if cfg.parallel.table_memory == "host":
+                tables, sparse, updates = update_in_host_memory(update, tables, sparse, table_grads, table_rows, ids_C)
+            else:
+                updates, sparse = update(table_grads, sparse, table_rows, ids_R=ids_C)
+                tables = apply_rows(tables, updates, ids_C)
+            is_row_C1 = (ids_C < vocab)[:, None]
             table_rows = jax.tree.map(lambda row, update: jnp.where(is_row_C1, row + update, 0), table_rows, updates)
         metrics = {"loss": loss, "z_loss": z, "lr": jnp.asarray(rate(state["step"]), jnp.float32),
                    "grad_norm": jnp.sqrt(sum(n**2 for n in norms.values())), "param_norm": optax.tree.norm((weights, table_rows)),
                    **{f"grad_norm/{label}": norm for label, norm in norms.items()}}
         return {"params": merge(tables, weights), "optimizer": {"weights": moments, "tables": sparse}, "step": state["step"] + 1}, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    # an output stays in the host's memory only where its sharding says so
+    places = (placed(cfg, abstract_state(cfg)), None) if cfg.parallel.table_memory == "host" else None
+    return jax.jit(step, donate_argnums=0, out_shardings=places)

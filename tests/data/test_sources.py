@@ -120,7 +120,7 @@ def test_half_of_a_surrogate_pair_is_refused_where_it_stands(tmp_path):
         ("a.jsonl", b"[1]\n", ["a.jsonl", "line 1", "'text'"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ["a.jsonl", "line 2", "UTF-8"]),
         ("a.jsonl.gz", b"not gzip", ["a.jsonl.gz", "damaged"]),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-12], ["a.jsonl.gz", "damaged"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-12], ["a.jsonl.gz", "damaged"]),
         ("a.parquet", b"not parquet", ["a.parquet", "parquet file"]),
         ("a.txt", b"", ["a.txt", "no text"]),
         ("a.jsonl", b'{"text": ""}\n', ["a.jsonl", "no text"]),
