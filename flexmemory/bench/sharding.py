@@ -1,6 +1,7 @@
 """`flexmemory bench sharding`: what a lookup of a sharded table and its gradient send, ours against what XLA's partitioner makes of a plain gather."""
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -14,7 +15,8 @@ from jax.sharding import AxisType
 
 from flexmemory.bench.machine import facts
 from flexmemory.errors import UserError
-from flexmemory.parallel import AXES, BATCH, COLUMNS, dense_gradient, lookup
+from flexmemory.exchange import dense_gradient, lookup
+from flexmemory.parallel import AXES, BATCH, COLUMNS
 from flexmemory.train.collectives import collectives, traffic
 
 
@@ -31,7 +33,8 @@ SCALES = {
     "cpu": Scale((65_536, 524_288), 256, 1024, 5),
     "gpu": Scale((65_536, 524_288), 2048, 65_536, 20),
 }
-LAYOUTS = {"rows": P(COLUMNS, None), "columns": P(None, COLUMNS), "replicated": P(None, None)}
+LAYOUTS = {"rows": P(AXES, None), "columns": P(None, AXES), "replicated": P(None, None), "columns, tensor first": P(None, COLUMNS)}
+PLAIN = ("rows", "columns", "replicated")
 
 
 def flags(parser) -> None:
@@ -41,9 +44,10 @@ def flags(parser) -> None:
 def measure(scratch: Path, scale: str, devices: int) -> dict:
     """Bytes of the results of all collectives on one device, forward and backward, and seconds of a call.
 
-    A call looks up the rows of each section's unique ids (Zipf tokens) and makes the table's gradient from that of the rows. "ours" is
-    :func:`parallel.lookup` and :func:`parallel.dense_gradient`, the others are ``table[ids]`` and its derivative with the table cut by rows, by columns,
-    or not at all, and the rows cut as the batch is. "growth": ours with as many tokens per device on fewer devices, and the table's bytes on each.
+    A call looks up the rows of each section's unique ids (Zipf tokens) and makes the table's gradient from that of the rows, on a mesh of data 2, tensor 2
+    and the rest fsdp. "ours" is :func:`exchange.lookup` and :func:`exchange.dense_gradient`; the others are ``table[ids]`` and its derivative, left to the
+    partitioner, with the table cut by rows or by columns in the mesh's order of axes, not at all, or by columns as ours is. "partitioner_over_ours" is
+    the best of the first three over ours. "growth": ours with as many tokens per device on fewer devices, fsdp alone, and the table's bytes on each.
     Seconds of devices that are parts of one CPU say nothing of a network: "fake_devices" is true there.
     """
     s = SCALES[scale]
@@ -51,16 +55,18 @@ def measure(scratch: Path, scale: str, devices: int) -> dict:
     rng = np.random.default_rng(0)
     found = {}
     for v in s.sizes:
-        mesh = mesh_of(devices)
-        ids = section_ids(rng, v, s.tokens, devices)
+        mesh = mesh_of(2, devices // 4, 2) if devices % 4 == 0 else mesh_of(1, devices, 1)
+        cut = mesh.shape["data"] * mesh.shape["fsdp"]
+        ids = section_ids(rng, v, s.tokens, cut)
         with jax.set_mesh(mesh):
             made = {name: call(name, v, s.width, ids, s.rounds) for name in ("ours", *LAYOUTS)}
-        best = min(made[name]["bytes"] for name in LAYOUTS)
-        found[str(v)] = {"unique_ids_per_section": len(ids) // devices, "layouts": made, "partitioner_over_ours": best / made["ours"]["bytes"]}
+        best = min(made[name]["bytes"] for name in PLAIN)
+        found[str(v)] = {"unique_ids_per_section": len(ids) // cut, "table_bytes": v * s.width * 4, "layouts": made,
+                         "partitioner_over_ours": best / made["ours"]["bytes"]}
     growth = {}
     for n in [n for n in (1, 2, 4, 8, 16, 32) if n <= devices]:
         ids = section_ids(np.random.default_rng(0), s.sizes[0], s.tokens * n // devices, n)
-        with jax.set_mesh(mesh_of(n)):
+        with jax.set_mesh(mesh_of(1, n, 1)):
             growth[str(n)] = call("ours", s.sizes[0], s.width, ids, s.rounds) | {"table_bytes_per_device": s.sizes[0] * s.width * 4 // n}
     return {"bench": "sharding", "scale": scale, "machine": facts(scratch), "load": os.getloadavg()[0], "devices": devices, "fake_devices": fake,
             "tokens": s.tokens, "width": s.width, "sizes": found, "growth": growth}
@@ -78,8 +84,8 @@ def made_up(devices: int) -> bool:
     return jax.default_backend() == "cpu"
 
 
-def mesh_of(devices: int):
-    return jax.make_mesh((1, devices, 1), AXES, axis_types=(AxisType.Explicit,) * 3, devices=jax.devices()[:devices])
+def mesh_of(*sizes: int):
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=jax.devices()[: math.prod(sizes)])
 
 
 def section_ids(rng, vocab: int, tokens: int, sections: int) -> np.ndarray:
@@ -93,20 +99,20 @@ def section_ids(rng, vocab: int, tokens: int, sections: int) -> np.ndarray:
 
 def call(name: str, vocab: int, width: int, ids: np.ndarray, rounds: int) -> dict:
     """{"bytes", "seconds", "collectives"} of one layout on the mesh in force."""
-    spec = LAYOUTS["columns"] if name == "ours" else LAYOUTS[name]
+    spec, rows_spec = LAYOUTS["columns, tensor first" if name == "ours" else name], P(BATCH, "tensor")
 
     def ours(table, ids_R, grad_RW):
         return lookup(table, ids_R), dense_gradient(grad_RW, ids_R, table)
 
     def plain(table, ids_R, grad_RW):
-        rows_RW, pull_back = jax.vjp(lambda table: table.at[ids_R].get(mode="fill", fill_value=0, out_sharding=P(BATCH, None)), table)
+        rows_RW, pull_back = jax.vjp(lambda table: table.at[ids_R].get(mode="fill", fill_value=0, out_sharding=rows_spec), table)
         return rows_RW, pull_back(grad_RW)[0]
 
     mesh = jax.sharding.get_mesh()
     at = lambda spec: jax.NamedSharding(mesh, spec)  # noqa: E731
     args = (jax.jit(lambda: jnp.zeros((vocab, width), jnp.float32), out_shardings=at(spec))(), jax.device_put(ids, at(P(BATCH))),
-            jax.jit(lambda: jnp.ones((len(ids), width), jnp.float32), out_shardings=at(P(BATCH, None)))())
-    compiled = jax.jit(ours if name == "ours" else plain, out_shardings=(at(P(BATCH, None)), at(spec))).lower(*args).compile()
+            jax.jit(lambda: jnp.ones((len(ids), width), jnp.float32), out_shardings=at(rows_spec))())
+    compiled = jax.jit(ours if name == "ours" else plain, out_shardings=(at(rows_spec), at(spec))).lower(*args).compile()
     sent = collectives(compiled.as_text())
     seconds = []
     for _ in range(rounds + 1):

@@ -16,8 +16,8 @@ import optax
 
 from flexmemory.bench.machine import facts
 from flexmemory.config import OptimizerConfig
+from flexmemory.exchange import lookup
 from flexmemory.train.optimizer import make_optimizer
-from flexmemory.parallel import lookup
 from flexmemory.train.tables import apply_rows, make_table_optimizer
 
 

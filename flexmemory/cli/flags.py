@@ -49,7 +49,7 @@ def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
         message = str(error).strip().splitlines()[-1]
         raise UserError(message.removeprefix("flexmemory.errors.UserError: ").removeprefix("flag ")) from error
     if values.config is None:
-        raise UserError(f"--config: missing; {usage}")
+        raise UserError(f"--config: missing; {usage.splitlines()[0]}")
     if len(rest) > 1:
         raise UserError(f"argument {rest[1]!r}: not understood; flags are given as --name=value")
     return values

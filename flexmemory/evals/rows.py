@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from flexmemory.config import ModelConfig
+from flexmemory.exchange import lookup
 from flexmemory.models.memory import Rows
 from flexmemory.models.transformer import build
-from flexmemory.parallel import lookup
 from flexmemory.tkv import encoding
 from flexmemory.tkv.store import Store
 from flexmemory.train.step import ADDRESSED, merge, split

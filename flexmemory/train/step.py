@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-
 from flexmemory.config import Config
+from flexmemory.exchange import combine, dense_gradient, lookup, touched
 from flexmemory.models.transformer import abstract_params, build, init_params
-from flexmemory.parallel import combine, dense_gradient, lookup, placed, touched
+from flexmemory.parallel import placed
 from flexmemory.train.loss import mean_loss
 from flexmemory.train.optimizer import clip, group_norms, label_params, make_optimizer, schedule
 from flexmemory.train.tables import apply_rows, make_table_optimizer, update_in_host_memory
@@ -65,7 +65,7 @@ def merge(one: dict, other: dict) -> dict:
 def make_gradients(cfg: Config):
     """Returns ``gradients(rows, weights, batch) -> ((row_grads, grads), (loss, z))``, to be jitted: float32, loss and mean logsumexp^2 in nats per token.
 
-    rows: of the parameters with ADDRESSED labels, :func:`parallel.lookup` of the batch's unique ids; weights: all others, and in a tied model "head",
+    rows: of the parameters with ADDRESSED labels, :func:`exchange.lookup` of the batch's unique ids; weights: all others, and in a tied model "head",
     the transposed embedding. A batch as data/pipeline.py makes it: micro-batches on a leading axis A, one set of unique ids for all. The memory's rows
     are computed once, before the micro-batches, and differentiated once, after them: its work is R rows a step however the batch is
     split, and the loss of every token counts the same.

@@ -2,7 +2,7 @@
 
 Tables are any tree of float32 arrays [L, V, W]. The step works with their gathered rows [L, R, W] and never makes anything of size V·W:
 
-    rows = parallel.lookup(tables, ids_R)
+    rows = exchange.lookup(tables, ids_R)
     ...                                                     # gradients with respect to rows, clipped together with all others
     updates, state = optimizer.update(grads, state, rows, ids_R=ids_R)
     tables = apply_rows(tables, updates, ids_R)             # in place where the caller donates the tables and the state
@@ -19,7 +19,8 @@ import optax
 from jax import P
 
 from flexmemory.config import OptimizerConfig
-from flexmemory.parallel import in_host_memory, put_whole, sharding, spec_of, take_whole
+from flexmemory.exchange import in_host_memory, put_whole, take_whole
+from flexmemory.parallel import sharding, spec_of
 from flexmemory.train.optimizer import schedule
 
 

@@ -1,5 +1,6 @@
 """A process with fake devices: ``python -m parallel.child DEVICES WHAT [ARGUMENTS]`` prints JSON. The tests say what each WHAT is for."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from jax import P
 from jax.sharding import NamedSharding
 
-from flexmemory import parallel
+from flexmemory import exchange, parallel
 from flexmemory.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig, check_model
 from flexmemory.data.pipeline import unique_rows
 from flexmemory.train.collectives import collectives
@@ -42,7 +43,7 @@ def batches(cfg: Config, sections: int):
 
 
 def run(cfg: Config, devices=None):
-    """(state as NumPy, losses, last metrics, where arrays lie)"""
+    """(state as NumPy, losses, last metrics, where arrays lie, kinds of memory that hold the tables)"""
     mesh = parallel.make_mesh(cfg.parallel, devices)
     with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
         state, step, put, losses = init_state(cfg), make_train_step(cfg), parallel.putter(), []
@@ -51,7 +52,8 @@ def run(cfg: Config, devices=None):
             state, metrics = step(state, put(batch))
             losses.append(float(metrics["loss"]))
         assert not mesh or lies == {name: str(leaf.sharding.spec) for name, leaf in named(state).items()}
-        return jax.tree.map(np.asarray, state), losses, {name: float(value) for name, value in metrics.items()}, lies
+        memory = sorted({leaf.sharding.memory_kind for name, leaf in named(state).items() if name.endswith(".table") and leaf.ndim == 3})
+        return jax.tree.map(np.asarray, state), losses, {name: float(value) for name, value in metrics.items()}, lies, memory
 
 
 def named(tree) -> dict:
@@ -68,6 +70,16 @@ def equality(pattern, plan, mesh, table_optimizer, accum, tied):
             "metrics": {name: abs(many[2][name] - value) / max(abs(value), 1e-30) for name, value in one[2].items()}, "lies": many[3]}
 
 
+def host_memory(plan, mesh, table_optimizer):
+    """Distances of a run whose tables lie in the host's memory from one whose do not, and where they lay at its end."""
+    cfg = config("dense stem", plan, mesh, table_optimizer)
+    host = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, table_memory="host"))
+    one, other = run(cfg), run(host)
+    gaps = {name: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+            for (name, a), b in zip(named(other[0]).items(), jax.tree.leaves(one[0]), strict=True)}
+    return {"gaps": gaps, "loss": max(abs(a - b) / b for a, b in zip(other[1], one[1], strict=True)), "memory": [one[4], other[4]]}
+
+
 def unit_mesh():
     """Is a mesh of one device the run without a mesh, to the bit?"""
     made = [run(config("flex stem", plan, "data=1" if plan == "dp" else "", "lazy_adam", 2), jax.devices()[:1]) for plan in ("single", "dp")]
@@ -75,7 +87,7 @@ def unit_mesh():
 
 
 def traffic():
-    """Collectives of a row-sparse update for V and 8 V, and of whole steps whose tables are by far the largest arrays."""
+    """Collectives of a row-sparse update for V and 8 V, and of a whole step whose tables are by far the largest arrays."""
     found = {}
     for v in (512, 4096):
         cfg = config("stem stem", "fsdp", "fsdp=8", "lazy_adam", vocab_size=v, d_model=8, n_heads=2, d_ff=256)
@@ -89,14 +101,14 @@ def traffic():
 
                 optimizer, tables = make_table_optimizer(cfg.optimizer, STEPS), {"a": table}
                 moments = optimizer.init(tables)
-                rows = parallel.lookup(tables, unique_R)
-                ids_R = parallel.touched(unique_R, inverse, cfg.model.vocab_size)
-                grads, whole, ids_C = parallel.combine(rows, rows, ids_R, tables)
+                rows = exchange.lookup(tables, unique_R)
+                ids_R = exchange.touched(unique_R, inverse, cfg.model.vocab_size)
+                grads, whole, ids_C = exchange.combine(rows, rows, ids_R, tables)
                 updates, moments = optimizer.update(grads, moments, whole, ids_R=ids_C)
                 return apply_rows(tables, updates, ids_C), moments
 
             lookup = collectives(jax.jit(update).lower(table, batch["unique_ids"], batch["inverse"]).compile().as_text())
-            step = collectives(make_train_step(cfg).lower(state, batch).compile().as_text())
+            step = collectives(make_train_step(cfg).lower(state, batch).compile().as_text()) if v == 4096 else []
         found[v] = {"lookup": lookup, "step": step, "table_bytes": table.nbytes, "rows": batch["unique_ids"].size // 8}
     return found
 
@@ -145,13 +157,13 @@ def lookups(seed):
             tables = {name: put(plain[name], spec) for name, (_, spec) in shapes.items()}
             ids = np.concatenate([np.append(rng.permutation(vocab)[: rows - 2], [vocab, vocab]) for _ in range(sections)]).astype(np.int32)
             ids_R = put(ids, P(parallel.BATCH))
-            got = jax.jit(parallel.lookup)(tables, ids_R)
+            got = jax.jit(exchange.lookup)(tables, ids_R)
             want = {name: np.take(table, np.minimum(ids, vocab - 1), axis=-2) for name, table in plain.items()}
             bad += [(plan, mesh, "lookup", name) for name in want if not np.array_equal(got[name], want[name])]
             # whole numbers, so that sums are exact in any order
             grads = {name: np.round(10 * rng.standard_normal(want[name].shape)).astype(np.float32) for name in want}
             placed = {name: jax.device_put(grads[name], got[name].sharding) for name in got}
-            dense = jax.jit(parallel.dense_gradient)(placed, ids_R, tables)
+            dense = jax.jit(exchange.dense_gradient)(placed, ids_R, tables)
             summed = {name: np.zeros_like(table) for name, table in plain.items()}
             for place, i in enumerate(ids):
                 for name in summed:
@@ -160,7 +172,7 @@ def lookups(seed):
             bad += [(plan, mesh, "dense", name) for name in summed if not np.array_equal(dense[name], summed[name])]
             bad += [(plan, mesh, "lies", name) for name in summed if dense[name].sharding.spec != tables[name].sharding.spec]
             sparse = {name: tables[name] for name in ("a", "b")}
-            made, whole, ids_C = jax.jit(parallel.combine)({n: placed[n] for n in sparse}, {n: got[n] for n in sparse}, ids_R, sparse)
+            made, whole, ids_C = jax.jit(exchange.combine)({n: placed[n] for n in sparse}, {n: got[n] for n in sparse}, ids_R, sparse)
             ids_C = np.asarray(ids_C)
             real = ids_C < vocab
             if sorted(ids_C[real].tolist()) != sorted(set(ids[ids < vocab].tolist())):
@@ -174,5 +186,6 @@ def lookups(seed):
 
 
 if __name__ == "__main__":
-    print(json.dumps({"equality": equality, "unit_mesh": unit_mesh, "traffic": traffic, "balance": balance, "train": train, "lookups": lookups}[
+    print(json.dumps({"equality": equality, "unit_mesh": unit_mesh, "traffic": traffic, "balance": balance, "train": train, "lookups": lookups,
+                      "host_memory": host_memory}[
         sys.argv[2]](*sys.argv[3:])))

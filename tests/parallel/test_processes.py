@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from configs import stem
+from flexmemory.config import from_dict
 from flexmemory.train.checkpoint import complete_steps
+from flexmemory.train.loop import train
 from flexmemory.train.run import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
@@ -63,9 +66,11 @@ def wait_for_step(workdir, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def one_process(tiny_data, tmp_path_factory):
+    """The same run on one device, in this process."""
     workdir = tmp_path_factory.mktemp("one") / "run"
-    (code, said), = ended([start(tiny_data, workdir, 8)])
-    assert code == 0, said
+    cfg = stem.get_config("smoke")
+    cfg.update_from_flattened_dict(SMALL | {"data.path": str(tiny_data), "parallel.plan": "single", "parallel.mesh": ""})
+    train(from_dict(cfg), workdir, progress=False)
     return workdir
 
 

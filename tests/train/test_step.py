@@ -13,9 +13,9 @@ import pytest
 
 from flexmemory.data.pipeline import make_batches, unique_rows
 from flexmemory.data.shards import TokenShards
+from flexmemory.exchange import dense_gradient, lookup, touched
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.transformer import abstract_params
-from flexmemory.parallel import dense_gradient, lookup, touched
 from flexmemory.train.loop import resolve
 from flexmemory.train.optimizer import path_name
 from flexmemory.train.step import ADDRESSED, init_optimizer, init_state, make_gradients, make_train_step, merge, split

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from flexmemory.config import ModelConfig, OptimizerConfig
+from flexmemory.exchange import lookup
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.transformer import abstract_params, init_params
 from flexmemory.train.optimizer import label_params, schedule
-from flexmemory.parallel import lookup
 from flexmemory.train.step import merge, split
 from flexmemory.train.tables import apply_rows, make_table_optimizer, scale_by_lazy_adam
 
