@@ -23,14 +23,14 @@ SMALL = {"data.batch_size": 8, "data.seq_len": 96, "train.steps": STEPS, "train.
          "optimizer.warmup_steps": 2, "optimizer.table_optimizer": "lazy_adam", "parallel.plan": "fsdp", "parallel.mesh": "data=2,fsdp=4"}
 
 
-def start(data, workdir, devices: int, process: int | None = None, processes: int = 2, port: int = 0, more=(), **sets) -> subprocess.Popen:
+def start(data, workdir, devices: int, process: int | None = None, processes: int = 2, port: int = 0, more=(), env=None, **sets) -> subprocess.Popen:
     """``flexmemory train`` of a small stem model, with fake devices."""
     command = [sys.executable, "-m", "flexmemory.cli.main", "train", f"--config={ROOT / 'configs' / 'stem.py'}:smoke", f"--workdir={workdir}",
                f"--config.data.path={data}", *(f"--config.{name}={value}" for name, value in (SMALL | sets).items()), *more]
     if process is not None:
         command += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={process}"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)})
+                            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})})
 
 
 def free_port() -> int:
@@ -95,9 +95,13 @@ def test_two_processes_are_one_and_a_killed_one_is_no_loss(one_process, tiny_dat
     ended(processes)
     kept = complete_steps(workdir)
     assert kept and kept[-1] in (2, 4, 6)
-    for code, said in ended(pair(tiny_data, workdir)):
+    # and again, as SLURM would start them
+    slurm = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    tasks = [start(tiny_data, workdir, 4, more=["--distributed"], env=slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in range(2)]
+    for code, said in ended(tasks):
         assert code == 0, said
     assert result(workdir)["resumed_from"] == kept[-1]
+    assert json.loads((workdir / "run.json").read_text())["processes"] == 2
     assert_same_run(workdir, one_process)
 
 
