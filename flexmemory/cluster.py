@@ -56,14 +56,18 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
                 listening.settimeout(max(end - time.monotonic(), 0.001))
                 try:
                     caller = closing.enter_context(listening.accept()[0])
-                    caller.settimeout(5)
-                    came[int(caller.recv(16))] = caller
                 except TimeoutError:
                     missing = ", ".join(str(i) for i in range(processes) if i not in came)
                     raise UserError(f"process {missing} of {processes} did not come to {coordinator} within {timeout} s; see that it runs and can reach "
                                     "it, or give a longer --start_timeout") from None
+                try:
+                    caller.settimeout(5)
+                    number = int(caller.recv(16))
                 except (ValueError, OSError):  # not one of ours
                     continue
+                if number in came:
+                    raise UserError(f"--process: {number} was given to two processes; number them 0 to {processes - 1}")
+                came[number] = caller
             for caller in filter(None, came.values()):
                 caller.sendall(b"go")
     else:
@@ -96,17 +100,17 @@ def agree(facts: dict) -> None:
                 raise UserError(f"{name}: {first[name]!r} on process 0, {other.get(name)!r} on process {process}; start all processes with the same")
 
 
-def on_first(f: Callable):
-    """``f()`` on process 0, while the others wait; its UserError is raised on all. Returns its result there, None elsewhere."""
+def together(f: Callable, first_only: bool = False):
+    """``f()`` on every process, or on process 0 alone (None elsewhere); an error of any of them is raised on all, so that none waits for it in vain."""
     result, error = None, None
-    if is_first():
+    if is_first() or not first_only:
         try:
             result = f()
-        except UserError as failed:
+        except Exception as failed:
             error = failed
-    said = gather(error and str(error))[0]
-    if said is not None:
-        raise error or UserError(said)
+    for process, said in enumerate(gather(error and str(error))):
+        if said is not None:
+            raise error or UserError(f"process {process}: {said}")
     return result
 
 

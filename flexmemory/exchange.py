@@ -89,6 +89,8 @@ def _on_host(f: Callable, table, ids_C, *others):
     """``f`` of the table as [L V, W] and of the rows' places in it, computed by the host where the table lies. (Indices of two axes would be put together
     there from numbers that lie on the device, which JAX refuses.)"""
     layers, vocab = math.prod(table.shape[:-2]), table.shape[-2]
+    if layers * vocab >= 1 << 31:
+        raise ValueError(f"table of {layers} layers and {vocab} rows: their product must be below 2^31 in the host's memory")
     ids_X = jnp.where(ids_C == vocab, layers * vocab, ids_C + vocab * jnp.arange(layers, dtype=jnp.int32)[:, None]).ravel()
     args = table.reshape(layers * vocab, -1), jax.device_put(ids_X, jax.memory.Space.Host), *others
     return compute_on(f, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)(*args)

@@ -68,7 +68,7 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
     if profile_steps is not None:
         trace.check(profile_steps, cfg.train.steps)
     with clock.span("setup"), contextlib.ExitStack() as closing:
-        cfg, shards, val_shards = resolve(cfg)
+        cfg, shards, val_shards = cluster.together(lambda: resolve(cfg))
         cluster.agree({f"config {name}": value for name, value in leaves(cfg).items()} | {"data fingerprint": shards.fingerprint})
         if mesh := parallel.make_mesh(cfg.parallel):
             parallel.check(cfg, abstract_params(cfg.model), dict(mesh.shape))
@@ -81,7 +81,7 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
         batches = make_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=cfg.train.seed,
                                accum=cfg.train.accum_steps, segments=cfg.data.document_mask, sections=parallel.sections(), own=parallel.own_sections(),
                                row_sizes=None if any(spec.row_width for spec in layer_specs(cfg.model)) else ())  # without rows one size does, and one compilation
-        if lock := cluster.on_first(lambda: claim(workdir, cfg, shards.fingerprint, tokenizer)):
+        if lock := cluster.together(lambda: claim(workdir, cfg, shards.fingerprint, tokenizer), first_only=True):
             closing.enter_context(lock)
         checkpoints = closing.enter_context(contextlib.closing(checkpoint.open_checkpoints(workdir, cfg.train.keep_checkpoints)))
         state = checkpoint.restore(checkpoints, workdir, cfg)

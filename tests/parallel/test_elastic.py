@@ -14,7 +14,8 @@ def test_a_run_goes_on_with_other_numbers_of_devices(child, tiny_config, tmp_pat
     alone = train(tiny_config("flex stem", **sets), tmp_path / "alone", progress=False)
     for devices, plan in ((8, "dp"), (2, "fsdp"), (4, "dp")):
         config = tmp_path / f"{devices}.json"
-        config.write_text(to_json(tiny_config("flex stem", **sets, **{"parallel.plan": plan})))
+        where = {"parallel.plan": plan, "parallel.table_memory": "host" if devices == 2 else "device"}
+        config.write_text(to_json(tiny_config("flex stem", **sets, **where)))
         made = child(devices, "train", config, tmp_path / "moved", 2)
     assert made["step"] == 6 and made["resumed_from"] == 4 and json.loads((tmp_path / "moved" / "run.json").read_text())["devices"] == 4
     assert made["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-5)

@@ -1,5 +1,6 @@
 """Several processes are one: two of four devices on loopback, killed, asked to stop, restarted in other numbers, started wrongly."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from configs import stem
+from flexmemory.cluster import meet
 from flexmemory.config import from_dict
+from flexmemory.errors import UserError
 from flexmemory.train.checkpoint import complete_steps
 from flexmemory.train.loop import train
 from flexmemory.train.run import read_metrics
@@ -133,6 +137,28 @@ def test_a_process_that_never_comes_is_named(tiny_data, tmp_path):
     (code, said), = ended([process])
     assert code == 2 and len(said.splitlines()) == 1, said
     assert "error: process 1 of 2 did not come to 127.0.0.1:" in said and "within 3 s" in said
+
+
+def test_a_number_given_twice_is_named():
+    at = f"127.0.0.1:{free_port()}"
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = [pool.submit(meet, at, 3, number, 2) for number in (0, 1, 1)]
+        with pytest.raises(UserError, match="--process: 1 was given to two processes; number them 0 to 2"):
+            first.result()
+        assert all(isinstance(other.exception(), UserError) for other in others)
+
+
+def test_a_stranger_at_the_meeting_place_does_not_disturb():
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, f"127.0.0.1:{port}", 2, 0, 20)
+        for word in (b"GET / HTTP/1.0", b""):
+            while not first.done():
+                with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)) as stranger:
+                    stranger.sendall(word)
+                    break
+        pool.submit(meet, f"127.0.0.1:{port}", 2, 1, 20).result()
+        first.result()
 
 
 @pytest.mark.parametrize("flags, line", [
