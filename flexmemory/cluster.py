@@ -31,6 +31,8 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     try:
         jax.distributed.initialize(coordinator, processes, process, initialization_timeout=timeout)
     except ValueError as error:
+        if given:
+            raise
         raise UserError(f"--distributed: JAX does not see what starts the processes here ({error}); give --coordinator=HOST:PORT, --processes and "
                         "--process") from None
 
@@ -46,7 +48,8 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
     end = time.monotonic() + timeout
     if process == 0:
         try:
-            listening = socket.create_server((host, int(port)), backlog=processes)
+            # of all interfaces, as JAX does: a host's own name is often its loopback
+            listening = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", int(port)), backlog=processes)
         except OSError as error:
             raise UserError(f"--coordinator: process 0 cannot listen on {coordinator} ({error.strerror}); give a free port of its own host") from None
         with contextlib.ExitStack() as closing:
@@ -62,9 +65,11 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
                                     "it, or give a longer --start_timeout") from None
                 try:
                     caller.settimeout(5)
-                    number = int(caller.recv(16))
+                    number, theirs = map(int, caller.recv(32).split(b"/"))
                 except (ValueError, OSError):  # not one of ours
                     continue
+                if theirs != processes:
+                    raise UserError(f"--processes: {processes} on process 0, {theirs} on process {number}; start all processes with the same")
                 if number in came:
                     raise UserError(f"--process: {number} was given to two processes; number them 0 to {processes - 1}")
                 came[number] = caller
@@ -74,7 +79,7 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
         while True:
             try:
                 with socket.create_connection((host, int(port)), timeout=max(end - time.monotonic(), 0.001)) as caller:
-                    caller.sendall(str(process).encode())
+                    caller.sendall(f"{process}/{processes}".encode())
                     caller.settimeout(max(end - time.monotonic(), 0.001))
                     if caller.recv(2) == b"go":
                         return
@@ -115,8 +120,8 @@ def together(f: Callable, first_only: bool = False):
 
 
 def preempted(step: int) -> bool:
-    """Has any process been asked to end (SIGTERM)? All of one run answer alike after the same step; of a single process always False."""
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+    """Has any process of the run been asked to end (SIGTERM)? All answer alike after the same step; outside :func:`start` always False."""
+    return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step)
 
 
 def gather(value) -> list:

@@ -84,7 +84,7 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     plan: str = "single"  # single (one device) | dp | fsdp | fsdp_tp; see docs/scaling.md
-    mesh: str = ""  # sizes of the axes, e.g. "data=8,fsdp=4,tensor=2"; "" gives all devices to the plan's first own axis
+    mesh: str = ""  # sizes of the axes, e.g. "data=8,fsdp=4,tensor=2"; "" gives all devices to fsdp, or in plan dp to data
     table_memory: str = "device"  # of tables trained by touched rows, and their moments: device | host (rows go in, updates come out)
 
 

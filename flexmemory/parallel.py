@@ -1,4 +1,4 @@
-"""One mesh, named plans, and what a step needs of them. Only here are mesh axes named.
+"""One mesh, named plans, and what a step needs of them. The home of the axes' names.
 
 Training runs the same code on one device and on many: outside a mesh every function below does what is left of it on one device. Arrays carry
 their shardings in their types (JAX's explicit mode): an operation that would need an unplanned transfer does not trace.
@@ -63,7 +63,7 @@ FIELDS = (
 
 
 def mesh_sizes(cfg: ParallelConfig, devices: int | None = None) -> dict[str, int]:
-    """{axis: size} of a config's mesh. "" spreads ``devices`` (None: not known) over the plan's last axis that cuts a batch.
+    """{axis: size} of a config's mesh. "" gives all ``devices`` (None: not known) to fsdp, or in plan dp to data.
 
     Raises UserError for a bad text, an axis that the plan does not use, sizes that do not make up ``devices``.
     """
@@ -72,6 +72,8 @@ def mesh_sizes(cfg: ParallelConfig, devices: int | None = None) -> dict[str, int
         axis, equals, size = word.partition("=")
         if axis not in AXES or not equals or not size.isdecimal() or not int(size):
             raise UserError(f"config parallel.mesh: {word!r} in {cfg.mesh!r} is not AXIS=SIZE; write for example data=8,fsdp=4 (axes {', '.join(AXES)})")
+        if axis + "=" in cfg.mesh[: cfg.mesh.rindex(word)]:
+            raise UserError(f"config parallel.mesh: axis {axis} twice in {cfg.mesh!r}; give each once")
         if int(size) > 1 and axis not in may:
             good = [name for name, (_, axes) in PLANS.items() if axis in axes]
             raise UserError(f"config parallel.mesh: axis {axis} of size {size} under plan {cfg.plan}, which uses {', '.join(may) or 'none'}; "
@@ -81,21 +83,30 @@ def mesh_sizes(cfg: ParallelConfig, devices: int | None = None) -> dict[str, int
         sizes["fsdp" if "fsdp" in may else may[0]] = devices
     count = math.prod(sizes.values())
     if devices is not None and may and count != devices:
-        last = next((axis for axis in ("data", "fsdp") if axis in may), may[0])
-        others = count // sizes[last]
-        near = f"{last}={devices // others}" if devices % others == 0 else f"{last}={max(devices // others, 1)} on {max(devices // others, 1) * others} devices"
+        tensor = math.gcd(sizes["tensor"], devices)
+        data = math.gcd(sizes["data"], devices // tensor) if "fsdp" in may else devices
+        near = ",".join(f"{axis}={size}" for axis, size in zip(AXES, (data, devices // tensor // data, tensor), strict=True) if axis in may)
         raise UserError(f"config parallel.mesh: {cfg.mesh!r} is for {count} devices, there are {devices}; the nearest is {near}")
     return sizes
 
 
+def sections_of(sizes: dict[str, int]) -> int:
+    """Into how many sections a mesh of these sizes cuts a batch."""
+    return math.prod(sizes[axis] for axis in BATCH)
+
+
 def make_mesh(cfg: ParallelConfig, devices=None) -> Mesh | None:
     """The mesh of a config over ``devices`` (all of the run by default), to be entered with ``jax.set_mesh``; None for plan "single"."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(cfg, len(devices))
     if cfg.plan == "single":
         if jax.process_count() > 1:
             raise UserError(f"config parallel.plan: single in a run of {jax.process_count()} processes; set dp, fsdp or fsdp_tp")
         return None
-    devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(cfg, len(devices))
+    return mesh_of(sizes, devices)
+
+
+def mesh_of(sizes: dict[str, int], devices) -> Mesh:
     return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
@@ -107,20 +118,16 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 def sections() -> int:
     """Into how many pieces the mesh in force cuts a batch; 1 without one."""
     mesh = get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+    return 1 if mesh.empty else sections_of(mesh.shape)
 
 
-def own_sections() -> range:
-    """The sections that this process's devices compute; all without a mesh. Raises UserError where they are not one after another."""
+def own_sections() -> tuple[int, ...]:
+    """The sections that this process's devices compute, ascending; all without a mesh. They need not be neighbours: JAX orders devices as they are wired."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        return range(1)
+        return (0,)
     devices = mesh.devices.reshape(sections(), -1)  # tensor is the last axis
-    own = [s for s, row in enumerate(devices) if any(device.process_index == jax.process_index() for device in row)]
-    if own != list(range(own[0], own[-1] + 1)):
-        raise UserError(f"config parallel.mesh: the sections of process {jax.process_index()}, {own}, are not one after another; use larger tensor or "
-                        "smaller data axes, so that a process has whole rows of the mesh")
-    return range(own[0], own[-1] + 1)
+    return tuple(s for s, row in enumerate(devices) if any(device.process_index == jax.process_index() for device in row))
 
 
 def putter() -> Callable[[dict], dict]:
@@ -128,13 +135,20 @@ def putter() -> Callable[[dict], dict]:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.device_put
-    share = sections() // len(own_sections())
+    count, place_of = sections(), {section: place for place, section in enumerate(own_sections())}
 
     def put(batch: dict) -> dict:
         made = {}
         for name, spec in batch_specs(batch).items():
-            whole = tuple(size * share if entry == BATCH else size for size, entry in zip(batch[name].shape, spec, strict=True))
-            made[name] = jax.make_array_from_process_local_data(NamedSharding(mesh, spec), batch[name], whole)
+            axis, local = spec.index(BATCH), batch[name]
+            size = local.shape[axis] // len(place_of)  # of a section
+            whole = (*local.shape[:axis], count * size, *local.shape[axis + 1 :])
+
+            def part(index, axis=axis, local=local, size=size):
+                first = place_of[(index[axis].start or 0) // size] * size
+                return local[(*index[:axis], slice(first, first + size), *index[axis + 1 :])]
+
+            made[name] = jax.make_array_from_callback(whole, NamedSharding(mesh, spec), part)
         return made
 
     return put
@@ -154,9 +168,14 @@ def plan_of(cfg: Config) -> Plan:
 
 def spec(plan: Plan, path: str, ndim: int) -> P:
     """Of the parameter ``path`` (dotted), of its gradient and moments. Raises ValueError for one that no field of the plan covers."""
-    for field, pattern in FIELDS:
+    return padded(getattr(plan, field(path)), ndim)
+
+
+def field(path: str) -> str:
+    """The field of Plan for the parameter ``path``."""
+    for name, pattern in FIELDS:
         if re.search(pattern, path):
-            return padded(getattr(plan, field), ndim)
+            return name
     raise ValueError(f"parameter {path} has no place in a plan: add a row to flexmemory.parallel.FIELDS")
 
 
@@ -191,6 +210,11 @@ def state_specs(plan: Plan, state: dict) -> dict:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
+def is_table(path, leaf) -> bool:
+    """Is a leaf of a train state or of parameters a table [L, V, W], or a moment of that size?"""
+    return leaf.ndim == 3 and bool(re.search(r"\bmemory\..*\.table$", ".".join(keys(path))))
+
+
 def keys(path) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
@@ -208,8 +232,7 @@ def placed(cfg: Config, state):
     specs = state_specs(plan, state) if "params" in state else param_specs(plan, state)
 
     def place(path, spec, leaf):
-        table = leaf.ndim == 3 and re.search(r"\bmemory\..*\.table$", ".".join(keys(path)))
-        memory = "pinned_host" if table and cfg.parallel.table_memory == "host" else None
+        memory = "pinned_host" if cfg.parallel.table_memory == "host" and is_table(path, leaf) else None
         if mesh.empty:
             return jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory)
         return NamedSharding(mesh, spec, memory_kind=memory)
@@ -219,7 +242,7 @@ def placed(cfg: Config, state):
 
 def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
     """Raises UserError where the mesh does not divide what it cuts: the batch or a width. ``params``: shapes."""
-    pieces, batch, accum = sizes["data"] * sizes["fsdp"], cfg.data.batch_size, cfg.train.accum_steps
+    pieces, batch, accum = sections_of(sizes), cfg.data.batch_size, cfg.train.accum_steps
     if batch // accum % pieces:
         near = max((n for n in range(1, batch + 1) if batch % (n * pieces) == 0), key=lambda n: -abs(n - accum), default=None)
         mend = f"train.accum_steps={near}" if near else f"data.batch_size={-(-batch // (pieces * accum)) * pieces * accum}"
@@ -230,10 +253,11 @@ def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
         for axis, entry in enumerate(spec(plan_of(cfg), name, leaf.ndim)):
             count = math.prod(sizes[a] for a in names(entry))
             if leaf.shape[axis] % count:
-                cut = [a for a in names(entry) if sizes[a] > 1]
-                near = max(n for n in range(1, count + 1) if leaf.shape[axis] % n == 0)
-                raise UserError(f"config parallel.mesh: {'*'.join(cut)}={count} does not divide axis {axis} of {name}, {leaf.shape[axis]}; "
-                                f"the nearest that does is {near}")
+                cut, size = [a for a in names(entry) if sizes[a] > 1], leaf.shape[axis]
+                letter = field(name).rpartition("_")[2][axis - leaf.ndim]
+                near = max(n for n in range(1, count + 1) if size % n == 0)
+                raise UserError(f"config parallel.mesh: {'*'.join(cut)}={count} does not divide {letter}={size} of {name}; the nearest mesh does with "
+                                f"{near}, the nearest {letter} is {-(-size // count) * count}")
 
 
 # --- inside a step ---

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import P
-from jax.sharding import AxisType
 
 from flexmemory.bench.machine import facts
 from flexmemory.errors import UserError
 from flexmemory.exchange import dense_gradient, lookup
-from flexmemory.parallel import AXES, BATCH, COLUMNS
+from flexmemory.parallel import AXES, BATCH, COLUMNS, mesh_of, sections_of
 from flexmemory.train.collectives import collectives, traffic
 
 
@@ -55,10 +54,10 @@ def measure(scratch: Path, scale: str, devices: int) -> dict:
     rng = np.random.default_rng(0)
     found = {}
     for v in s.sizes:
-        mesh = mesh_of(2, devices // 4, 2) if devices % 4 == 0 else mesh_of(1, devices, 1)
-        cut = mesh.shape["data"] * mesh.shape["fsdp"]
+        whole = mesh(2, devices // 4, 2) if devices % 4 == 0 else mesh(1, devices, 1)
+        cut = sections_of(whole.shape)
         ids = section_ids(rng, v, s.tokens, cut)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(whole):
             made = {name: call(name, v, s.width, ids, s.rounds) for name in ("ours", *LAYOUTS)}
         best = min(made[name]["bytes"] for name in PLAIN)
         found[str(v)] = {"unique_ids_per_section": len(ids) // cut, "table_bytes": v * s.width * 4, "layouts": made,
@@ -66,7 +65,7 @@ def measure(scratch: Path, scale: str, devices: int) -> dict:
     growth = {}
     for n in [n for n in (1, 2, 4, 8, 16, 32) if n <= devices]:
         ids = section_ids(np.random.default_rng(0), s.sizes[0], s.tokens * n // devices, n)
-        with jax.set_mesh(mesh_of(1, n, 1)):
+        with jax.set_mesh(mesh(1, n, 1)):
             growth[str(n)] = call("ours", s.sizes[0], s.width, ids, s.rounds) | {"table_bytes_per_device": s.sizes[0] * s.width * 4 // n}
     return {"bench": "sharding", "scale": scale, "machine": facts(scratch), "load": os.getloadavg()[0], "devices": devices, "fake_devices": fake,
             "tokens": s.tokens, "width": s.width, "sizes": found, "growth": growth}
@@ -84,8 +83,8 @@ def made_up(devices: int) -> bool:
     return jax.default_backend() == "cpu"
 
 
-def mesh_of(*sizes: int):
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=jax.devices()[: math.prod(sizes)])
+def mesh(*sizes: int):
+    return mesh_of(dict(zip(AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
 
 
 def section_ids(rng, vocab: int, tokens: int, sections: int) -> np.ndarray:
@@ -108,8 +107,7 @@ def call(name: str, vocab: int, width: int, ids: np.ndarray, rounds: int) -> dic
         rows_RW, pull_back = jax.vjp(lambda table: table.at[ids_R].get(mode="fill", fill_value=0, out_sharding=rows_spec), table)
         return rows_RW, pull_back(grad_RW)[0]
 
-    mesh = jax.sharding.get_mesh()
-    at = lambda spec: jax.NamedSharding(mesh, spec)  # noqa: E731
+    at = lambda spec: jax.NamedSharding(jax.sharding.get_mesh(), spec)  # noqa: E731
     args = (jax.jit(lambda: jnp.zeros((vocab, width), jnp.float32), out_shardings=at(spec))(), jax.device_put(ids, at(P(BATCH))),
             jax.jit(lambda: jnp.ones((len(ids), width), jnp.float32), out_shardings=at(rows_spec))())
     compiled = jax.jit(ours if name == "ours" else plain, out_shardings=(at(rows_spec), at(spec))).lower(*args).compile()

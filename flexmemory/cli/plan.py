@@ -8,10 +8,13 @@ import json
 import math
 import os
 
+import jax
 from absl import flags
 
+from flexmemory import parallel
 from flexmemory.cli.flags import config_of, parse
 from flexmemory.errors import UserError
+from flexmemory.train.dryrun import HOST, dry_run, expected_rows, on_mesh
 
 SHOWN = 12  # arrays and collectives in the text; JSON has all
 
@@ -26,15 +29,14 @@ def run(argv: list[str]) -> int:
 
     values = parse(argv, define, __doc__)
     cfg = config_of(values)
-    from flexmemory import parallel
-    from flexmemory.train.dryrun import dry_run, expected_rows, on_mesh
-
+    if not (values.mesh or cfg.parallel.mesh):
+        raise UserError("--mesh: missing; give the sizes of the axes, for example --mesh=data=8,fsdp=32")
     cfg, changed = on_mesh(cfg, values.mesh or cfg.parallel.mesh)
     if not cfg.model.vocab_size:
         raise UserError("config model.vocab_size: 0; give the vocabulary that the data will have (--config.model.vocab_size=)")
     sizes = parallel.mesh_sizes(cfg.parallel)
     mesh = devices(sizes) if values.compile else parallel.abstract_mesh(sizes)
-    rows = values.rows or expected_rows(cfg, sizes["data"] * sizes["fsdp"])
+    rows = values.rows or expected_rows(cfg, parallel.sections_of(sizes))
     made = dry_run(cfg, mesh, rows, values.compile) | {"changed": changed, "device_memory": int(values.memory * 1e9)}
     print(json.dumps(made, indent=1) if values.json else text(made))
     return 0
@@ -42,17 +44,13 @@ def run(argv: list[str]) -> int:
 
 def devices(sizes: dict[str, int]):
     """A mesh of so many devices of the CPU, made up by XLA. Nothing may have touched a device before."""
-    import jax
-
-    from flexmemory import parallel
-
     count = math.prod(sizes.values())
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
     if jax.device_count() != count:
         raise RuntimeError(f"{jax.device_count()} devices where {count} were asked for: JAX was in use before")
-    return jax.make_mesh(tuple(sizes[axis] for axis in parallel.AXES), parallel.AXES)
+    return parallel.mesh_of(sizes, jax.devices())
 
 
 def text(made: dict) -> str:
@@ -62,8 +60,10 @@ def text(made: dict) -> str:
     lines += [f"changed for this mesh: {', '.join(made['changed'])}"] if made["changed"] else []
     lines += ["", f"{'bytes of one device':<28}{'GB':>10}"]
     parts = made["bytes"]
-    held = sum(size for name, size in parts.items() if name not in ("temporaries", "peak"))
+    held = sum(size for name, size in parts.items() if name not in ("temporaries", "peak", HOST))
     for name, size in parts.items():
+        if name == HOST and not size:
+            continue
         lines.append(f"  {name:<26}{size / 1e9:>10.3f}")
     total = parts.get("peak", held)
     lines.append(f"  {'fits' if total <= limit else 'DOES NOT FIT':<26}{total / 1e9:>10.3f} of {limit / 1e9:g}" + ("" if "peak" in parts else " (without temporaries)"))

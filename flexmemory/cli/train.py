@@ -34,23 +34,27 @@ def run(argv: list[str]) -> int:
     cfg = config_of(values)
     several = values.distributed or any(value is not None for value in (values.coordinator, values.processes, values.process))
     if several:
-        from flexmemory import cluster
+        from flexmemory.cluster import start
 
-        cluster.start(values.coordinator, values.processes, values.process, values.start_timeout)
+        start(values.coordinator, values.processes, values.process, values.start_timeout)
+    from flexmemory.cluster import is_first
     from flexmemory.train.loop import TrainingDiverged, TrainingInterrupted, train
 
     try:
         with asked_to_stop(() if several else (signal.SIGINT, signal.SIGTERM)) as asked:
             final = train(cfg, values.workdir, stop=lambda: bool(asked), profile_steps=profile_steps)
     except TrainingDiverged as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        if is_first():
+            print(f"stopped: {error}", file=sys.stderr)
         return 1
     except TrainingInterrupted as error:
-        print(error, file=sys.stderr)
+        if is_first():
+            print(error, file=sys.stderr)
         return 128 + (asked[0] if asked else signal.SIGTERM)
     rate = final["train_tokens_per_s"]
-    print(f"{values.workdir}: step {final['step']}, validation loss {final['val_loss']:.4f} "
-          f"({final['val_bits_per_byte']:.4f} bits per byte)" + (f", {rate:,.0f} tokens/s" if rate else ""))
+    if is_first():
+        print(f"{values.workdir}: step {final['step']}, validation loss {final['val_loss']:.4f} "
+              f"({final['val_bits_per_byte']:.4f} bits per byte)" + (f", {rate:,.0f} tokens/s" if rate else ""))
     return 0
 
 

@@ -36,7 +36,7 @@ class Batches:
       steps_per_epoch: whole batches in one pass over the split, at least 1.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, shape: tuple[int, int, int], own: range, seed: int, segments: bool, shuffle: bool):
+    def __init__(self, shards: TokenShards, seq_len: int, shape: tuple[int, int, int], own: tuple[int, ...], seed: int, segments: bool, shuffle: bool):
         self._shards, self._seq_len, self._segments = shards, seq_len, segments
         self._accum, self._sections, self._rows = shape  # a global batch is A x sections x rows windows
         self._own = own
@@ -60,8 +60,8 @@ class Batches:
         numbers_AB = self.window_numbers(k)
         # Every host reads the whole batch: only so do all agree on R without talking.
         tokens_ABT = self._tokens(numbers_AB)
-        own = slice(self._own.start * self._rows, self._own.stop * self._rows)
-        batch = {"ids": tokens_ABT[:, own, :-1].copy(), "targets": tokens_ABT[:, own, 1:].copy()}
+        own = places_of(self._own, self._rows)
+        batch = {"ids": tokens_ABT[:, own, :-1], "targets": tokens_ABT[:, own, 1:]}
         batch |= unique_rows(tokens_ABT[..., :-1], self._shards.vocab_size, self.row_sizes, self._sections, self._own)
         if self._segments:
             rows = [[self._shards.segments(int(i), self._seq_len)[:-1] for i in row] for row in numbers_AB[:, own]]
@@ -90,14 +90,14 @@ def make_batches(
     segments: bool = False,
     shuffle: bool = True,
     sections: int = 1,
-    own: range | None = None,
+    own: tuple[int, ...] | None = None,
     row_sizes: tuple[int, ...] | None = None,
 ) -> Batches:
     """Batches of `batch_size` windows of `seq_len` tokens over all hosts; this host's share of them.
 
     Args:
       sections: into how many parts devices cut the rows of an accumulation step.
-      own: the sections of this host, one after another; None for all.
+      own: the sections of this host, ascending; None for all.
       row_sizes: the padded sizes R to choose from; measured by `measure_row_sizes` where None. A size that always suffices is appended.
 
     Raises:
@@ -106,9 +106,9 @@ def make_batches(
     for name, value in (("batch_size", batch_size), ("accum", accum), ("sections", sections)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
-    own = range(sections) if own is None else own
-    if not 0 <= own.start < own.stop <= sections or own.step != 1:
-        raise UserError(f"own={own} is not a range inside 0..{sections - 1}, the sections")
+    own = tuple(range(sections)) if own is None else own
+    if not own or list(own) != sorted(set(own) & set(range(sections))):
+        raise UserError(f"own={own} are not sections inside 0..{sections - 1}, ascending")
     if not 0 <= seed < 1 << 32:
         raise UserError(f"seed={seed} is outside 0..{(1 << 32) - 1}")
     if batch_size % (accum * sections):
@@ -137,9 +137,10 @@ def measure_row_sizes(batches: Batches, samples: int = SAMPLES) -> tuple[int, ..
     return _with_enough((*((median,) if median <= 0.9 * largest else ()), largest, room), enough)
 
 
-def unique_rows(ids: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...], sections: int = 1, own: range | None = None) -> Batch:
+def unique_rows(ids: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...], sections: int = 1,
+                own: tuple[int, ...] | None = None) -> Batch:
     """unique_ids and inverse, as in `Batches`, of the sections `own` (None: all) of ids int32 [..., B, T]; R from `row_sizes`."""
-    parts, own = np.split(ids, sections, axis=-2), range(sections) if own is None else own
+    parts, own = np.split(ids, sections, axis=-2), tuple(range(sections)) if own is None else own
     seen_SV = np.zeros((sections, vocab_size), bool)
     for seen_V, part in zip(seen_SV, parts, strict=True):
         seen_V[part.ravel()] = True
@@ -155,6 +156,11 @@ def unique_rows(ids: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...], se
     return {"unique_ids": unique_SR.ravel(), "inverse": np.concatenate(inverse, axis=-2)}
 
 
+def places_of(own: tuple[int, ...], rows: int) -> np.ndarray:
+    """Places in a batch of the rows of the sections ``own``, of ``rows`` each."""
+    return (np.array(own)[:, None] * rows + np.arange(rows)).ravel()
+
+
 def eval_batches(
     shards: TokenShards,
     *,
@@ -163,7 +169,7 @@ def eval_batches(
     max_tokens: int | None = None,
     segments: bool = False,
     sections: int = 1,
-    own: range | None = None,
+    own: tuple[int, ...] | None = None,
     row_sizes: tuple[int, ...] | None = None,
 ) -> Iterator[Batch]:
     """The split in order, once: batches as in `Batches` without the axis A, and `weight` float32 [b, T].
@@ -184,12 +190,12 @@ def eval_batches(
     spans = _eval_spans(shards, seq_len, max_tokens)
     if not spans:
         raise UserError(f"the {shards.split} split has no token to predict; prepare it from more text")
-    return _eval_batches(shards, spans, seq_len, batch_size, segments, sections, range(sections) if own is None else own, row_sizes)
+    return _eval_batches(shards, spans, seq_len, batch_size, segments, sections, tuple(range(sections)) if own is None else own, row_sizes)
 
 
 def _eval_batches(shards, spans, seq_len, batch_size, segments, sections, own, row_sizes) -> Iterator[Batch]:
     rows = batch_size // sections
-    enough, mine = min(shards.vocab_size, rows * seq_len), slice(own.start * rows, own.stop * rows)
+    enough, mine = min(shards.vocab_size, rows * seq_len), places_of(own, rows)
     groups = [spans[i : i + batch_size] for i in range(0, len(spans), batch_size)]
     if row_sizes is None:
         sample = [groups[i * len(groups) // SAMPLES] for i in range(SAMPLES)] if len(groups) > SAMPLES else groups
@@ -199,7 +205,7 @@ def _eval_batches(shards, spans, seq_len, batch_size, segments, sections, own, r
     row_sizes = _with_enough(row_sizes, enough)
     for group in groups:
         tokens_bT, weight_bT, segments_bT = _eval_rows(shards, group, seq_len, batch_size, segments)
-        batch = {"ids": tokens_bT[mine, :-1].copy(), "targets": tokens_bT[mine, 1:].copy(), "weight": weight_bT[mine]}
+        batch = {"ids": tokens_bT[mine, :-1], "targets": tokens_bT[mine, 1:], "weight": weight_bT[mine]}
         batch |= unique_rows(tokens_bT[:, :-1], shards.vocab_size, row_sizes, sections, own)
         if segments:
             batch["segments"] = segments_bT[mine]

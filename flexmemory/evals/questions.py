@@ -8,7 +8,7 @@ import numpy as np
 from jax import P
 
 from flexmemory.config import Config
-from flexmemory.data.pipeline import unique_rows
+from flexmemory.data.pipeline import places_of, unique_rows
 from flexmemory.data.tokenizer import Tokenizer, encode_pair
 from flexmemory.errors import UserError
 from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
@@ -51,7 +51,7 @@ def answer_accuracy(cfg: Config, params: dict, tokenizer: Tokenizer, questions: 
     backbone = {name: value for name, value in params.items() if name != "memory"}
     put, cut, own = putter(), sections(), own_sections()
     count = -(-BATCH // cut) * cut
-    mine = slice(own.start * count // cut, own.stop * count // cut)
+    mine = places_of(own, count // cut)
     sizes = (min(vocab, count // cut * ids_QT.shape[1]),)  # always enough for the unique ids of a batch
 
     @jax.jit

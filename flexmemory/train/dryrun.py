@@ -8,14 +8,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexmemory import parallel
-from flexmemory.config import Config, ParallelConfig
+from flexmemory.config import Config
 from flexmemory.data.pipeline import padded_rows
 from flexmemory.models.accounting import account, train_flops_per_token
+from flexmemory.models.blocks import layer_specs
 from flexmemory.train.collectives import collectives, traffic
 from flexmemory.train.compiled import memory
 from flexmemory.train.step import abstract_state, make_train_step
 
 PARTS = ("weights", "weight moments", "tables", "table moments", "batch")
+HOST = "tables in the host's memory"  # with their moments, where parallel.table_memory is host
 
 
 def on_mesh(cfg: Config, mesh: str) -> tuple[Config, list[str]]:
@@ -26,9 +28,8 @@ def on_mesh(cfg: Config, mesh: str) -> tuple[Config, list[str]]:
     if not used <= set(parallel.PLANS[plan][1]):
         plan = next((name for name, (_, axes) in parallel.PLANS.items() if used <= set(axes)), "fsdp_tp")
         said.append(f"parallel.plan={plan}")
-    cfg = dataclasses.replace(cfg, parallel=ParallelConfig(plan, mesh))
-    sizes = parallel.mesh_sizes(cfg.parallel)
-    pieces, batch, accum = sizes["data"] * sizes["fsdp"], cfg.data.batch_size, cfg.train.accum_steps
+    cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, plan=plan, mesh=mesh))
+    pieces, batch, accum = parallel.sections_of(parallel.mesh_sizes(cfg.parallel)), cfg.data.batch_size, cfg.train.accum_steps
     if batch // accum % pieces and batch % pieces == 0:
         accum = max(n for n in range(1, min(accum, batch // pieces) + 1) if batch % (n * pieces) == 0)
         said.append(f"train.accum_steps={accum}")
@@ -43,15 +44,18 @@ def abstract_step(cfg: Config, mesh, rows: int) -> tuple[dict, dict]:
     shape = (cfg.train.accum_steps, cfg.data.batch_size // cfg.train.accum_steps, cfg.data.seq_len)
     names = ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ()))
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
-    batch["unique_ids"] = jax.ShapeDtypeStruct((rows * mesh.shape["data"] * mesh.shape["fsdp"],), np.int32)
+    batch["unique_ids"] = jax.ShapeDtypeStruct((rows * parallel.sections_of(mesh.shape),), np.int32)
     specs = parallel.batch_specs(batch)
     at = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)  # noqa: E731
     return jax.tree.map(at, state, places), {name: at(leaf, jax.NamedSharding(mesh, specs[name])) for name, leaf in batch.items()}
 
 
 def expected_rows(cfg: Config, sections: int) -> int:
-    """Unique ids of a section, padded, if tokens were drawn by Zipf's law (exponent 1) over the vocabulary."""
+    """Unique ids of a section, padded, if tokens were drawn by Zipf's law (exponent 1) over the vocabulary; of a model without rows as many as there
+    may be, as in training."""
     tokens, vocab = cfg.data.batch_size * cfg.data.seq_len // sections, cfg.model.vocab_size
+    if not any(spec.row_width for spec in layer_specs(cfg.model)):
+        return min(tokens, vocab)
     share_V = 1 / np.arange(1, vocab + 1)
     found = -np.expm1(tokens * np.log1p(-share_V / share_V.sum())).sum()
     return min(padded_rows(math.ceil(found)), tokens, vocab)
@@ -60,7 +64,7 @@ def expected_rows(cfg: Config, sections: int) -> int:
 def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     """What a step of ``cfg`` needs on every device of ``mesh``, which may be abstract where nothing is to be compiled.
 
-    {"devices", "mesh", "plan", "rows_per_section", "bytes": per device by PARTS and, compiled, "temporaries" and "peak"; "arrays": per device, the largest
+    {"devices", "mesh", "plan", "rows_per_section", "bytes": per device by PARTS, HOST and, compiled, "temporaries" and "peak" (of the device); "arrays": per device, the largest
     first, [{"name", "shape", "bytes", "spec"}]; "flops": of a step on each device; "collectives": see collectives.py, and "sent": their bytes;
     None where not compiled}. Raises UserError where the mesh does not divide the model or the batch.
     """
@@ -72,13 +76,14 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
         arrays = [{"name": ".".join(parallel.keys(path)), "shape": leaf.shape, "bytes": _own_bytes(leaf), "spec": str(leaf.sharding.spec)}
                   for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
         traced = make_train_step(cfg).trace(state, batch)
-    parts = dict.fromkeys(PARTS, 0)
-    for array in arrays:
-        table = "memory." in array["name"] and ".table" in array["name"]
-        parts[("tables" if table else "weights") if array["name"].startswith("params.") else "table moments" if table else "weight moments"] += array["bytes"]
+    parts = dict.fromkeys((*PARTS, HOST), 0)
+    for (path, leaf), array in zip(jax.tree_util.tree_leaves_with_path(state), arrays, strict=True):
+        kind = "table" if array["name"].endswith(".table") else "weight"
+        part = f"{kind}s" if array["name"].startswith("params.") else f"{kind} moments"
+        parts[HOST if parallel.is_table(path, leaf) and cfg.parallel.table_memory == "host" else part] += array["bytes"]
     parts["batch"] = sum(_own_bytes(leaf) for leaf in batch.values())
     numbers, tokens = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
-    sections = sizes["data"] * sizes["fsdp"]
+    sections = parallel.sections_of(sizes)
     made = {"devices": math.prod(sizes.values()), "mesh": sizes, "plan": cfg.parallel.plan, "rows_per_section": rows,
             "flops": tokens * train_flops_per_token(numbers, rows * sections / tokens) / math.prod(sizes.values()),
             "bytes": parts, "arrays": sorted(arrays, key=lambda array: -array["bytes"]), "collectives": None, "sent": None}

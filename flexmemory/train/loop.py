@@ -29,7 +29,7 @@ from flexmemory.progress import ProgressLine
 from flexmemory.train import checkpoint, trace
 from flexmemory.train.clock import Clock, Work, flops
 from flexmemory.train.compiled import compile_step
-from flexmemory.train.run import Writer, claim, leaves, summary_writer
+from flexmemory.train.run import Writer, claim, leaves, started, summary_writer
 from flexmemory.train.step import init_state, make_train_step
 
 
@@ -61,7 +61,7 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
           profile_steps: range | None = None) -> dict:
     """Trains (or resumes) a run and returns what final_result.json holds; a finished run is left as it is.
 
-    ``stop`` is asked after every step; when it says so, a checkpoint is written and TrainingInterrupted raised. A profiler trace of
+    ``stop`` is asked after every step (in a run of one process; several hear SIGTERM together); when it says so, a checkpoint is written and TrainingInterrupted raised. A profiler trace of
     ``profile_steps``, numbered from 1, goes to the run folder. Raises UserError (also when the disk is full) and TrainingDiverged.
     """
     workdir, clock = Path(workdir), Clock()
@@ -69,7 +69,7 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
         trace.check(profile_steps, cfg.train.steps)
     with clock.span("setup"), contextlib.ExitStack() as closing:
         cfg, shards, val_shards = cluster.together(lambda: resolve(cfg))
-        cluster.agree({f"config {name}": value for name, value in leaves(cfg).items()} | {"data fingerprint": shards.fingerprint})
+        cluster.agree({f"config {name}": value for name, value in leaves(cfg).items() if name != "data.path"} | {"data fingerprint": shards.fingerprint})
         if mesh := parallel.make_mesh(cfg.parallel):
             parallel.check(cfg, abstract_params(cfg.model), dict(mesh.shape))
             closing.enter_context(jax.set_mesh(mesh))
@@ -83,17 +83,19 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
                                row_sizes=None if any(spec.row_width for spec in layer_specs(cfg.model)) else ())  # without rows one size does, and one compilation
         if lock := cluster.together(lambda: claim(workdir, cfg, shards.fingerprint, tokenizer), first_only=True):
             closing.enter_context(lock)
+        cluster.agree({f"--workdir {workdir} (is it on a file system that all see?): the start written in it": started(workdir)})
         checkpoints = closing.enter_context(contextlib.closing(checkpoint.open_checkpoints(workdir, cfg.train.keep_checkpoints)))
         state = checkpoint.restore(checkpoints, workdir, cfg)
         start = int(state["step"]) if state else 0
-        if profile_steps and start >= profile_steps[-1]:
+        if profile_steps and start >= profile_steps[-1] and cluster.is_first():
             print(f"train: the run is at step {start}, past those to profile; nothing is traced", file=sys.stderr)
         if start == cfg.train.steps and (workdir / "final_result.json").exists():
             return json.loads((workdir / "final_result.json").read_bytes())
         counts = {name: float(value) for name, value in state.pop("data").items()} if state else {}
         state = state or init_state(cfg)
         run = closing.enter_context(contextlib.closing(Run(cfg, workdir, clock, checkpoints, progress and cluster.is_first(), start, counts)))
-        tracing = closing.enter_context(trace.Trace(workdir / "profile", profile_steps or range(0), clock))
+        traced = profile_steps if profile_steps and cluster.is_first() else range(0)
+        tracing = closing.enter_context(trace.Trace(workdir / "profile", traced, clock))
         closing = closing.pop_all()
     try:
         with closing:

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
+import secrets
 import subprocess
 from pathlib import Path
 from typing import IO
@@ -45,6 +46,8 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
         except BlockingIOError:
             lock.close()
             raise UserError(f"--workdir {workdir}: another process trains there; wait for it or give another folder") from None
+        lock.write(secrets.token_hex(8))
+        lock.flush()
         write_text(workdir / "config.json", to_json(cfg))
         tokenizer.save(workdir)
         write_json(workdir / "run.json", {
@@ -56,6 +59,14 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
         mend = "make room and run the same command again" if is_disk_full(error) else "give another folder"
         raise UserError(f"--workdir {workdir}: cannot be written ({error.strerror}); {mend}") from None
     return lock
+
+
+def started(workdir: Path) -> str | None:
+    """What the last :func:`claim` wrote into the folder, which is different each time; None where it cannot be read."""
+    try:
+        return (workdir / LOCK).read_text()
+    except OSError:
+        return None
 
 
 def check_same(workdir: Path, cfg: Config, data_fingerprint: str) -> None:

@@ -108,7 +108,8 @@ def make_train_step(cfg: Config):
     """Returns ``step(state, batch) -> (state, metrics)``, jitted, with the state donated.
 
     metrics: loss and z_loss in nats per token, lr, grad_norm, grad_norm/<label>, and param_norm of all that the step may have changed (of
-    row-sparse tables the touched rows); float32 scalars. With a row-sparse table_optimizer nothing of the size of a table is made, read or written.
+    row-sparse tables the touched rows); float32 scalars. With a row-sparse table_optimizer nothing of the size of a table is made, read or written, but on a
+    mesh where the ids of all sections together may be the whole vocabulary: there a device goes through its own columns.
     """
     gradients, optimizer, rate = make_gradients(cfg), make_optimizer(cfg.optimizer, cfg.train.steps), schedule(cfg.optimizer, cfg.train.steps)
     vocab, labels = cfg.model.vocab_size, sparse_labels(cfg)

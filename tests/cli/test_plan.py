@@ -51,6 +51,15 @@ def test_what_does_not_fit_is_marked(sixteen):
     assert "DOES NOT FIT" in page and "does not fit alone" in page
 
 
+def test_tables_in_the_hosts_memory_are_not_the_devices():
+    done = plan(*STEM, "--mesh=fsdp=4", "--config.optimizer.table_optimizer=lazy_adam", "--config.parallel.table_memory=host", "--rows=40", "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["bytes"]["tables"] == made["bytes"]["table moments"] == 0
+    assert made["bytes"]["tables in the host's memory"] == 3 * 1000 * 96 * 4 // 4
+    assert "tables in the host's memory" in text(made)
+
+
 def test_thousands_of_devices_need_no_compiler():
     done = plan("--config=configs/memoryllm.py:1b", "--mesh=data=128,fsdp=64", "--config.data.batch_size=8192", "--nocompile", "--json")
     assert done.returncode == 0, done.stderr
@@ -62,8 +71,9 @@ def test_thousands_of_devices_need_no_compiler():
 @pytest.mark.parametrize("arguments, line", [
     ((*STEM, "--mesh=data=5"), "config data.batch_size: 16 in 1 micro-batches makes 16 sequences, which data*fsdp=5 does not divide; set data.batch_size=20"),
     ((*STEM, "--mesh=data=2,fsdp=7"), "which data*fsdp=14 does not divide"),
-    ((*STEM, "--mesh=tensor=3"), "tensor=3 does not divide axis"),
+    ((*STEM, "--mesh=tensor=3"), "tensor=3 does not divide N=4 of blocks.s0.u0.attn.k"),
     ((*STEM, "--mesh=nodes=3"), "config parallel.mesh: 'nodes=3' in 'nodes=3' is not AXIS=SIZE"),
+    (STEM, "--mesh: missing; give the sizes of the axes"),
     (("--config=configs/quickstart.py", "--mesh=data=2"), "config model.vocab_size: 0; give the vocabulary"),
 ])
 def test_a_bad_plan_is_one_line(arguments, line):

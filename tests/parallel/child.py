@@ -25,10 +25,10 @@ B, T, V, STEPS = 16, 16, 96, 20
 ALL = "dense memoryllm flex stem"
 
 
-def config(pattern=ALL, plan="single", mesh="", table_optimizer="adamw", accum=1, **model) -> Config:
+def config(pattern=ALL, plan="single", mesh="", table_optimizer="adamw", accum=1, masked=False, **model) -> Config:
     model = ModelConfig(pattern=pattern, **(dict(vocab_size=V, d_model=32, n_heads=4, d_ff=64, init_std=0.1) | model))
     check_model(model)
-    return Config(model, DataConfig(seq_len=T, batch_size=B), TrainConfig(steps=STEPS, accum_steps=accum),
+    return Config(model, DataConfig(seq_len=T, batch_size=B, document_mask=masked), TrainConfig(steps=STEPS, accum_steps=accum),
                   OptimizerConfig(table_optimizer=table_optimizer, warmup_steps=2, table_weight_decay=0.1), ParallelConfig(plan, mesh))
 
 
@@ -39,7 +39,8 @@ def batches(cfg: Config, sections: int):
     for step in range(STEPS):
         tokens = np.minimum(rng.zipf(1.3, (cfg.train.accum_steps, B // cfg.train.accum_steps, T + 1)) - 1, V - 1).astype(np.int32)
         tokens = tokens if step % 5 != 4 else np.full_like(tokens, 7)
-        yield {"ids": tokens[..., :-1], "targets": tokens[..., 1:], **unique_rows(tokens[..., :-1], cfg.model.vocab_size, (64, cfg.model.vocab_size), sections)}
+        segments = {"segments": np.cumsum(rng.random(tokens[..., 1:].shape) < 0.2, axis=-1, dtype=np.int32)} if cfg.data.document_mask else {}
+        yield {"ids": tokens[..., :-1], "targets": tokens[..., 1:], **segments, **unique_rows(tokens[..., :-1], cfg.model.vocab_size, (64, cfg.model.vocab_size), sections)}
 
 
 def run(cfg: Config, devices=None):
@@ -61,9 +62,10 @@ def named(tree) -> dict:
 
 
 def equality(pattern, plan, mesh, table_optimizer, accum, tied):
-    """Largest relative distances to one device: of losses, of metrics, of parameters (norm of the difference over the norm, of each array)."""
-    model = {"tied_head": tied == "tied"}
-    many, one = (run(config(pattern, *where, table_optimizer, int(accum), **model)) for where in ((plan, mesh), ("single", "")))
+    """Largest relative distances to one device: of losses, of metrics, of parameters (norm of the difference over the norm, of each array). Two heads
+    share keys and values; under fsdp_tp attention stays inside documents."""
+    model = {"tied_head": tied == "tied", "n_kv_heads": 2}
+    many, one = (run(config(pattern, *where, table_optimizer, int(accum), plan == "fsdp_tp", **model)) for where in ((plan, mesh), ("single", "")))
     gaps = {name: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
             for (name, a), b in zip(named(many[0]["params"]).items(), jax.tree.leaves(one[0]["params"]), strict=True)}
     return {"loss": max(abs(a - b) / b for a, b in zip(many[1], one[1], strict=True)), "losses": one[1], "params": gaps,

@@ -40,7 +40,7 @@ def test_steps_of_all_kinds_trace_at_full_size(size, plan):
     for kind in KINDS:
         if why := refused(kind, size, plan):
             cfg = config(kind, size, plan)
-            with pytest.raises(UserError, match=rf"does not divide axis \d of \S*{why}\S*, \d+; the nearest that does is \d+"):
+            with pytest.raises(UserError, match=rf"does not divide [DNW]=\d+ of \S*{why}\S*; the nearest mesh does with \d+, the nearest [DNW] is \d+"):
                 parallel.check(cfg, abstract_params(cfg.model), parallel.mesh_sizes(cfg.parallel))
     kinds = [kind for kind in KINDS if not refused(kind, size, plan)]
     if not kinds:
@@ -63,8 +63,11 @@ def test_a_parameter_without_a_place_raises():
 
 @pytest.mark.parametrize("plan, mesh, devices, match", [
     ("dp", "data=3", 8, "'data=3' is for 3 devices, there are 8; the nearest is data=8"),
-    ("fsdp", "data=3,fsdp=4", 8, "there are 8; the nearest is data=2"),
-    ("fsdp", "data=5,fsdp=3", 8, "the nearest is data=2 on 6 devices"),
+    ("fsdp", "data=6,fsdp=4", 8, "'data=6,fsdp=4' is for 24 devices, there are 8; the nearest is data=2,fsdp=4"),
+    ("fsdp", "fsdp=16", 8, "the nearest is data=1,fsdp=8"),
+    ("fsdp_tp", "data=2,fsdp=8,tensor=3", 4, "the nearest is data=2,fsdp=2,tensor=1"),
+    ("single", "data=8", 8, "axis data of size 8 under plan single, which uses none; set parallel.plan=dp"),
+    ("fsdp", "data=2,fsdp=2,data=4", 8, "axis data twice in 'data=2,fsdp=2,data=4'; give each once"),
     ("dp", "fsdp=2", None, "axis fsdp of size 2 under plan dp, which uses data; set parallel.plan=fsdp"),
     ("fsdp", "fdsp=2", None, "'fdsp=2' in 'fdsp=2' is not AXIS=SIZE"),
     ("fsdp", "data=0", None, "'data=0' in 'data=0' is not AXIS=SIZE"),
@@ -72,6 +75,11 @@ def test_a_parameter_without_a_place_raises():
 def test_a_bad_mesh_is_one_line(plan, mesh, devices, match):
     with pytest.raises(UserError, match=match):
         parallel.mesh_sizes(ParallelConfig(plan, mesh), devices)
+
+
+def test_a_mesh_without_a_plan_is_not_passed_over():
+    with pytest.raises(UserError, match="axis data of size 2 under plan single"):
+        parallel.make_mesh(ParallelConfig(mesh="data=2"))
 
 
 def test_the_mesh_takes_all_devices_where_none_is_given():

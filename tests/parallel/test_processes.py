@@ -116,7 +116,7 @@ def test_sigterm_to_one_stops_both_at_a_checkpoint_that_other_numbers_resume(one
     processes[1].send_signal(signal.SIGTERM)
     made = ended(processes)
     assert [code for code, _ in made] == [128 + signal.SIGTERM] * 2, made
-    assert all("the same command goes on from there" in said for _, said in made)
+    assert ["the same command goes on from there" in said for _, said in made] == [True, False]  # process 0 speaks for both
     (step,) = complete_steps(workdir)
     assert 2 <= step < STEPS
     (code, said), = ended([start(tiny_data, workdir, 2, **{"parallel.mesh": "fsdp=2", "train.checkpoint_every": 0})])
@@ -130,6 +130,17 @@ def test_different_configs_are_named_before_the_first_step(tiny_data, tmp_path):
         assert code == 2
         assert "error: config optimizer.lr: 0.001 on process 0, 0.02 on process 1; start all processes with the same" in said.splitlines()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_is_missing_on_one_host_is_said_by_all(tiny_data, tmp_path):
+    for code, said in ended(pair(tiny_data, tmp_path / "run", sets=({}, {"data.path": "/nowhere"}))):
+        assert code == 2 and len(said.splitlines()) == 1 and "/nowhere" in said, said
+
+
+def test_a_folder_that_is_not_shared_is_named(tiny_data, tmp_path):
+    port = free_port()
+    for code, said in ended([start(tiny_data, tmp_path / f"run{process}", 4, process, port=port) for process in range(2)]):
+        assert code == 2 and "--workdir" in said and "None on process 1" in said, said
 
 
 def test_a_process_that_never_comes_is_named(tiny_data, tmp_path):
