@@ -75,13 +75,16 @@ def test_cached_bundles_come_from_the_page_cache_and_the_rest_from_the_disk(disk
     location, group, rows_VB = table = disk_table
     r = opened(table)
     read(r, [0, 16, 32])  # opens the shards, which brings in their indexes
-    drop(location, group)
-    for token in range(0, VOCAB, 2):
-        os.pread(r._buffered[token // SHARD_ROWS], 4096, token % SHARD_ROWS * 4096)
-    before = r.stats()
-    np.testing.assert_array_equal(read(r, range(VOCAB)), rows_VB)
-    assert r.stats()["page cache"] - before.get("page cache", 0) == VOCAB // 2
-    assert r.stats()["uring"] - before.get("uring", 0) == VOCAB // 2
+    for _ in range(5):  # until the kernel, which may take pages away or read ahead at any time, leaves every other bundle in the cache
+        drop(location, group)
+        for token in range(0, VOCAB, 2):
+            os.pread(r._buffered[token // SHARD_ROWS], 4096, token % SHARD_ROWS * 4096)
+        before = r.stats()
+        np.testing.assert_array_equal(read(r, range(VOCAB)), rows_VB)
+        reads = {name: r.stats()[name] - before.get(name, 0) for name in ("page cache", "uring")}
+        if reads["page cache"] == VOCAB // 2:
+            break
+    assert reads == {"page cache": VOCAB // 2, "uring": VOCAB // 2}
 
 
 def test_bundles_that_left_the_page_cache_meanwhile_come_from_the_disk(disk_table, opened, monkeypatch):
