@@ -83,8 +83,8 @@ def scale_by_lazy_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
                 nu_RW = b2 * nu_RW + (1 - b2) * grad_RW**2
                 update_RW = (mu_RW / fix1) / (jnp.sqrt(nu_RW / fix2) + eps)
                 update_RW, mu_RW, nu_RW = jax.lax.optimization_barrier((update_RW, mu_RW, nu_RW))
-                return (update_LRW.at[l].set(update_RW), _rows_at(mu_LVW, l, ids_R).set(mu_RW, **SCATTER),
-                        _rows_at(nu_LVW, l, ids_R).set(nu_RW, **SCATTER))
+                return (update_LRW.at[l].set(update_RW), mu_LVW.at[l, ids_R].set(mu_RW, **SCATTER),
+                        nu_LVW.at[l, ids_R].set(nu_RW, **SCATTER))
 
             return jax.lax.fori_loop(0, len(mu_LVW), layer, (grad_LRW, mu_LVW, nu_LVW))
 
@@ -109,7 +109,7 @@ def scale_by_rowwise_adagrad(eps: float) -> optax.GradientTransformationExtraArg
         return RowwiseAdagradState(jax.tree.map(lambda table_LVW: jnp.zeros(table_LVW.shape[:2], jnp.float32), tables))
 
     def update(grads, state, rows=None, *, ids_R, **_):
-        sums = jax.tree.map(lambda s_LV, grad_LRW: _rows_at(s_LV, _layers(s_LV), ids_R).add(jnp.mean(grad_LRW**2, axis=-1), **SCATTER),
+        sums = jax.tree.map(lambda s_LV, grad_LRW: s_LV.at[_layers(s_LV), ids_R].add(jnp.mean(grad_LRW**2, axis=-1), **SCATTER),
                             state.sums, grads)
         updates = jax.tree.map(lambda grad_LRW, s_LV: grad_LRW / (jnp.sqrt(_gather(s_LV, _layers(s_LV), ids_R)) + eps)[..., None], grads, sums)
         return updates, RowwiseAdagradState(sums)
@@ -119,7 +119,7 @@ def scale_by_rowwise_adagrad(eps: float) -> optax.GradientTransformationExtraArg
 
 def apply_rows(tables, updates, ids_R: jax.Array):
     """The tables with update_LRW added to the rows ids_R; all other rows keep their bits."""
-    return jax.tree.map(lambda table_LVW, update_LRW: _rows_at(table_LVW, _layers(table_LVW), ids_R).add(update_LRW, **SCATTER), tables, updates)
+    return jax.tree.map(lambda table_LVW, update_LRW: table_LVW.at[_layers(table_LVW), ids_R].add(update_LRW, **SCATTER), tables, updates)
 
 
 def update_in_host_memory(update, tables, state, grads, rows, ids_C: jax.Array):
@@ -131,7 +131,7 @@ def update_in_host_memory(update, tables, state, grads, rows, ids_C: jax.Array):
         return a if a.ndim < 2 else take_whole(a, ids_C) if in_host_memory(a) else _gather(a, _layers(a), ids_C)
 
     def put(a, rows):
-        return rows if a.ndim < 2 else put_whole(a, ids_C, rows) if in_host_memory(a) else _rows_at(a, _layers(a), ids_C).set(rows, **SCATTER)
+        return rows if a.ndim < 2 else put_whole(a, ids_C, rows) if in_host_memory(a) else a.at[_layers(a), ids_C].set(rows, **SCATTER)
 
     places_C = jnp.where(ids_C < vocab, jnp.arange(count, dtype=jnp.int32), count)
     updates, moments = update(grads, jax.tree.map(take, state), rows, ids_R=places_C)
@@ -141,14 +141,10 @@ def update_in_host_memory(update, tables, state, grads, rows, ids_C: jax.Array):
 SCATTER = dict(mode="drop", unique_indices=True)
 
 
-def _rows_at(table, layers, ids_R):
-    # (layer, id) pairs: on a CPU this outruns slices [L, 1, W] at axis 1, the more so the larger the table
-    return table.at[layers, ids_R]
-
-
 def _gather(table, layers, ids_R):
+    # (layer, id) pairs here and above: see exchange._rows_at
     cut = P(*(None,) * (1 if isinstance(layers, int) or layers.ndim == 0 else 2), *spec_of(table)[2:])
-    return _rows_at(table, layers, ids_R).get(mode="clip", out_sharding=sharding(cut))
+    return table.at[layers, ids_R].get(mode="clip", out_sharding=sharding(cut))
 
 
 def _layers(table) -> jax.Array:
