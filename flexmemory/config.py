@@ -34,6 +34,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tied_head: bool = False
     init_std: float = 0.02
+    table_init_std: float = 0.0  # of learned tables; 0: Xavier-normal over [V, W], as the STEM code
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
     attention: str = "auto"  # auto (cudnn on GPU in bfloat16, blocks of queries on a CPU) | xla | cudnn
     scan_layers: bool = True  # scan over the repeating unit; False unrolls, same numbers
@@ -111,7 +112,7 @@ CHOICES = {
 SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.decay_fraction")  # 0 <= value < 1; decay_fraction may be 1
 POSITIVE = ("model.d_model", "model.n_heads", "model.d_ff", "data.seq_len", "data.batch_size", "train.accum_steps",
             "train.log_every", "train.keep_checkpoints", "optimizer.lr", "optimizer.eps", "model.rope_base", "model.norm_eps")
-NOT_NEGATIVE = ("model.vocab_size", "model.n_kv_heads", "model.head_dim", "model.init_std", "train.steps", "train.z_loss", "train.eval_every",
+NOT_NEGATIVE = ("model.vocab_size", "model.n_kv_heads", "model.head_dim", "model.init_std", "model.table_init_std", "train.steps", "train.z_loss", "train.eval_every",
                 "train.seed", "train.eval_tokens", "train.checkpoint_every", "optimizer.min_lr", "optimizer.warmup_steps",
                 "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.table_lr", "optimizer.table_weight_decay",
                 "optimizer.table_clip_norm")

@@ -32,7 +32,8 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
     total, active: without embedding and head; active leaves out what the rows replace (live FFNs, tables). embed: embedding
     and head. flops_per_token: forward, rows handed in, averaged over a causal sequence of ``seq_len``, head included.
     memory_flops_per_row: forward FLOPs that make one address's rows live (0 for tables). row_bytes_per_token: with
-    rows in the compute dtype. table_bytes: by row dtype. table_over_ffn: values of the folded table over the FFN
+    rows in the compute dtype. read_bytes_per_token: what decoding one token alone reads: all active weights, the head,
+    one embedding and the rows, in the compute dtype. table_bytes: by row dtype. table_over_ffn: values of the folded table over the FFN
     weights that it replaces. residual: see :func:`residual`.
     """
     specs, params = layer_specs(cfg), abstract_params(cfg)
@@ -59,6 +60,7 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
         "flops_per_token": round(flops),
         "memory_flops_per_row": 2 * matmul_weights(memory),
         "row_bytes_per_token": row_values * DTYPE_BYTES[cfg.compute_dtype],
+        "read_bytes_per_token": (active + cfg.d_model * (cfg.vocab_size + 1) + row_values) * DTYPE_BYTES[cfg.compute_dtype],
         "row_dtype": cfg.compute_dtype,
         "table_bytes": {name: int(cfg.vocab_size * row_values * n) for name, n in DTYPE_BYTES.items()},
         "table_over_ffn": cfg.vocab_size * row_values / replaced if replaced else None,

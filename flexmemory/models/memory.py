@@ -60,12 +60,12 @@ class FFNRows(nnx.Module):
 
 
 class TableRows(nnx.Module):
-    """Learned row of one layer: table [V, W] float32, Xavier-normal as the STEM code initialises it."""
+    """Learned row of one layer: table [V, W] float32, Xavier-normal as the STEM code initialises it, or normal with ``cfg.table_init_std``."""
 
     stacking = "vmap"  # tables lie side by side, [L, V, W]; scanning would copy whole ones
 
     def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
-        std = (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
+        std = cfg.table_init_std or (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), (cfg.vocab_size, layer.row_width), jnp.float32))
 
     def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from flexmemory.files import SCRATCH, is_disk_full, write_json, write_text
 FREE = {"data.path", "train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep_checkpoints",
         "train.tensorboard", "parallel.plan", "parallel.mesh", "parallel.table_memory"}
 LOCK = ".lock"
+LOG = "log."  # a log may be there before the run, as `| tee log.txt` makes one
 
 
 def leaves(config: Config) -> dict:
@@ -35,7 +36,7 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        known = {path.name for path in workdir.iterdir() if not path.name.endswith(SCRATCH)} - {LOCK}
+        known = {path.name for path in workdir.iterdir() if not path.name.endswith(SCRATCH) and not path.name.startswith(LOG)} - {LOCK}
         if (workdir / "config.json").exists():
             check_same(workdir, cfg, data_fingerprint)
         elif known:
