@@ -2,43 +2,68 @@
 
 import html
 import io
+import math
 import re
-import statistics
+import textwrap
+import warnings
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
-from matplotlib.transforms import Affine2D, Bbox
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Affine2D
+
+from experiments.plot_labels import SIZE, edge_labels, line_labels, place_labels
 
 # family: (colour on light paper, colour on dark paper, marker); in the SVG a colour becomes the CSS variable --family
 STYLES = {
     "dense": ("#3b4252", "#d8dee9", "s"),
-    "layers": ("#0b8069", "#45c9a9", "^"),
+    "layers": ("#0b7d67", "#45c9a9", "^"),
     "flex": ("#2866bd", "#7db2f7", "D"),
-    "memoryllm": ("#cf5a0c", "#ffa260", "o"),
+    "memoryllm": ("#bf5208", "#ffa260", "o"),
     "stem": ("#8547b8", "#c9a0f2", "P"),
-    "parallel": ("#94682f", "#d3ac78", "v"),
-    "attn_only": ("#7c828c", "#9ea5b0", "X"),
+    "parallel": ("#8a6026", "#d3ac78", "v"),
+    "attn_only": ("#6b717b", "#9ea5b0", "X"),
     "other": ("#b03a63", "#f08cb0", "h"),
 }
-PAGE = {"paper": ("#fdfdfb", "#16181c"), "ink": ("#22262b", "#e4e6ea"), "muted": ("#666c75", "#a0a6b0"), "rule": ("#e2e1dc", "#33373e")}
+# for series that no family tells apart: clusters, policies, prunings
+PALETTE = {f"c{i}": (*pair, "osD^vPX<h>p*"[i]) for i, pair in enumerate((
+    ("#2563b8", "#7fb0f5"), ("#b5500a", "#f5a361"), ("#14774f", "#5cc99a"), ("#8a3ab0", "#cf9bf0"), ("#c0293b", "#f58a92"),
+    ("#0c7489", "#5cc6dc"), ("#6f6a0f", "#cfc75a"), ("#b8287f", "#f291cf"), ("#7d5033", "#d2a986"),
+    ("#56607a", "#aab4cc"), ("#4d42c9", "#a9a2ff"), ("#4a6b10", "#a6d15f")))}
+LOOKS = STYLES | PALETTE
+PAGE = {"paper": ("#fdfdfb", "#16181c"), "ink": ("#22262b", "#e4e6ea"), "muted": ("#636972", "#a0a6b0"), "rule": ("#e2e1dc", "#33373e"),
+        "good": ("#0a7059", "#4cccae"), "bad": ("#b32447", "#f58aa8"), "even": ("#855600", "#e0b45c")}
 PAPER, INK, MUTED, RULE = (PAGE[name][0] for name in ("paper", "ink", "muted", "rule"))
-NOISE = 0.015  # nat between seeds, design.md section 8
+WIDTH = 4.8  # inches
+CLOUD = 300  # points from which on markers are dots
+DASHES = ("-", "--", ":", "-.")  # lines of one look, one after the other
+FEW = 24  # labels that still find a place beside their points or lines
 
 
 def colours(dark: bool) -> dict[str, str]:
     """{CSS variable: colour} for one of the two papers."""
-    return {name: values[dark] for name, values in {**STYLES, **PAGE}.items()}
+    return {name: values[dark] for name, values in (LOOKS | PAGE).items()}
 
 
-def marker_svg(family: str) -> str:
-    """The family's marker as a small inline SVG, for legends and tables; decorative, so hidden from screen readers."""
-    style = MarkerStyle(STYLES[family][2])
-    polygons = style.get_path().transformed(style.get_transform() + Affine2D().scale(10, -10)).to_polygons()
-    path = " ".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in polygon) + "Z" for polygon in polygons)
-    return f'<svg class="mark" viewBox="-8 -8 16 16" aria-hidden="true"><path d="{path}" fill="var(--{family})"/></svg>'
+def marker_svg(look: str, kind: str = "marker") -> str:
+    """A marker as a small inline SVG for legends and tables, or a piece of line, a dot, a bar; decorative, so hidden from screen readers.
+
+    kind: marker | solid | dashed | dot | bar.
+    """
+    if kind in ("solid", "dashed"):
+        dashes = ' stroke-dasharray="5 3"' if kind == "dashed" else ""
+        body = f'<path d="M-8 0H8" stroke="var(--{look})" stroke-width="2.5"{dashes}/>'
+    else:
+        style = MarkerStyle({"marker": LOOKS[look][2], "dot": "o", "bar": "s"}[kind])
+        polygons = style.get_path().transformed(style.get_transform() + Affine2D().scale(10, -10)).to_polygons()
+        path = " ".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in polygon) + "Z" for polygon in polygons)
+        body = f'<path d="{path}" fill="var(--{look})"/>'
+    return f'<svg class="mark" viewBox="-8 -8 16 16" aria-hidden="true">{body}</svg>'
 
 
 def draw(name: str, title: str, description: str, paint, height: float = 3.5) -> str:
@@ -47,43 +72,304 @@ def draw(name: str, title: str, description: str, paint, height: float = 3.5) ->
                 "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK,
                 "ytick.labelcolor": INK, "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7,
                 "xtick.major.size": 3, "ytick.major.size": 3, "axes.spines.top": False, "axes.spines.right": False,
-                "axes.axisbelow": True, "figure.dpi": 72, "axes.formatter.useoffset": False}
+                "axes.axisbelow": True, "figure.dpi": 72, "axes.formatter.useoffset": False, "text.parse_math": False}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4.8, height))
+        figure = Figure(figsize=(WIDTH, height))
         FigureCanvasAgg(figure)  # measures text for label placement
-        ax = figure.add_axes((0.128, 0.46 / height, 0.852, 1 - 0.58 / height))
+        ax = figure.add_axes((0.13, 0.46 / height, 0.85, 1 - 0.58 / height))
         ax.grid(color=RULE, linewidth=0.6)
-        paint(ax)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens of any script are drawn as boxes; the description has their text
+            paint(ax)
+            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     return inline(stream.getvalue(), name, title, description)
 
 
 def inline(svg: str, name: str, title: str, description: str) -> str:
-    """matplotlib's file as an element of a page: no headers, no links, own ids, named, colours as CSS variables."""
+    """matplotlib's file as an element of a page: no headers, no links, own ids, named, rounded, colours as CSS variables.
+
+    Shapes of letters keep ids of their own, equal in every figure; see :func:`letters_once`.
+    """
     svg = svg[svg.index("<svg"):]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     box = re.search(r'viewBox="([^"]+)"', svg)[1]
     body = svg[svg.index(">") + 1:].replace("xlink:href", "href")
-    body = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', body)
-    body = re.sub(r'href="#', f'href="#{name}-', body)
-    body = body.replace("url(#", f"url(#{name}-")
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r'(id="|href="#|url\(#)(?!DejaVuSans-)', rf"\g<1>{name}-", body)
     for key, colour in colours(dark=False).items():
         body = body.replace(colour, f"var(--{key})")
+    body = re.sub(r' (?:d|x|y|width|height)="[^"]*"|translate\([^)]*\)', lambda match: rounded(match[0]), body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     return (f'<svg viewBox="{box}" role="img" aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{html.escape(title)}</title>'
             f'<desc id="{name}-desc">{html.escape(description)}</desc>{body}')
 
 
+def rounded(text: str) -> str:
+    """Coordinates to a tenth of a point, with no more characters than they need; a line of no length, which is a dot, in three."""
+    text = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.1f}".removesuffix(".0").replace("-0.", "-.") or "0", text)
+    text = re.sub(r"\s*([MLHVCQzZ])\s*", r"\1", text).replace(' "', '"')
+    return re.sub(r"M([-\d.]+ [-\d.]+)L\1(?![\d.])", r"M\1h0", text)
+
+
+def letters_once(page: str) -> str:
+    """The page with the shape of every letter in the first figure that writes it, and no second time."""
+    seen: set[str] = set()
+
+    def first(match: re.Match) -> str:
+        if match[1] in seen:
+            return ""
+        seen.add(match[1])
+        return match[0].replace("DejaVuSans-", "g")
+
+    return re.sub(r'href="#DejaVuSans-', 'href="#g', re.sub(r'<path id="(DejaVuSans-[^"]+)"[^>]*>\n?', first, page))
+
+
+def drawn(name: str, figure: dict) -> tuple[str, list[tuple[str, str, str]]]:
+    """(inline SVG, legend) of a Figure as dict. ``name`` is unique in the page. Legend: (look, kind of :func:`marker_svg`, label) of what
+    no text in the drawing names. Points that are not finite, or not positive on a log axis, are left out; without any left the SVG is empty."""
+    figure = printable(figure)
+    figure = figure | {"series": [s | {"points": finite(s["points"], figure)} for s in figure["series"]],
+                       "lines": [line for line in figure["lines"] if line[0] is not None and (line[0] > 0 or not figure["log_y"])]}
+    figure["series"] = [s for s in figure["series"] if s["points"]]
+    if not figure["series"]:
+        return "", []
+    lines = [s for s in figure["series"] if s["style"] == "line"]
+    height = max(3.5, 1.2 + 0.165 * len(lines), 3.9 if any(len(text) > 8 for _, text in figure["ticks"]) else 0)
+    legend = []
+    svg = draw(name, figure["title"], describe(figure), lambda ax: legend.extend(paint(ax, figure)), height)
+    return svg, legend
+
+
+def printable(value):
+    """Without control characters, which no font draws."""
+    if isinstance(value, dict):
+        return {key: printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [printable(item) for item in value]
+    return "".join(c if c.isprintable() else "\ufffd" for c in value) if isinstance(value, str) else value
+
+
+def finite(points: list, figure: dict) -> list[list[float]]:
+    usable = [p for p in points if all(v is not None and math.isfinite(v) for v in p[:2])]
+    return [p for p in usable if (p[0] > 0 or not figure["log_x"]) and (p[1] > 0 or not figure["log_y"])]
+
+
+def describe(figure: dict, most: int = 8) -> str:
+    """The numbers of a figure in words, for those who do not see it; of a long series its ends and its range."""
+    names = {x: text for x, text in figure["ticks"]}
+    parts = []
+    for s in figure["series"][:16]:
+        told = s["points"] if len(s["points"]) <= most else [s["points"][0], s["points"][-1]]
+        text = ", ".join(f"{names.get(p[0], f'{p[0]:.4g}')}: {p[1]:.4g}" for p in told)
+        if len(s["points"]) > most:
+            ys = [p[1] for p in s["points"]]
+            text = f"{len(ys)} points, from {text.replace(', ', ' to ')}, between {min(ys):.4g} and {max(ys):.4g}"
+        parts.append(f"{s['label'] or s['family']}: {text}")
+    parts += [f"line at {y:.4g}: {text}" for y, text in figure["lines"]]
+    if len(figure["series"]) > 16:
+        parts.append(f"and {len(figure['series']) - 16} more")
+    return f"{figure['y']} against {figure['x']}. " + "; ".join(parts) + "."
+
+
+def paint(ax, figure: dict) -> list[tuple[str, str, str]]:
+    """Fills the axes with a Figure; returns its legend. Marks come first, then limits and room, then text."""
+    series = figure["series"]
+    lines = [i for i, s in enumerate(series) if s["style"] == "line" and s["label"]]
+    singles = [i for i, s in enumerate(series) if s["style"] == "points" and len(s["points"]) == 1 and s["label"]]
+    widest = max(text_widths(ax, [series[i]["label"] for i in lines]), default=0)
+    if widest > 0.42 * WIDTH * 72 or len(lines) > 2 * FEW:
+        lines = []
+    if len(singles) > FEW:
+        singles = []
+    ticks = {x: text for x, text in figure["ticks"]}
+    named = [i for i, s in enumerate(series) if s["style"] == "bars" and all(ticks.get(p[0]) == s["label"] for p in s["points"])]  # by their tick
+    keyed = [i for i, s in enumerate(series) if s["label"] and i not in [*lines, *singles, *named]]
+    looks = choose_looks(series, keyed)
+    ax.set_xscale("log" if figure["log_x"] else "linear")
+    ax.set_yscale("log" if figure["log_y"] else "linear")
+    for y, _ in figure["lines"]:
+        ax.axhline(y, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+    dotted = sum(len(s["points"]) for s in series if s["style"] == "points")
+    for i, (s, look) in enumerate(zip(series, looks, strict=True)):
+        if s["style"] == "line":
+            same = [other for other, its in zip(series[:i], looks[:i], strict=True) if its == look and other["style"] == "line"]
+            paint_line(ax, s, look, "--" if s["dashed"] else DASHES[len(same) % len(DASHES) if i in lines else 0])
+        elif s["style"] == "points" and dotted > CLOUD:
+            paint_dots(ax, s, look)
+        elif s["style"] == "points":
+            paint_points(ax, s, look, 6.5 if dotted <= 40 else 4)
+    paint_bars(ax, [(s, look) for s, look in zip(series, looks, strict=True) if s["style"] == "bars"])
+    ax.set_xlabel(textwrap.fill(figure["x"], 66))
+    ax.set_ylabel(textwrap.fill(figure["y"], 42))
+    make_room(ax, figure, widest + 20 if lines else 0)
+    obstacles = [[p[:2] for p in s["points"]] for s in series if s["style"] == "line"]
+    obstacles += [[(p[0], p[1] - p[2]), (p[0], p[1] + p[2])] for i in singles for p in series[i]["points"] if len(p) > 2 and 0 < (p[2] or 0) < p[1]]
+    if figure["noise"]:
+        noise_bar(ax, figure["noise"], [p for s in series for p in s["points"]])
+    across = [[(x, y) for x in ax.get_xlim()] for y, _ in figure["lines"]]
+    place_labels(ax, [(*series[i]["points"][0][:2], series[i]["label"], LOOKS[looks[i]][0]) for i in singles], obstacles + across)
+    line_labels(ax, figure["lines"], MUTED, obstacles)
+    edge_labels(ax, [(series[i]["label"], LOOKS[looks[i]][0], series[i]["points"][-1][1], series[i]["points"][-1][0]) for i in lines])
+    kinds = {"line": "solid", "points": "dot" if dotted > CLOUD else "marker", "bars": "bar"}
+    return [(looks[i], "dashed" if series[i]["dashed"] else kinds[series[i]["style"]], series[i]["label"]) for i in keyed]
+
+
+def choose_looks(series: list[dict], keyed: list[int]) -> list[str]:
+    """A key of LOOKS per series: its family; the palette in turn for several "other", and for all where a legend could not tell families apart."""
+    shown = [(series[i]["family"], series[i]["dashed"], series[i]["style"]) for i in keyed if series[i]["family"] != "other"]
+    if len(set(shown)) < len(shown):
+        return [f"c{i % len(PALETTE)}" for i in range(len(series))]
+    others = [i for i, s in enumerate(series) if s["family"] == "other"]
+    return [f"c{others.index(i) % len(PALETTE)}" if i in others and len(others) > 1 else s["family"] for i, s in enumerate(series)]
+
+
+def text_widths(ax, texts: list[str]) -> list[float]:
+    """Widths in points at the size of labels."""
+    renderer, artist = ax.figure.canvas.get_renderer(), ax.text(0, 0, "", fontsize=SIZE)
+    widths = []
+    for text in texts:
+        artist.set_text(text)
+        widths.append(artist.get_window_extent(renderer).width)
+    artist.remove()
+    return widths
+
+
+def columns(points: list) -> tuple[list, list, list | None]:
+    """(x, y, spreads or None) of the points."""
+    spreads = [p[2] if len(p) > 2 and p[2] is not None and math.isfinite(p[2]) else 0 for p in points]
+    return [p[0] for p in points], [p[1] for p in points], spreads if any(spreads) else None
+
+
+def paint_line(ax, s: dict, look: str, dashes: str) -> None:
+    x, y, spreads = columns(s["points"])
+    colour, _, marker = LOOKS[look]
+    marked = {"marker": marker, "markersize": 4, "markeredgecolor": PAPER, "markeredgewidth": 0.4} if len(x) <= 40 else {}
+    ax.errorbar(x, y, yerr=spreads, color=colour, linewidth=1.2, elinewidth=0.8, linestyle=dashes, zorder=3, **marked)
+
+
+def paint_points(ax, s: dict, look: str, size: float) -> None:
+    x, y, spreads = columns(s["points"])
+    colour, _, marker = LOOKS[look]
+    ax.errorbar(x, y, yerr=spreads, fmt=marker, color=colour, markersize=size, markeredgecolor=PAPER, markeredgewidth=0.6, elinewidth=0.9, zorder=4,
+                clip_on=False)
+
+
+def paint_dots(ax, s: dict, look: str) -> None:
+    """Thousands of points as one path of round dots: a dozen characters each."""
+    corners = np.repeat(np.array([p[:2] for p in s["points"]]), 2, axis=0)
+    path = Path(corners, [Path.MOVETO, Path.LINETO] * len(s["points"]))
+    path.should_simplify = False
+    ax.add_patch(PathPatch(path, fill=False, edgecolor=LOOKS[look][0], linewidth=2.6, capstyle="round", zorder=3))
+    ax.autoscale_view()
+
+
+def paint_bars(ax, bars: list[tuple[dict, str]]) -> None:
+    """Series side by side at each x, from zero, with the spread as whiskers. Values that lie closer together than they lie to zero, where bars
+    would all look alike, are markers at the same places: those need no zero."""
+    places = sorted({p[0] for s, _ in bars for p in s["points"]})
+    at = {x: [i for i, (s, _) in enumerate(bars) if any(p[0] == x for p in s["points"])] for x in places}
+    step = min((b - a for a, b in zip(at, list(at)[1:], strict=False)), default=1)
+    wide = 0.78 * step / max((len(those) for those in at.values()), default=1)
+    values = [p[1] for s, _ in bars for p in s["points"]]
+    near = bool(values) and min(values) * max(values) > 0 and max(map(abs, values)) < 2 * min(map(abs, values))
+    for i, (s, look) in enumerate(bars):
+        x, y, spreads = columns(s["points"])
+        x = [px + (at[px].index(i) - (len(at[px]) - 1) / 2) * wide for px in x]
+        if near:
+            paint_points(ax, s | {"points": list(zip(x, y, spreads or [0] * len(x), strict=True))}, look, 6.5)
+        else:
+            ax.bar(x, y, width=0.9 * wide, yerr=spreads, color=LOOKS[look][0], zorder=2, error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 2})
+    if at:
+        ax.set_xlim(min(at) - 0.6 * step, max(at) + 0.6 * step)
+        if not near and ax.get_yscale() == "linear":
+            ax.axhline(0, color=MUTED, linewidth=0.7, zorder=2.5)
+
+
+def make_room(ax, figure: dict | None, right: float) -> None:
+    """Ticks, then the axes as large as the labels around them allow; ``right`` points stay free beside them."""
+    figure_wide, figure_high = ax.figure.get_size_inches() * 72
+    for _ in range(2):  # fewer or turned ticks change the room, room changes the ticks
+        if figure:
+            axis_ticks(ax, figure, figure_wide * ax.get_position().width)
+        renderer = ax.figure.canvas.get_renderer()
+        frame, beside = ax.get_window_extent(), ax.yaxis.get_tightbbox(renderer)
+        below = ax.xaxis.get_tightbbox(renderer)
+        left = frame.x0 - min(beside.x0, below.x0, frame.x0) + 2
+        over = max(below.x1 - frame.x1, 2) + 1
+        bottom = frame.y0 - below.y0 + 2
+        right_edge = figure_wide - max(right, over)
+        ax.set_position((left / figure_wide, bottom / figure_high, (right_edge - left) / figure_wide, (figure_high - bottom - 9) / figure_high))
+
+
+def axis_ticks(ax, figure: dict, wide: float) -> None:
+    """Names on a categorical axis, turned where they would touch and thinned where even that is too dense; plain numbers elsewhere."""
+    for axis, log in ((ax.xaxis, figure["log_x"]), (ax.yaxis, figure["log_y"])):
+        low, high = sorted(axis.get_view_interval())
+        if log and high > 4 * low:
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 200 * low else (1,)))
+        else:
+            axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    if figure["ticks"]:
+        texts = [text if len(text) <= 26 else text[:25] + "…" for _, text in figure["ticks"]]
+        widths = text_widths(ax, texts)
+        low, high = ax.get_xlim()
+        places = np.array([x for x, _ in figure["ticks"]], float)
+        pixels = (np.log(places / low) / math.log(high / low) if figure["log_x"] else (places - low) / (high - low)) * wide
+        gap = min(np.diff(np.sort(pixels)), default=wide)
+        turned = max(widths) + 5 > gap
+        every = math.ceil(13.5 / gap) if turned else 1
+        ax.set_xticks(places[::every], texts[::every], rotation=40 if turned else 0, ha="right" if turned else "center", rotation_mode="anchor",
+                      fontsize=SIZE)
+        ax.minorticks_off()
+
+
+def plain(value: float) -> str:
+    """A tick's number: 0.25, 1,000, 20k, 3M, 10⁻⁵"""
+    size = abs(value)
+    if size and (size < 1e-4 or size >= 1e12):
+        exponent = math.floor(math.log10(size) + 1e-9)
+        digits = f"{value / 10**exponent:.3g}"
+        return ("" if digits == "1" else digits + "·") + "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    for unit, word in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= max(unit, 1e4):
+            return f"{value / unit:.6g}{word}".replace("-", "−")
+    return f"{round(value, 10):,.6g}".replace("-", "−")
+
+
+def noise_bar(ax, noise: float, points: list) -> None:
+    """A bar as tall as the seed noise, in the lower corner away from the lowest of the points."""
+    low, high = ax.get_ylim()
+    bottom = low + 0.03 * (high - low)
+    right = bool(points) and min(points, key=lambda p: p[1])[0] < sum(ax.get_xlim()) / 2
+    bar, text = (0.978, 0.962) if right else (0.022, 0.038)
+    ax.plot([bar, bar], [bottom, bottom + noise], transform=ax.get_yaxis_transform(), color=MUTED, linewidth=2.2, solid_capstyle="butt",
+            clip_on=False)
+    ax.set_ylim(low, high)
+    ax.text(text, 0.026, f"{noise:g}", transform=ax.transAxes, va="bottom", ha="right" if right else "left", fontsize=7.5, color=MUTED)
+
+
+def drawn_curves(name: str, curves: list[dict]) -> str:
+    """Loss curves as an inline SVG; see :func:`loss_curves`."""
+    ends = [(c["label"], (c["val"] or c["train"])[-1]) for c in curves]
+    text = "Loss against training step. Last values: " + "; ".join(f"{label} {loss:.3f} at step {step:,}" for label, (step, loss) in ends) + "."
+    return draw(name, "Loss curves", text, lambda ax: loss_curves(ax, curves), max(4, 1.2 + 0.165 * len(curves)))
+
+
 def loss_curves(ax, curves: list[dict]) -> None:
-    """Training loss (running mean, faint) and validation loss (points joined) of every variant, named once at the right edge."""
+    """Training loss (running mean, faint) and validation loss (points joined) of every variant, named once at the right edge.
+
+    curves: [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}], each with a point in one of both.
+    """
     ends, tops, lows, last = [], [], [], 1
-    for curve in curves:
+    for i, curve in enumerate(curves):
         colour, _, marker = STYLES[curve["family"]]
+        dashes = DASHES[sum(other["family"] == curve["family"] for other in curves[:i]) % len(DASHES)]
         for steps, loss, style in ((*smooth(curve["train"]), {"linewidth": 0.7, "alpha": 0.35}),
-                                   (*smooth(curve["val"], width=0), {"linewidth": 1.1, "marker": marker, "markersize": 3.4, "markeredgecolor": PAPER,
-                                                                     "markeredgewidth": 0.4, "zorder": 3})):
+                                   (*smooth(curve["val"], width=0), {"linewidth": 1.1, "linestyle": dashes, "marker": marker, "markersize": 3.4,
+                                                                     "markeredgecolor": PAPER, "markeredgewidth": 0.4, "zorder": 3})):
             if len(steps):
                 ax.plot(steps, loss, color=colour, **style)
                 tops.append(np.interp(steps[0] + 0.22 * (steps[-1] - steps[0]), steps, loss))
@@ -96,11 +382,11 @@ def loss_curves(ax, curves: list[dict]) -> None:
     ax.set_xlim(0, last)
     ax.set_xlabel("training step")
     ax.set_ylabel("loss, nat per token")
-    ax.set_position((0.128, ax.get_position().y0, 0.69, ax.get_position().height))
+    make_room(ax, None, max(text_widths(ax, [label for label, *_ in ends])) + 20)
     edge_labels(ax, ends)
 
 
-def smooth(series: list, width: float = 0.08, points: int = 160) -> tuple[np.ndarray, np.ndarray]:
+def smooth(series: list, width: float = 0.08, points: int = 120) -> tuple[np.ndarray, np.ndarray]:
     """Centred running mean over a share ``width`` of the series, thinned to ``points``: (steps, values)."""
     if not series:
         return np.zeros(0), np.zeros(0)
@@ -112,194 +398,3 @@ def smooth(series: list, width: float = 0.08, points: int = 160) -> tuple[np.nda
     mean = (total[end] - total[first]) / (end - first)
     keep = np.unique(np.linspace(0, len(loss) - 1, min(points, len(loss))).round().astype(int))
     return steps[keep], mean[keep]
-
-
-def edge_labels(ax, ends: list[tuple[str, str, float, float]]) -> None:
-    """Writes (text, colour, y, x) beside the right edge, pushed apart until none overlap, each tied to its end by a thin line."""
-    ends = sorted(ends, key=lambda e: e[2])
-    box = ax.get_window_extent()
-    low, high = ax.get_ylim()
-    wanted = [(min(max(y, low), high) - low) / (high - low) * box.height for _, _, y, _ in ends]
-    gap = min(11.5, (box.height + 10) / max(len(ends), 1))
-    placed = spread(wanted, gap, -2, box.height + 2)
-    for (text, colour, y, x), height in zip(ends, placed, strict=True):
-        ax.annotate(text, (x, min(max(y, low), high)), xytext=(1 + 14 / box.width, height / box.height), textcoords="axes fraction", color=colour,
-                    fontsize=min(8.5, gap * 0.78), va="center", annotation_clip=False,
-                    arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "alpha": 0.7, "relpos": (0, 0.5)})
-
-
-def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the sorted ``wanted`` ones, at least ``gap`` apart: neighbours that collide share their mean."""
-    blocks = []  # [centre, members]
-    for y in wanted:
-        blocks.append([y, 1])
-        while True:
-            half = (blocks[-1][1] - 1) * gap / 2
-            blocks[-1][0] = min(max(blocks[-1][0], low + half), max(high - half, low + half))
-            if len(blocks) < 2 or blocks[-1][0] - blocks[-2][0] >= (blocks[-1][1] + blocks[-2][1]) * gap / 2 - 1e-9:
-                break
-            (a, n), (b, m) = blocks[-2], blocks[-1]
-            blocks[-2:] = [[(a * n + b * m) / (n + m), n + m]]
-    return [centre + (i - (n - 1) / 2) * gap for centre, n in blocks for i in range(n)]
-
-
-def scatter(ax, entries: list[dict], x: str, y: str, scale: tuple[float, float] = (1, 1), obstacles: list = ()) -> None:
-    """One marker per variant with the spread over seeds as bars, labelled where there is room."""
-    points = []
-    for e in entries:
-        colour, _, marker = STYLES[e["family"]]
-        px, py = e[x] * scale[0], e[y] * scale[1]
-        ax.errorbar(px, py, xerr=(e.get(x + "_std") or 0) * scale[0] or None, yerr=(e.get(y + "_std") or 0) * scale[1] or None, fmt=marker,
-                    color=colour, markersize=6.5, markeredgecolor=PAPER, markeredgewidth=0.6, elinewidth=0.9, zorder=4, clip_on=False)
-        points.append((px, py, e["label"], colour))
-    place_labels(ax, points, obstacles)
-
-
-def place_labels(ax, points: list[tuple[float, float, str, str]], obstacles: list = ()) -> None:
-    """Writes each point's text where it covers least: tries places around the point, near ones first, and ties far ones by a line.
-
-    obstacles: polylines in data coordinates, [(x, y), ...], that text had better not cross.
-    """
-    renderer = ax.figure.canvas.get_renderer()
-    frame = ax.get_window_extent()
-    centres = ax.transData.transform([(x, y) for x, y, _, _ in points]) if points else np.zeros((0, 2))
-    marks = [Bbox.from_extents(cx - 5, cy - 5, cx + 5, cy + 5) for cx, cy in centres]
-    crossed = [line_points(ax.transData.transform(line)) for line in obstacles if len(line) > 1]
-    crossed = np.concatenate(crossed) if crossed else np.zeros((0, 2))
-    taken = []
-    for (x, y, text, colour), (cx, cy) in zip(points, centres, strict=True):
-        artist = ax.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", color=colour, fontsize=8.5, zorder=5, annotation_clip=False)
-        size = artist.get_window_extent(renderer)
-        best = None
-        for ring, distance in enumerate((8, 15, 24, 36)):
-            for rank, (ux, uy) in enumerate(((1, 0), (0, 1), (0, -1), (-1, 0), (0.75, 0.75), (0.75, -0.75), (-0.75, 0.75), (-0.75, -0.75))):
-                dx = ux * distance + (ux - 1) / 2 * size.width if abs(ux) in (0, 1) else ux * distance + (-size.width if ux < 0 else 0)
-                dy = uy * distance - size.height * 0.38 + uy * size.height * 0.3
-                box = Bbox.from_bounds(cx + dx - 1, cy + dy - 2.5, size.width + 2, size.height + 1)
-                cost = 3 * ring + 0.1 * rank
-                cost += sum(200 for other in taken if box.overlaps(other)) + sum(40 for mark in marks if box.overlaps(mark))
-                cost += 1.5 * ((crossed[:, 0] > box.x0) & (crossed[:, 0] < box.x1) & (crossed[:, 1] > box.y0) & (crossed[:, 1] < box.y1)).sum()
-                outside = max(frame.x0 - box.x0, box.x1 - frame.x1 - 8, frame.y0 - box.y0, box.y1 - frame.y1 - 6, 0)
-                cost += 20 * outside
-                if best is None or cost < best[0]:
-                    best = cost, ring, dx, dy, box
-        _, ring, dx, dy, box = best
-        artist.set_position((dx, dy))
-        taken.append(box)
-        if ring >= 2:
-            near = (np.clip(0, dx, dx + size.width), np.clip(0, dy, dy + size.height * 0.7))
-            ax.annotate("", (x, y), xytext=near, textcoords="offset points", annotation_clip=False,
-                        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4})
-
-
-def line_points(corners: np.ndarray, step: float = 4.0) -> np.ndarray:
-    """Points every ``step`` along a polyline."""
-    parts = [np.linspace(a, b, max(int(np.hypot(*(b - a)) / step), 2)) for a, b in zip(corners[:-1], corners[1:], strict=True)]
-    return np.concatenate(parts)
-
-
-def noise_bar(ax, points: list[tuple[float, float]]) -> None:
-    """A bar as tall as the seed noise, in the lower corner away from the lowest of the points (x, loss)."""
-    low, high = ax.get_ylim()
-    tall = NOISE / (high - low)
-    right = bool(points) and min(points, key=lambda p: p[1])[0] < sum(ax.get_xlim()) / 2
-    bar, text = (0.978, 0.962) if right else (0.022, 0.038)
-    ax.plot([bar, bar], [0.03, 0.03 + tall], transform=ax.transAxes, color=MUTED, linewidth=2.2, solid_capstyle="butt", clip_on=False)
-    ax.text(text, 0.026, f"{NOISE} nat", transform=ax.transAxes, va="bottom", ha="right" if right else "left", fontsize=7.5, color=MUTED)
-
-
-def loss_against_share(ax, entries: list[dict]) -> None:
-    """Validation loss against the compute share: the beta way and the layer way as two lines between the same ends."""
-    on_line = [e for e in entries if e["c_fraction"] is not None and e["family"] in ("dense", "memoryllm", "flex", "layers")]
-    references = [e for e in fit_losses(ax, entries) if e["c_fraction"] is None]
-    lines = []
-    for way, dashes in (("flex", "-"), ("layers", "--")):
-        line = sorted((100 * e["c_fraction"], e["val_loss"]) for e in on_line if e["family"] in (way, "dense", "memoryllm"))
-        if any(e["family"] == way for e in on_line):
-            ax.plot(*zip(*line, strict=True), color=STYLES[way][0], linewidth=1.1, linestyle=dashes, zorder=2)
-            lines.append(line)
-    ax.set_xlim(-4, 104)
-    ax.set_xticks(range(0, 101, 25))
-    ax.set_xlabel("compute share C of the FFN weights, %")
-    ax.set_ylabel("validation loss, nat per token")
-    named = []
-    for e in references:
-        colour = STYLES[e["family"]][0]
-        ax.axhline(e["val_loss"], color=colour, linewidth=1, linestyle=(0, (1.5, 2)), zorder=1.5)
-        lines.append([(-4, e["val_loss"]), (104, e["val_loss"])])
-        named.append((e, colour))
-    noise_bar(ax, [(100 * e["c_fraction"], e["val_loss"]) for e in on_line])
-    scatter(ax, on_line, "c_fraction", "val_loss", scale=(100, 1), obstacles=lines)
-    renderer = ax.figure.canvas.get_renderer()
-    taken = [text.get_window_extent(renderer) for text in ax.texts]
-    for e, colour in named:  # a reference's name sits on its line, at the first free place from the right
-        best = None
-        for share in (88, 75, 62, 50, 40, 28, 16, 6):
-            for above in (True, False):
-                artist = ax.annotate(e["label"], (share, e["val_loss"]), xytext=(0, 2.5 if above else -2.5), textcoords="offset points", ha="center",
-                                     va="bottom" if above else "top", fontsize=8.5, color=colour)
-                box = artist.get_window_extent(renderer)
-                points = [ax.transData.transform(p) for line in lines for p in line] + list(
-                    np.concatenate([line_points(ax.transData.transform(line)) for line in lines if len(line) > 1]))
-                cost = 100 * sum(box.overlaps(other) for other in taken) + sum(box.contains(*p) for p in points)
-                if best is None or cost < best[0]:
-                    if best:
-                        best[1].remove()
-                    best = cost, artist
-                else:
-                    artist.remove()
-        taken.append(best[1].get_window_extent(renderer))
-
-
-def loss_against_active(ax, entries: list[dict]) -> None:
-    """Validation loss against active parameters (without embedding and head), in millions or thousands."""
-    unit, word = (1e9, "billions") if max(e["active"] for e in entries) >= 1e9 else (1e6, "millions")
-    entries = fit_losses(ax, entries)
-    wide = [e["active"] / unit for e in entries]
-    pad = 0.08 * (max(wide) - min(wide)) or 0.1 * max(wide)
-    ax.set_xlim(min(wide) - pad, max(wide) + pad)
-    ax.set_xlabel(f"active parameters per token, {word} (no embedding, no head)")
-    ax.set_ylabel("validation loss, nat per token")
-    noise_bar(ax, [(e["active"] / unit, e["val_loss"]) for e in entries])
-    scatter(ax, entries, "active", "val_loss", scale=(1 / unit, 1))
-
-
-def fit_losses(ax, entries: list[dict]) -> list[dict]:
-    """Fits the loss axis to the variants and returns those on it.
-
-    Variants without a place on the C/M axis (attn_only, stem) that lie far above all others would flatten the figure:
-    they are written at the top edge with their loss instead.
-    """
-    core = [e["val_loss"] for e in entries if e["c_fraction"] is not None] or [e["val_loss"] for e in entries]
-    limit = max(core) + 2 * max(max(core) - min(core), 4 * NOISE)
-    shown = [e for e in entries if e["val_loss"] <= limit or e["c_fraction"] is not None]
-    values = [e["val_loss"] for e in shown]
-    span = max(values) - min(values) or 4 * NOISE
-    ax.set_ylim(min(values) - 0.14 * span, max(values) + 0.12 * span)
-    for i, e in enumerate(e for e in entries if e not in shown):
-        ax.text(0.99, 0.985 - 0.06 * i, f"{e['label']} {e['val_loss']:.3f} ↑", transform=ax.transAxes, ha="right", va="top", fontsize=8.5,
-                color=STYLES[e["family"]][0])
-    return shown
-
-
-def recall_against_reasoning(ax, entries: list[dict]) -> None:
-    """Recall of trained facts against reasoning in the context, both in percent, with the lines of chance."""
-    lines = []
-    for task, where in (("reasoning", "x"), ("recall", "y")):
-        values = [100 * e[task + "_acc"] for e in entries]
-        chances = [100 * e[task + "_chance"] for e in entries if e[task + "_chance"] is not None]
-        low, high = min(values + chances), max(values + chances)
-        pad = 0.13 * (high - low) or 5
-        (ax.set_xlim if where == "x" else ax.set_ylim)(low - pad, high + pad)
-        if chances:
-            chance = statistics.fmean(chances)
-            (ax.axvline if where == "x" else ax.axhline)(chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
-            lines.append((where, chance))
-            place = {"x": (chance, 1.0), "y": (1.0, chance)}[where]
-            ax.annotate("chance", place, xycoords=("data", "axes fraction") if where == "x" else ("axes fraction", "data"),
-                        xytext=(3, -1) if where == "x" else (0, 2), textcoords="offset points", fontsize=7.5, color=MUTED,
-                        ha="left" if where == "x" else "right", va="top" if where == "x" else "bottom")
-    ax.set_xlabel("reasoning in the context, % right")
-    ax.set_ylabel("recall of trained facts, % right")
-    obstacles = [[(at, y) for y in ax.get_ylim()] if where == "x" else [(x, at) for x in ax.get_xlim()] for where, at in lines]
-    scatter(ax, entries, "reasoning_acc", "recall_acc", scale=(100, 100), obstacles=obstacles)

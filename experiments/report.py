@@ -1,9 +1,9 @@
-"""The report of a sweep folder: results.json, report.html and the headline table.
+"""The report over all experiments of an --out folder: results.json, report.html, report.md, report.tex and the verdict table.
 
-    python -m experiments.report runs/demo
+    python -m experiments.report runs/cpu
 
-Reads what the runner left: OUT/sweep.json (the expected runs), OUT/<name>/variant.json (a finished run), OUT/<name>/failed.json,
-OUT/<name>/run.json and OUT/<name>/metrics.jsonl. It works while runs are still going and says what is missing. Equal inputs give equal bytes.
+Reads what the runner left: OUT/plan.json (scale, experiments, expected runs), OUT/<run>/done.json (a finished run), failed.json,
+run.json, config.json and metrics.jsonl. It works while runs are still going and says what is missing. Equal inputs give equal bytes.
 """
 
 import argparse
@@ -12,62 +12,106 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-from experiments import report_page
+from experiments import catalogue, report_page, tables
+from experiments import plan as plans
+from experiments.chart import family_of
+from experiments.plots import STYLES
+from experiments.sweeps import variant_of
+from experiments.verdicts import VERDICTS
 from flexmemory.errors import UserError
 from flexmemory.files import write_text
-from flexmemory.models.patterns import parse_pattern
 from flexmemory.train.run import read_metrics
 
-FAMILIES = ("dense", "layers", "flex", "memoryllm", "stem", "parallel", "attn_only", "other")  # in the order of tables and legends
-MEANS = ("total", "active", "total_all", "active_all", "val_loss", "val_bits_per_byte", "recall_acc", "recall_chance", "reasoning_acc",
-         "reasoning_chance", "train_tokens_per_s", "rows_per_token", "flops_per_token", "row_bytes_per_token", "table_bytes",
-         "table_over_ffn", "export_s", "decode_tps_resident", "decode_tps_offloaded", "cache_hit_rate")
+FAMILIES = tuple(STYLES)  # in the order of tables and legends
+LINKED = ("config.json", "metrics.jsonl", "done.json", "log.txt")  # of a run folder, where they are there
 
 
-def collect(out: Path) -> dict:
-    """Everything the report states, from the files of a sweep folder; of the run folders only names are kept.
+def collect(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
+    """Everything the report states, from the files of an --out folder; of folders only names are kept.
 
-    Returns {"experiment", "scale", "source", "tokenizer", "steps", "expected": count, "environment", "variants": one entry per finished
-    run with the keys of its variant.json, "summary": one entry per variant over its seeds, "failed", "missing", "unlisted"}.
-    Raises UserError when ``out`` is no sweep folder or its sweep.json cannot be read.
+    modules: experiment name -> module, instead of the catalogue's. Returns {"scale", "experiments": one :func:`section` each, "expected", "finished",
+    "verdicts": {verdict: count}, "steps": distinct ones, "environment", "accounting", "failed", "missing", "runs": {name: files to link}}.
+    Raises UserError when ``out`` is no such folder or its plan.json cannot be read.
     """
-    out = Path(out)
-    if not out.is_dir():
-        raise UserError(f"sweep folder {out}: not there; run `python -m experiments.run cm_ratio --out={out}` first")
-    finished = sorted(path.parent.name for path in out.glob("*/variant.json"))
-    sweep = {}
-    if (out / "sweep.json").exists():
-        sweep = _read(out / "sweep.json")
-        if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
-            raise UserError(f"sweep folder {out}: sweep.json is not a list of runs; run the sweep again, finished runs are kept")
-    elif not finished:
-        raise UserError(f"sweep folder {out}: holds neither sweep.json nor a finished run; give the --out of experiments.run")
-    expected = [{key: run[key] for key in run if key != "sets"} for run in sweep.get("runs") or [{"name": name} for name in finished]]
-    variants, failed, missing = [], [], []
-    for run in expected:
-        folder = out / run["name"]
-        done = _read(folder / "variant.json")
-        if isinstance(done, dict):
-            variants.append(_clean({**run, **done}))
-        elif (folder / "failed.json").exists():
-            failure = _read(folder / "failed.json") or {}
-            failed.append(_clean({**run, **failure, "stage": failure.get("stage") or f"exit {failure.get('exit', 'code unknown')}",
-                                  "error": without_folders(str(failure.get("error") or "no message"))}))
+    out, plan = Path(out), plans.read(out)
+    wanted = dict.fromkeys([*plan.experiments, *(name for run in plan.runs.values() for name in run["experiments"])])
+    known = {name: load(name, modules) for name in wanted}
+    steps, done, failed, missing = plans.steps(plan), {}, {}, {}
+    for name, run in plan.runs.items():
+        folder = out / name
+        found, failure = finished(out, run, known), _read(folder / "failed.json")
+        if found:
+            done[name] = found
+        elif isinstance(failure, dict):
+            failed[name] = {"name": name, "exit": failure.get("exit"), "error": str(failure.get("error") or "no message")}
         else:
-            metrics = read_metrics(folder)
-            missing.append(_clean({**run, "step": metrics[-1]["step"] if metrics else None}))
-    listed = {run["name"] for run in expected}
-    sweep = {**(sweep.get("data") or {}), **sweep}  # source and tokenizer are prepare's arguments
-    steps = sweep.get("steps") or max((run["steps"] for run in variants if run.get("steps")), default=None)
-    return {
-        "experiment": sweep.get("experiment", out.name), "scale": sweep.get("scale"), "source": without_folders(sweep.get("source")),
-        "tokenizer": without_folders(sweep.get("tokenizer")), "steps": steps, "expected": len(expected),
-        "environment": environment(out, [v["name"] for v in variants + failed + missing]),
-        "variants": variants, "summary": summarise(variants), "failed": failed, "missing": missing,
-        "unlisted": [name for name in finished if name not in listed],
-    }
+            missing[name] = {"name": name, "step": max((row["step"] for row in read_metrics(folder)), default=None), "steps": steps[name],
+                             "begun": (folder / "log.txt").exists()}
+    experiments = [section(name, known[name], plan, done, failed, missing) for name in plan.experiments]
+    claims = [claim for experiment in experiments for claim in experiment["claims"]]
+    return _clean({
+        "scale": plan.scale, "experiments": experiments, "expected": len(plan.runs), "finished": len(done),
+        "verdicts": {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in VERDICTS},
+        "steps": sorted(set(steps.values())), "environment": environment(out, list(plan.runs)), "accounting": accounting(list(done.values())),
+        "failed": list(failed.values()), "missing": list(missing.values()),
+        "runs": {name: [file for file in LINKED if (out / name / file).exists()] for name in plan.runs},
+    })
+
+
+def load(name: str, modules: dict[str, ModuleType] | None) -> ModuleType | str:
+    """The experiment's module, or in one line why there is none."""
+    try:
+        return catalogue.load(name) if modules is None else modules[name]
+    except KeyError:
+        return f"experiment {name!r}: no such file"
+    except Exception as error:  # one broken file must not take the report of the others down
+        return described(error)
+
+
+def finished(out: Path, run: dict, known: dict[str, ModuleType | str]) -> dict | None:
+    """As ``plan.finished``, but without stumbling over an experiment that cannot be loaded; numbers that are not finite are None."""
+    measures = {function.__name__ for name in run["experiments"] for function in getattr(known[name], "MEASURES", ())}
+    found = plans.finished(out, run, measures)
+    return found and _clean(found)
+
+
+def section(name: str, experiment: ModuleType | str, plan: plans.Plan, done: dict, failed: dict, missing: dict) -> dict:
+    """What the report says of one experiment.
+
+    {"name", "ids", "source", "question": the docstring's first line, "scale", "expected", "finished", "failed", "missing": names, "rows", "figures",
+    "claims", "seeds", "errors": {"analyse" | "claims" | "file": last line of what went wrong}}. ``experiment`` as :func:`load` returns it.
+    """
+    names = [run["name"] for run in plan.runs.values() if name in run["experiments"]]
+    runs = [done[run] for run in names if run in done]
+    entry = {"name": name, "ids": [], "source": "", "question": "", "scale": plan.scale, "expected": len(names),
+             "finished": [run["name"] for run in runs], "failed": [run for run in names if run in failed],
+             "missing": [run for run in names if run in missing], "rows": [], "figures": [], "claims": [],
+             "seeds": sorted({run["seed"] for run in runs}), "errors": {}}
+    if isinstance(experiment, str):
+        return entry | {"errors": {"file": experiment}}
+    entry |= {"ids": list(getattr(experiment, "IDS", ())), "source": getattr(experiment, "SOURCE", ""),
+              "question": (experiment.__doc__ or "").strip().partition("\n")[0]}
+    analysed = guarded(lambda: experiment.analyse(runs) if runs or not names else {}, "analyse", entry["errors"]) or {}
+    figures = guarded(lambda: [figure.to_dict() for figure in analysed.get("figures", ())], "analyse", entry["errors"]) or []
+    claims = guarded(lambda: [claim.to_dict() for claim in experiment.claims(runs)], "claims", entry["errors"]) or []
+    return entry | {"rows": list(analysed.get("rows", ())), "figures": figures, "claims": claims}
+
+
+def guarded(work: Callable, what: str, errors: dict):
+    """work(), or None with the error's last line under ``what``: one experiment's mistake does not take the report down."""
+    try:
+        return work()
+    except Exception as error:
+        errors[what] = described(error)
+        return None
+
+
+def described(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {tables.last_line(str(error))}"
 
 
 def environment(out: Path, names: list[str]) -> dict:
@@ -80,154 +124,130 @@ def environment(out: Path, names: list[str]) -> dict:
     return {key: values[0] if len(values) == 1 else values for key, values in sorted(seen.items())}
 
 
-def family(run: dict) -> str:
-    """Which colour and marker a run takes: one of FAMILIES. Both ways through the C/M ratio share their ends."""
-    axis, pattern = run.get("axis"), str(run.get("pattern"))
-    if axis in ("beta", "layers", "end") and run.get("c_fraction") in (0, 1):
-        return "dense" if run["c_fraction"] else "memoryllm"
-    if axis in ("beta", "layers"):
-        return "flex" if axis == "beta" else "layers"
-    return next((kind for kind in ("attn_only", "parallel", "stem") if kind in pattern), "other")
+def accounting(runs: list[dict]) -> list[dict]:
+    """What each variant holds and costs, one entry per distinct model and budget; rates and seconds are means over its runs."""
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run.get("variant"), run.get("account"), run.get("budget")], sort_keys=True), []).append(run)
+    entries = []
+    for members in groups.values():
+        first, account, budget = members[0], members[0].get("account") or {}, members[0].get("budget") or {}
+        results = [run.get("result") or {} for run in members]
+        entries.append({
+            "variant": first["variant"], "family": family_of(account["pattern"]) if account.get("pattern") else "other", "n": len(members),
+            **{key: account.get(key) for key in ("pattern", "total", "active", "total_all", "flops_per_token", "row_bytes_per_token", "row_dtype",
+                                                 "table_over_ffn")},
+            "table_bytes": (account.get("table_bytes") or {}).get(account.get("row_dtype")),
+            "budget": {key: budget.get(key) for key in ("mode", "knob", "chosen", "target", "got", "residual")} if budget else None,
+            "tokens": mean([result.get("tokens") for result in results]),
+            "train_tokens_per_s": mean([result.get("train_tokens_per_s") for result in results]),
+            "seconds": mean([sum((run.get("seconds") or {}).values()) or None for run in members])})
+    return sorted(entries, key=lambda e: (FAMILIES.index(e["family"]), str(e["variant"]), str(e["pattern"]), -(e["total"] or 0)))
 
 
-def label(run: dict) -> str:
-    """The short name of a variant in figures: β=3, 2C+6M (dense and memory layers), an end's family, else the run's name without its seed."""
-    kind = family(run)
-    if kind in ("dense", "memoryllm"):
-        return kind
-    if kind == "flex":
-        return f"β={run['beta']:g}" if isinstance(run.get("beta"), int | float) else f"β={run.get('beta')}"
-    if kind == "layers":
-        layers = parse_pattern(run["pattern"], set(re.findall(r"[a-z][\w-]*", run["pattern"])))
-        return f"{layers.count('dense')}C+{len(layers) - layers.count('dense')}M"
-    return variant_name(run)
+def mean(values: list) -> float | None:
+    values = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return statistics.fmean(values) if values else None
 
 
-def variant_name(run: dict) -> str:
-    return re.sub(r"-s\d+$", "", run["name"])
-
-
-def summarise(variants: list[dict]) -> list[dict]:
-    """One entry per (axis, pattern, beta): means over the seeds, ``<key>_std`` (sample standard deviation, None for one seed).
-
-    ``delta_dense`` is the mean of val_loss minus the dense run's *of the same seed*, so that the seeds are paired.
-    ``equal`` says whether every store of the variant equals its resident model, None without a store.
-    """
-    groups: dict[tuple, list[dict]] = {}
-    for run in variants:
-        groups.setdefault((str(run.get("axis")), str(run.get("pattern")), str(run.get("beta"))), []).append(run)
-    dense = {run.get("seed"): run.get("val_loss") for run in variants if family(run) == "dense"}
-    summary = []
-    for runs in groups.values():
-        first, checks = runs[0], [run["ok"] for run in runs if run.get("ok") is not None]
-        entry = {"variant": variant_name(first), "label": label(first), "family": family(first),
-                 **{key: first.get(key) for key in ("axis", "pattern", "beta", "c_fraction")},
-                 "n": len(runs), "seeds": [run.get("seed") for run in runs], "runs": [run["name"] for run in runs]}
-        for key in MEANS:
-            entry[key], entry[key + "_std"] = mean_std([run.get(key) for run in runs])
-        entry["delta_dense"], entry["delta_dense_std"] = mean_std(
-            [run["val_loss"] - dense[run.get("seed")] for run in runs
-             if run.get("val_loss") is not None and dense.get(run.get("seed")) is not None])
-        entry["kinds"] = {kind: mean_std([(run.get("kinds") or {}).get(kind) for run in runs])[0]
-                          for kind in sorted({kind for run in runs for kind in run.get("kinds") or {}})}
-        entry["equal"] = all(checks) if checks else None
-        summary.append(entry)
-    return sorted(summary, key=lambda e: (FAMILIES.index(e["family"]), -(e["c_fraction"] or 0), e["variant"]))
-
-
-def mean_std(values: list) -> tuple[float | None, float | None]:
-    """(mean, sample standard deviation) of the values that are there; None where there are too few."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return None, None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def without_folders(text: str | None) -> str | None:
+def without_folders(text: str) -> str:
     """Text with every absolute path cut to its last part: a report travels, the machine's folders do not."""
-    return text and re.sub(r"(?<![\w.:/])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\\"':,;()]+)+[/\\]([^\s/\\\"':,;()]*)", r"…/\1", text)
+    return re.sub(r"(?<![\w.:/])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\\"':,;()]+)+[/\\]([^\s/\\\"':,;()]*)", r"…/\1", text)
 
 
-def write(out: Path) -> dict:
-    """Writes OUT/results.json and OUT/report.html, each whole or not at all, and returns the results. Raises UserError as `collect`."""
+def write(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
+    """Writes results.json, report.html, report.md and report.tex, each whole or not at all; returns the results. Raises UserError as `collect`."""
     out = Path(out)
-    results = collect(out)
-    metrics = {run["name"]: (run, read_metrics(out / run["name"])) for run in results["variants"] + results["failed"] + results["missing"]}
-    page = report_page.page(results, curves([pair for pair in metrics.values() if pair[1] and "axis" in pair[0]]))
+    results = collect(out, modules)
+    page = report_page.page(results, curves(out, results))
     write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(out / "report.html", page)
+    write_text(out / "report.md", tables.markdown(results))
+    write_text(out / "report.tex", tables.latex(results))
     return results
 
 
-def curves(runs: list[tuple[dict, list[dict]]]) -> list[dict]:
-    """One loss curve per variant from (run, its metrics): the mean over those seeds that have come furthest.
+def curves(out: Path, results: dict) -> dict[str, list[dict] | str]:
+    """{experiment: its loss curves, or the name of an earlier experiment of the very same runs}; see :func:`mean_curves`."""
+    plan = plans.read(out)
+    made, seen = {}, {}
+    for experiment in results["experiments"]:
+        runs = [run for run in plan.runs.values() if experiment["name"] in run["experiments"]]
+        names = tuple(run["name"] for run in runs)
+        if names in seen:
+            made[experiment["name"]] = seen[names]
+            continue
+        found = [(variant_of(run["name"]), run_family(out, run), metrics) for run in runs if (metrics := read_metrics(out / run["name"]))]
+        made[experiment["name"]] = mean_curves(found)
+        seen |= {names: experiment["name"]} if names else {}
+    return made
 
-    Returns [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}] in the order of the tables.
+
+def run_family(out: Path, run: dict) -> str:
+    """The family of a run that may still be going: by its config.json, which it writes first."""
+    pattern = run["overrides"].get("model.pattern") or ((_read(out / run["name"] / "config.json") or {}).get("model") or {}).get("pattern")
+    return family_of(pattern) if pattern else "other"
+
+
+def mean_curves(runs: list[tuple[str, str, list[dict]]]) -> list[dict]:
+    """One loss curve per variant from (variant, family, metrics) of runs: the mean over those seeds that have come furthest.
+
+    Returns [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}] in the order of the families; a run without a loss has none.
     """
     groups: dict[tuple, list] = {}
-    for run, metrics in runs:
-        groups.setdefault((FAMILIES.index(family(run)), -(run.get("c_fraction") or 0), label(run)), []).append(metrics)
+    for variant, kind, metrics in runs:
+        groups.setdefault((FAMILIES.index(kind), variant), []).append(metrics)
     result = []
-    for (place, _, text), members in sorted(groups.items()):
+    for (place, variant), members in sorted(groups.items(), key=lambda item: item[0]):
         furthest = max(metrics[-1]["step"] for metrics in members)
-        curve = {"family": FAMILIES[place], "label": text}
+        curve = {"family": FAMILIES[place], "label": variant}
         for name, key in (("train", "loss"), ("val", "val_loss")):
             losses: dict[int, list[float]] = {}
             for row in (row for metrics in members if metrics[-1]["step"] == furthest for row in metrics):
                 if isinstance(row.get(key), int | float) and math.isfinite(row[key]):
                     losses.setdefault(row["step"], []).append(row[key])
             curve[name] = [(step, statistics.fmean(values)) for step, values in sorted(losses.items())]
-        result.append(curve)
+        if curve["train"] or curve["val"]:
+            result.append(curve)
     return result
 
 
 def headline(results: dict) -> str:
-    """The headline table as plain text, for a terminal of about 120 columns."""
-    short = report_page.SHORT
-    head = ("variant", "C/M", "n", "total", "active", "val loss", "Δ dense", "bits/B", "recall", "reason", "train t/s", "table", "decode t/s", "= disk")
-    rows = []
-    for e in results["summary"]:
-        decode = f"{short['rate'](e['decode_tps_resident'])} / {short['rate'](e['decode_tps_offloaded'])}"
-        rows.append((e["variant"], short["ratio"](e["c_fraction"]), str(e["n"]), short["count"](e["total"]), short["count"](e["active"]),
-                     short["loss"](e["val_loss"]) + (f" ±{e['val_loss_std']:.3f}" if e["val_loss_std"] is not None else ""),
-                     short["signed"](e["delta_dense"]), short["loss"](e["val_bits_per_byte"]), short["share"](e["recall_acc"]),
-                     short["share"](e["reasoning_acc"]), short["rate"](e["train_tokens_per_s"]), short["bytes"](e["table_bytes"]),
-                     decode, {True: "yes", False: "NO", None: "–"}[e["equal"]]))
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-             for row in [head, *rows]]
-    lines.insert(1, "─" * max(map(len, lines)))
-    chances = [f"{task} {report_page.chance(results['summary'], task)}" for task in ("recall", "reasoning")
-               if report_page.chance(results["summary"], task)]
-    if chances:
-        lines.append("chance: " + ", ".join(chances) + "; decode: resident / tables on disk")
-    if results["summary"] and max(e["n"] for e in results["summary"]) == 1:
-        lines.append("one seed: differences in loss below about 0.015 nat decide nothing")
-    lines += [f"FAILED   {run['name']} ({run['stage']}): {run['error'].strip().splitlines()[-1]}" for run in results["failed"]]
-    lines += [f"missing  {run['name']}: {report_page.progress(run, results['steps'])}" for run in results["missing"]]
-    return "\n".join(lines)
+    """The verdict table as plain text of 120 columns, the counts, and what is missing."""
+    lines = [tables.plain(results), tables.tally(results) + f"; {results['finished']} of {results['expected']} runs finished"]
+    lines += [f"ERROR    {e['name']} ({what}): {error}" for e in results["experiments"] for what, error in e["errors"].items()]
+    lines += [f"FAILED   {run['name']} (exit {run['exit']}): {tables.last_line(run['error'])}" for run in results["failed"]]
+    waiting = [run["name"] for run in results["missing"] if tables.progress(run) == tables.WAITING]
+    lines += [f"missing  {run['name']}: {tables.progress(run)}" for run in results["missing"] if run["name"] not in waiting]
+    lines += [f"missing  {len(waiting)} {tables.WAITING}: {', '.join(waiting)}"] if waiting else []
+    return "\n".join([lines[0], *(line if len(line) <= 120 else line[:119] + "…" for line in lines[1:])])
 
 
 def _read(path: Path):
     """The JSON of a file; None when it is absent or cut short."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
 
 
 def _clean(value):
-    """NaN and infinities become None, so that results.json is strict JSON."""
+    """Strict JSON without the machine: NaN and infinities become None, tuples lists, numpy's numbers Python's, absolute paths their last part,
+    halves of surrogate pairs the replacement character."""
     if isinstance(value, dict):
-        return {key: _clean(item) for key, item in value.items()}
-    if isinstance(value, list):
+        return {_clean(str(key)): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
         return [_clean(item) for item in value]
+    if isinstance(value, str):
+        return without_folders(re.sub("[\ud800-\udfff]", "\ufffd", value))
+    if hasattr(value, "item") and not isinstance(value, float):
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Writes results.json and report.html of a sweep folder.")
-    parser.add_argument("out", type=Path, help="the sweep folder, the --out of experiments.run")
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Writes results.json, report.html, report.md and report.tex.")
+    parser.add_argument("out", type=Path, help="the --out folder of experiments.run")
     out = parser.parse_args(argv).out
     try:
         results = write(out)
@@ -235,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(headline(results))
-    print(f"\n{len(results['variants'])} of {results['expected']} runs; report: {out / 'report.html'}, numbers: {out / 'results.json'}")
+    print(f"\nreport: {out / 'report.html'}, {out / 'report.md'}, {out / 'report.tex'}; numbers: {out / 'results.json'}")
     return 0
 
 

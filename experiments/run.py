@@ -1,38 +1,47 @@
-"""Runs an experiment's sweep: python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo [--dry_run] [--only=NAME]
+"""Runs experiments: python -m experiments.run e1 e2 --scale=cpu [--out=runs/cpu] [--launcher=local|slurm] [--dry_run]
 
-Each run is a process of its own: finished ones are skipped, broken ones resumed, a failed one is reported and the rest go on.
+Experiments that need the same run share it. Finished runs are kept, broken ones resumed; a failed one is shown and the others go on. The same command
+again continues, and ends with the report.
 """
 
-import argparse
-import collections
-import importlib
-import json
 import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+from experiments import catalogue
+from experiments import plan as plans
 from flexmemory.cli.flags import Parser
-from flexmemory.cli.main import start_process
 from flexmemory.errors import UserError, nearest
-from flexmemory.files import write_json
-from flexmemory.progress import eta
 
-EXPERIMENTS = ("cm_ratio",)
+LAUNCHERS = ("local", "slurm", "here")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m experiments.run", __doc__)
-    parser.add_argument("experiment", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--scale", default="quickstart")
-    parser.add_argument("--out", required=True, help="folder of the sweep; an existing one is continued")
+    parser.add_argument("experiments", nargs="*", help="names or ids; python -m experiments.list shows them")
+    parser.add_argument("--all", action="store_true", help="every experiment of the catalogue that has the scale")
+    parser.add_argument("--scale", required=True, help="smoke, cpu, gpu or paper")
+    parser.add_argument("--out", type=Path, help="folder of the runs, continued where it exists; default runs/SCALE")
     parser.add_argument("--source", help="other text than the scale's, as for flexmemory prepare")
     parser.add_argument("--seeds", help="fewer seeds than the scale's, e.g. 0 or 0,1")
-    parser.add_argument("--only", help="run just this one, in this process")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--budget", help="make every variant cost what the first one does: total, active, flops or bytes")
+    parser.add_argument(
+        "--launcher",
+        default="local",
+        help="local (one process per device), slurm, or here (this process; on every host of a slice with --distributed)",
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="with --launcher=here: one of several processes that a TPU pod, SLURM or Kubernetes started; trains only",
+    )
+    parser.add_argument(
+        "--devices", type=int, help="with --launcher=local: processes at a time; default one per accelerator, on a CPU one per core up to 8"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print what would start and stop")
     try:
-        return run(parser.parse_args(argv))
+        args, rest = parser.parse_known_args(argv)
+        return run(args, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,104 +50,122 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def load(experiment: str, scale: str, source: str | None = None, seeds: str | None = None) -> dict:
-    """The experiment's sweep at a scale, with other text or fewer seeds where given. Raises UserError on an unknown name."""
-    if experiment not in EXPERIMENTS:
-        raise UserError(f"experiment {experiment!r}: {nearest(experiment, EXPERIMENTS)}")
-    module = importlib.import_module(f"experiments.{experiment}")
-    if scale not in module.SCALES:
-        raise UserError(f"--scale {scale!r}: {nearest(scale, module.SCALES)}")
-    spec = module.sweep(scale)
-    if source:
-        spec["data"] = spec["data"] | {"source": source}
-    if seeds:
-        known = sorted({str(row["seed"]) for row in spec["runs"]})
-        for seed in seeds.split(","):
-            if seed not in known:
-                raise UserError(f"--seeds {seed!r}: this scale has {', '.join(known)}")
-        spec["runs"] = [row for row in spec["runs"] if str(row["seed"]) in seeds.split(",")]
-    return {"experiment": experiment, "scale": scale, **spec}
-
-
-def run(args: argparse.Namespace) -> int:
-    spec, out = load(args.experiment, args.scale, args.source, args.seeds), Path(args.out)
-    if args.only and args.only not in (names := [run["name"] for run in spec["runs"]]):
-        raise UserError(f"--only {args.only!r}: {nearest(args.only, names)}")
+def run(args, rest: list[str]) -> int:
+    check(args, rest)
+    out = args.out or Path("runs") / args.scale
+    plan = plans.make(chosen(args), args.scale, source=args.source, seeds=seeds_of(args.seeds), budget=args.budget)
     if args.dry_run:
-        print(command("flexmemory.cli.main", "prepare", *(f"--{k}={v}" for k, v in spec["data"].items()), f"--out={out / 'data'}"))
-        for row in spec["runs"]:
-            print(command(*child(args, row["name"])))
+        print(dry_run(out, plan, args, rest))
         return 0
-    claim(out, spec)
-    start_process()
-    from flexmemory.data.prepare import prepare
+    if args.launcher == "here":
+        return here(out, plan, args)
+    plan = plans.claim(out, plan)
+    for folder, arguments in texts(out, plan).items():
+        from flexmemory.data.prepare import prepare
 
-    prepare(out=out / "data", progress=not args.only, **spec["data"])
-    if args.only:
-        from experiments.variant import run_variant
+        prepare(out=folder, **arguments)
+    todo = plans.unfinished(out, plan)
+    if args.launcher == "slurm":
+        from experiments import slurm
 
-        (out / args.only / "failed.json").unlink(missing_ok=True)
-        run_variant(out, spec, next(row for row in spec["runs"] if row["name"] == args.only))
-        return 0
-    failed = run_all(out, spec, args)
+        print(slurm.launch(out, todo, slurm.options_of(rest)))
+        failed = []
+    else:
+        from experiments.local import run_local
+
+        failed = run_local(out, todo, plans.steps(plan), args.devices)
+    return report(out, failed)
+
+
+def report(out: Path, failed: list[str]) -> int:
     from experiments.report import headline, write
 
     print(headline(write(out)))
-    print(f"\nreport: {out / 'report.html'}\nnumbers: {out / 'results.json'}")
+    print(f"\nreport: {out / 'report.html'}, report.md, report.tex; numbers: {out / 'results.json'}")
     return 1 if failed else 0
 
 
-def claim(out: Path, spec: dict) -> None:
-    """Creates the sweep folder or checks that it holds this sweep. Raises UserError naming what differs."""
-    path, wanted = out / "sweep.json", json.loads(json.dumps(spec))
-    if path.exists():
-        known = json.loads(path.read_text())
-        for key, value in wanted.items():
-            if known.get(key) != value:
-                raise UserError(f"--out {out}: holds another sweep ({key} differs); give a new folder")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: not empty and not a sweep; give a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, spec)
+def check(args, rest: list[str]) -> None:
+    """Raises UserError on words that do not go together."""
+    if args.launcher not in LAUNCHERS:
+        raise UserError(f"--launcher {args.launcher!r}: {nearest(args.launcher, LAUNCHERS)}")
+    if rest and args.launcher != "slurm":
+        raise UserError(f"argument {rest[0]!r}: not understood; see python -m experiments.run --help")
+    if bool(args.experiments) == args.all:
+        raise UserError("give names of experiments or --all; python -m experiments.list shows them")
+    if args.distributed and args.launcher != "here":
+        raise UserError("--distributed: several processes share one run only with --launcher=here")
 
 
-def child(args: argparse.Namespace, name: str) -> tuple[str, ...]:
-    more = [f"--{name}={value}" for name in ("source", "seeds") if (value := getattr(args, name))]
-    return ("experiments.run", args.experiment, f"--scale={args.scale}", f"--out={args.out}", *more, f"--only={name}")
+def chosen(args) -> list[str]:
+    if not args.all:
+        return args.experiments
+    known = [name for name in catalogue.names() if args.scale in catalogue.scales_of(catalogue.load(name))]
+    if not known:
+        raise UserError(
+            f"--scale {args.scale!r}: {nearest(args.scale, sorted({s for n in catalogue.names() for s in catalogue.scales_of(catalogue.load(n))}))}"
+        )
+    return known
+
+
+def seeds_of(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {text!r}: give whole numbers, e.g. 0,1") from None
+
+
+def texts(out: Path, plan: plans.Plan) -> dict[Path, dict]:
+    """{data folder: arguments of prepare}, each text once."""
+    return {plans.data_folder(out, run): plans.prepare_arguments(run) for run in plan.runs.values()}
+
+
+def dry_run(out: Path, plan: plans.Plan, args, rest: list[str]) -> str:
+    """The commands that would start, in their order."""
+    lines = [
+        command("flexmemory.cli.main", "prepare", *(f"--{key}={value}" for key, value in arguments.items()), f"--out={folder}")
+        for folder, arguments in texts(out, plan).items()
+    ]
+    todo = plans.unfinished(out, plan)
+    if args.launcher == "slurm":
+        from experiments import slurm
+
+        return "\n".join([*lines, slurm.dry(out, todo, slurm.options_of(rest))])
+    return "\n".join([*lines, *(command("experiments.worker", str(out), name) for name in todo)])
 
 
 def command(module: str, *rest: str) -> str:
     return shlex.join(["python", "-m", module, *rest])
 
 
-def run_all(out: Path, spec: dict, args: argparse.Namespace) -> list[str]:
-    """Runs what is not finished, one process after another; returns the names that failed."""
-    began, failed, ran = time.perf_counter(), [], 0
-    todo = [row["name"] for row in spec["runs"] if not (out / row["name"] / "variant.json").exists()]
-    for name in todo:
-        left = f", about {eta((time.perf_counter() - began) / ran * (len(todo) - ran))} left" if ran else ""
-        print(f"[{ran + 1}/{len(todo)}] {name}{left}", file=sys.stderr, flush=True)
-        folder = out / name
-        folder.mkdir(exist_ok=True)
-        (folder / "failed.json").unlink(missing_ok=True)
-        code, tail = run_child([sys.executable, "-m", *child(args, name)], out / f"{name}.log")
-        ran += 1
-        if code:
-            failed.append(name)
-            write_json(folder / "failed.json", {"name": name, "exit": code, "error": "\n".join(tail)})
-            print(f"{name} failed (exit {code}); log: {out / f'{name}.log'}; the others go on", file=sys.stderr)
-    return failed
+def here(out: Path, plan: plans.Plan, args) -> int:
+    """Does the runs in this process, one after another; of several processes each calls this, and all train each run together."""
+    from experiments.worker import work
+    from flexmemory import cluster
 
+    if args.distributed:
+        cluster.start()
 
-def run_child(arguments: list[str], log: Path) -> tuple[int, list[str]]:
-    """Runs one process, its output both shown and kept in ``log``. Returns (exit code, last lines)."""
-    tail: collections.deque[str] = collections.deque(maxlen=12)
-    with open(log, "a") as file, subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            print("  " + line, end="", file=sys.stderr, flush=True)
-            file.write(line)
-            tail.append(line.rstrip())
-    return process.returncode, list(tail)
+    def first() -> plans.Plan:
+        from flexmemory.data.prepare import prepare
+
+        claimed = plans.claim(out, plan)
+        for folder, arguments in texts(out, claimed).items():
+            prepare(out=folder, **arguments)
+        return claimed
+
+    cluster.together(first, first_only=True)
+    plan = plans.read(out)
+    code = work(out, plan, iter(plans.unfinished(out, plan)), together=args.distributed)
+    if code == 130:
+        return code
+    if args.distributed:
+        if cluster.is_first():
+            print("trained; the same command without --distributed, on one host, measures and writes the report")
+        return code
+    return report(out, ["a run"] if code else [])
 
 
 if __name__ == "__main__":

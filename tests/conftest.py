@@ -40,13 +40,14 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_config(tiny_data):
     """``tiny_config(pattern, **{"train.steps": 6, ...}) -> Config`` of a model that trains in seconds."""
-    from experiments.variant import config_with
+    from experiments.sweeps import with_fields
+    from flexmemory.config import Config
 
     base = {"model.d_model": 32, "model.n_heads": 4, "model.d_ff": 88, "model.init_std": 0.08, "data.seq_len": 96,
             "data.batch_size": 4, "data.path": str(tiny_data), "train.steps": 6, "train.log_every": 1, "train.eval_tokens": 512,
             "optimizer.warmup_steps": 2, "optimizer.lr": 1e-2, "optimizer.min_lr": 1e-3}
 
     def make(pattern="flex memoryllm stem", **sets):
-        return config_with(base | {"model.pattern": pattern} | sets)
+        return with_fields(Config(), base | {"model.pattern": pattern} | sets)
 
     return make

@@ -1,11 +1,12 @@
 """Validation loss, perplexity and bits per byte."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from flexmemory.config import Config
+from flexmemory.config import Config, ModelConfig
 from flexmemory.data.pipeline import eval_batches
 from flexmemory.data.shards import TokenShards
 from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
@@ -13,20 +14,26 @@ from flexmemory.parallel import own_sections, putter, sections
 from flexmemory.train.loss import chunked_losses
 
 
-def make_eval_step(cfg: Config, ffn_scale: float = 1.0):
+def make_eval_step(cfg: Config, ffn_scale: float | jax.Array = 1.0):
     """``step(params, rows, batch) -> (sum of weighted losses, sum of weights)`` for a batch of ``eval_batches``.
 
-    params: without ``memory``; rows: {group: rows_LRW} of the batch's unique_ids.
+    params: without ``memory``; rows: {group: rows_LRW} of the batch's unique_ids. ffn_scale: a number, or an array [L] of one for each layer; all
+    numbers but 1.0 share a compilation, and so do all arrays.
     """
-    hidden = make_hidden(cfg.model)
+    return functools.partial(_sums, ffn_scale=as_argument(ffn_scale), cfg=cfg.model)
 
-    @jax.jit
-    def step(params, rows, batch):
-        x_BTD, head_DV = hidden(params, rows, batch, segments_BT=batch.get("segments"), ffn_scale=ffn_scale)
-        ce_BT, _ = chunked_losses(x_BTD, head_DV, batch["targets"])
-        return jnp.sum(ce_BT * batch["weight"]), jnp.sum(batch["weight"])
 
-    return step
+def as_argument(ffn_scale: float | jax.Array) -> jax.Array | None:
+    """ffn_scale as an argument of a compiled function: float32, or None for 1.0, which is then left out of it."""
+    return None if jnp.ndim(ffn_scale) == 0 and ffn_scale == 1.0 else jnp.asarray(ffn_scale, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _sums(params, rows, batch, ffn_scale, *, cfg: ModelConfig):
+    scale = 1.0 if ffn_scale is None else ffn_scale
+    x_BTD, head_DV = make_hidden(cfg)(params, rows, batch, segments_BT=batch.get("segments"), ffn_scale=scale)
+    ce_BT, _ = chunked_losses(x_BTD, head_DV, batch["targets"])
+    return jnp.sum(ce_BT * batch["weight"]), jnp.sum(batch["weight"])
 
 
 def perplexity(cfg: Config, params: dict, shards: TokenShards, step=None, max_tokens: int | None = None, rows_of: RowsOf | None = None) -> dict:

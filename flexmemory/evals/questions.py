@@ -1,5 +1,6 @@
 """Accuracy on the synthetic questions: recall of trained facts, reasoning in the context."""
 
+import functools
 from collections import defaultdict
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from flexmemory.config import Config
+from flexmemory.config import Config, ModelConfig
 from flexmemory.data.pipeline import places_of, unique_rows
 from flexmemory.data.tokenizer import Tokenizer, encode_pair
 from flexmemory.errors import UserError
+from flexmemory.evals.perplexity import as_argument
 from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
 from flexmemory.models.transformer import output_logits
 from flexmemory.parallel import like, own_sections, putter, sections
@@ -38,27 +40,22 @@ def encode_questions(questions: list[dict], tokenizer: Tokenizer, seq_len: int) 
     return ids_QT, answer_QT
 
 
-def answer_accuracy(cfg: Config, params: dict, tokenizer: Tokenizer, questions: list[dict], ffn_scale: float = 1.0,
-                    rows_of: RowsOf | None = None) -> dict:
-    """Share of questions whose every answer token is the argmax under teacher forcing. ``rows_of`` gives the rows, by default those of ``params``.
+def answer_accuracy(cfg: Config, params: dict, tokenizer: Tokenizer, questions: list[dict],
+                    ffn_scale: float | jax.Array = 1.0, rows_of: RowsOf | None = None) -> dict:
+    """Share of questions whose every answer token is the argmax under teacher forcing. ``rows_of`` gives the rows, by default those of ``params``;
+    ffn_scale is that of ``make_eval_step``.
 
     Returns {"recall_acc", "reasoning_acc", "<task>_chance", "kinds": {kind: accuracy}, "questions": count}; {} without questions.
     """
     if not questions:
         return {}
     ids_QT, answer_QT = encode_questions(questions, tokenizer, cfg.data.seq_len)
-    rows_of, hidden, vocab = rows_of or live_rows(cfg.model, params), make_hidden(cfg.model), cfg.model.vocab_size
+    rows_of, scale, vocab = rows_of or live_rows(cfg.model, params), as_argument(ffn_scale), cfg.model.vocab_size
     backbone = {name: value for name, value in params.items() if name != "memory"}
     put, cut, own = putter(), sections(), own_sections()
     count = -(-BATCH // cut) * cut
     mine = places_of(own, count // cut)
     sizes = (min(vocab, count // cut * ids_QT.shape[1]),)  # always enough for the unique ids of a batch
-
-    @jax.jit
-    def right(params, rows, batch):
-        x_BTD, head_DV = hidden(params, rows, batch, ffn_scale=ffn_scale)
-        hit_BT = jnp.argmax(output_logits(x_BTD, head_DV), axis=-1) == batch["targets"]
-        return like(jnp.all(hit_BT | ~batch["answers"], axis=-1), P(None))
 
     hits = []
     for start in range(0, len(questions), count):
@@ -67,7 +64,7 @@ def answer_accuracy(cfg: Config, params: dict, tokenizer: Tokenizer, questions: 
         ids_BT, answer_BT = (np.pad(a_BT, ((0, count - found), (0, 0))) for a_BT in (ids_BT, answer_BT))
         batch = {"targets": ids_BT[mine, 1:], "answers": answer_BT[mine, :-1], **unique_rows(ids_BT[:, :-1], vocab, sizes, cut, own)}
         batch = put(batch)
-        hits.append(np.asarray(right(backbone, rows_of(batch["unique_ids"]), batch))[:found])
+        hits.append(np.asarray(_right(backbone, rows_of(batch["unique_ids"]), batch, scale, cfg=cfg.model))[:found])
     hits = np.concatenate(hits)
     by_task, by_kind, chance = defaultdict(list), defaultdict(list), defaultdict(list)
     for question, hit in zip(questions, hits, strict=True):
@@ -77,3 +74,11 @@ def answer_accuracy(cfg: Config, params: dict, tokenizer: Tokenizer, questions: 
     return {**{f"{task}_acc": float(np.mean(h)) for task, h in by_task.items()},
             **{f"{task}_chance": float(np.mean(c)) for task, c in chance.items()},
             "kinds": {kind: float(np.mean(h)) for kind, h in by_kind.items()}, "questions": len(questions)}
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _right(params, rows, batch, ffn_scale, *, cfg: ModelConfig):
+    """bool [B]: whether every answer token is the argmax."""
+    x_BTD, head_DV = make_hidden(cfg)(params, rows, batch, ffn_scale=1.0 if ffn_scale is None else ffn_scale)
+    hit_BT = jnp.argmax(output_logits(x_BTD, head_DV), axis=-1) == batch["targets"]
+    return like(jnp.all(hit_BT | ~batch["answers"], axis=-1), P(None))

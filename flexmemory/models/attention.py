@@ -20,17 +20,18 @@ class Context:
     """What a block needs to know of the sequence, the same for every layer.
 
     positions_BT: int32, position of each token in its sequence. segments_BT: int32 document numbers, attention stays inside
-    one, or None. ffn_scale: alpha of MemoryLLM section 3.2, multiplies what the FFN or the row adds to the residual.
+    one, or None. ffn_scale: alpha of MemoryLLM section 3.2, multiplies what the FFN or the row adds to the residual; a plain 1.0 leaves the
+    multiplication out, an array of one number is a value of the compiled program.
     implementation: of ``jax.nn.dot_product_attention``, or "cpu": :func:`cpu_attention`.
     """
 
     positions_BT: jax.Array
     segments_BT: jax.Array | None
-    ffn_scale: float
+    ffn_scale: float | jax.Array
     implementation: str
 
     def scaled(self, x: jax.Array) -> jax.Array:
-        return x if self.ffn_scale == 1.0 else x * jnp.asarray(self.ffn_scale, x.dtype)
+        return x if isinstance(self.ffn_scale, float) and self.ffn_scale == 1.0 else x * jnp.asarray(self.ffn_scale, x.dtype)
 
 
 def rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:

@@ -4,6 +4,8 @@ Two calls make a forward pass: ``rows = model.rows(unique_ids)`` and ``model(ids
 first one out and hands in rows read from a TKV store.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -52,6 +54,7 @@ class Transformer(nnx.Module):
 
         ids_BT int32; rows as from :meth:`rows`; inverse_BT int32 places each token's row: rows[:, inverse_BT].
         positions_BT defaults to 0..T-1. segments_BT int32 document numbers or None. cache as from :func:`empty_cache`.
+        ffn_scale of :class:`Context`: one number for all layers, or an array [L] of one for each layer of the model.
         Returns (x_BTD in compute dtype, updated cache or None).
         """
         if positions_BT is None:
@@ -69,20 +72,25 @@ class Transformer(nnx.Module):
         cfg = self.cfg
         ctx = Context(positions_BT, segments_BT, ffn_scale, attention_implementation(cfg, masked=segments_BT is not None))
         cuts, new_cache = self.cuts[first:last], {}
+        start = sum(len(unit) * repeats for unit, repeats in self.cuts[:first])
         for i, ((unit, repeats), unit_rows) in enumerate(zip(cuts, rows_by_unit(rows, cuts), strict=True), first):
 
             def body(x_BTD, layer, unit=unit):
-                blocks, layer_rows, layer_cache = layer
+                blocks, layer_rows, layer_cache, scale_U = layer
                 made = {}
                 for j, spec in enumerate(unit):
                     u = f"u{j}"
                     row_BTW = gather_rows(layer_rows[u], inverse_BT) if spec.row_width else None
-                    y_BTD, made[u] = blocks[u](x_BTD, row_BTW, ctx, layer_cache and layer_cache[u])
+                    own_ctx = ctx if scale_U is None else dataclasses.replace(ctx, ffn_scale=scale_U[j])
+                    y_BTD, made[u] = blocks[u](x_BTD, row_BTW, own_ctx, layer_cache and layer_cache[u])
                     x_BTD = like(y_BTD, spec_of(x_BTD))
                 return x_BTD, made if layer_cache is not None else None
 
             body = remat(body, repeats, cfg.scan_layers, cfg.remat_keep) if cfg.remat else body
-            xs = (self.blocks[f"s{i}"], unit_rows, cache and cache[f"s{i}"])
+            layers = slice(start, start + len(unit) * repeats)
+            scale_RU = ffn_scale[layers].reshape(repeats, len(unit)) if jnp.ndim(ffn_scale) else None
+            start = layers.stop
+            xs = (self.blocks[f"s{i}"], unit_rows, cache and cache[f"s{i}"], scale_RU)
             x_BTD, new_cache[f"s{i}"] = apply_stack(body, x_BTD, xs, repeats, cfg.scan_layers)
         return x_BTD, new_cache if cache is not None else None
 

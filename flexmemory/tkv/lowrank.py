@@ -47,7 +47,7 @@ def find_bases(params: dict, *, cfg: ModelConfig, groups: tuple[Group, ...], fol
     layers = sorted(layer for group in groups for layer in group.layers)
     rank_of = dict(zip(layers, ranks, strict=True)) if ranks else {}
     bases = {}
-    for layer, gram_WW in _grams(params, cfg, groups, fold_rows, progress).items():
+    for layer, gram_WW in grams(params, cfg, groups, fold_rows, progress).items():
         if not np.isfinite(gram_WW).all():
             raise UserError(f"layer {layer}: its rows are not all finite; export an earlier checkpoint (--step)")
         values, vectors = np.linalg.eigh(gram_WW)  # ascending
@@ -62,8 +62,8 @@ def _smallest_rank(values: np.ndarray, rank_error: float) -> int:
     return max(1, int(np.argmax(tail <= rank_error**2 * tail[0])))
 
 
-def _grams(params: dict, cfg: ModelConfig, groups: tuple[Group, ...], fold_rows: int, progress: bool) -> dict[int, np.ndarray]:
-    """{model layer: X^T X float64 [W, W]}"""
+def grams(params: dict, cfg: ModelConfig, groups: tuple[Group, ...], fold_rows: int, progress: bool) -> dict[int, np.ndarray]:
+    """{model layer: X^T X float64 [W, W]} of all V rows, from one pass over them; sums of CALLS calls are float32, on the device."""
     zeros = {group.name: jnp.zeros((len(group.layers), group.width, group.width), jnp.float32) for group in groups}
     total = {group.name: np.zeros(zeros[group.name].shape) for group in groups}
     v, step = cfg.vocab_size, fold_rows * CALLS

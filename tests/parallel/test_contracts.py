@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from experiments.variant import config_with
+from experiments.sweeps import with_fields
 from flexmemory import parallel
 from flexmemory.config import Config, DataConfig, ParallelConfig, TrainConfig
 from flexmemory.errors import UserError
@@ -20,7 +20,7 @@ SIZES = {**{f"memoryllm {name}": size["model"] for name, size in MEMORYLLM_SIZES
 
 def config(pattern: str, size: str, plan: str) -> Config:
     sets = {f"model.{name}": value for name, value in SIZES[size].items()}
-    return config_with(sets | {"model.pattern": pattern, "model.compute_dtype": "bfloat16", "data.batch_size": 512, "data.seq_len": 2048,
+    return with_fields(Config(), sets | {"model.pattern": pattern, "model.compute_dtype": "bfloat16", "data.batch_size": 512, "data.seq_len": 2048,
                                "optimizer.table_optimizer": "lazy_adam", "parallel.plan": plan, "parallel.mesh": MESHES[plan]})
 
 

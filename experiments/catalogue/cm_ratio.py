@@ -1,0 +1,177 @@
+"""How much of the FFN must compute on the context, and how much may be read from a table?
+
+Two ways to move the ratio C/M at equal total parameters: beta = 0..3 of every layer's 8h^2 (flex, MemoryLLM section 4.2), and n_C of N layers dense
+near the input, the rest memoryllm near the output. Ends: dense (all C) and attn_only (no FFN at all, so fewer parameters: what memoryllm is without
+its rows). stem stands beside them, its width solved for equal totals. Every run is also folded, proved equal to its store, and decoded from disk.
+
+    python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo        # make demo: eight minutes on two cores
+
+The paper's claim at equal totals (Table 2, Figure 9): loss rises from dense over flex beta 3, 2, 1 to memoryllm. The second way is not in the paper.
+"""
+
+from experiments import scales
+from experiments.chart import NOISE, family, loss_against, means
+from experiments.figure import Figure, Series
+from experiments.measures import decode, fold
+from experiments.sweeps import product, seeds
+from experiments.verdicts import by_variant, exact_claim, mean_spread, number, order_claim, sign_claim
+
+IDS = ("CM",)
+SOURCE = "MemoryLLM section 4.2; ours"
+SCALES = ("smoke", "quickstart", "cpu", "gpu", "paper")
+MEASURES = (fold, decode)
+BETAS = (3, 2, 1)
+QUICKSTART = {
+    "prepare.source": "python-stdlib:max_mb=2+facts:people=24,docs=40+tasks:n=1500",
+    "prepare.tokenizer": "bpe:1024",
+    "prepare.val_fraction": 0.05,
+    "model.d_model": 128,
+    "model.n_heads": 4,
+    "model.d_ff": 344,
+    "model.init_std": 0.08,
+    "data.seq_len": 128,
+    "data.batch_size": 16,
+    "train.steps": 200,
+    "train.eval_every": 50,
+    "train.eval_tokens": 16_384,
+    "optimizer.lr": 3e-3,
+    "optimizer.min_lr": 3e-4,
+    "optimizer.warmup_steps": 20,
+}
+
+
+def variants(n):
+    splits = sorted({max(1, n // 4), n // 2, n - max(1, n // 4)}, reverse=True)
+    like = {"model.pattern": f"dense*{n}"}
+    return [
+        scales.dense(n),
+        *(scales.variant(f"layers-c{c}", f"dense*{c} memoryllm*{n - c}") for c in splits),
+        *(scales.flex(n, beta) for beta in BETAS),
+        scales.memoryllm(n),
+        scales.stem(n) | {"name": "stem-equal", "budget": {"mode": "total", "knob": "model.d_ff", "like": like}},
+        scales.variant("attn_only", f"attn_only*{n}"),
+    ]
+
+
+def sweep(scale):
+    if scale == "quickstart":
+        return product([QUICKSTART | row for row in variants(4)], seeds((0,)))
+    return scales.sweep(scale, variants(scales.layers(scale)))
+
+
+def share(run):
+    """C, the share of the FFN weights that compute on the context; None beside the axis (stem, attn_only)."""
+    pattern, widths = run["config"]["model"]["pattern"], run["account"]["ffn_widths"]
+    if "stem" in pattern or "attn_only" in pattern:
+        return None
+    return sum(c for c, _ in widths) / sum(c + m for c, m in widths)
+
+
+def analyse(runs):
+    rows = means(
+        runs,
+        compute_share=share,
+        total="account.total",
+        active="account.active",
+        val_loss="result.val_loss",
+        bits_per_byte="result.val_bits_per_byte",
+        recall_acc="result.recall_acc",
+        reasoning_acc="result.reasoning_acc",
+        train_tokens_per_s="result.train_tokens_per_s",
+        table_bytes="account.table_bytes.float32",
+        decode_resident="measures.decode.resident",
+        decode_offloaded="measures.decode.offloaded",
+        rows_max_abs_diff="measures.fold.rows_max_abs_diff",
+        logits_max_abs_diff="measures.fold.logits_max_abs_diff",
+    )
+    return {
+        "rows": rows,
+        "figures": [
+            loss_against_share(runs),
+            loss_against(runs, "active"),
+            loss_against(runs, "read_bytes_per_token"),
+            recall_against_reasoning(runs),
+        ],
+    }
+
+
+def loss_against_share(runs):
+    """The two ways as lines between the same ends, the rest as reference lines."""
+    groups, beside = by_variant(runs), []
+    points = {
+        name: (100 * share(group[0]), *mean_spread([number(run, "result.val_loss") for run in group]))
+        for name, group in groups.items()
+        if share(group[0]) is not None
+    }
+    ways = []
+    for way in ("flex", "layers"):
+        names = [name for name in points if name.startswith((way, "dense", "memoryllm"))]
+        ways.append(
+            Series(
+                "β of every layer" if way == "flex" else "first layers dense",
+                tuple(sorted((x, y, s or 0.0) for x, y, s in map(points.get, names))),
+                family=way,
+                dashed=way == "layers",
+            )
+        )
+    for name, group in groups.items():
+        mean, _ = mean_spread([number(run, "result.val_loss") for run in group])
+        if share(group[0]) is None and mean is not None and points and mean < 1.1 * max(y for _, y, _ in points.values()):
+            beside.append((mean, name))
+    return Figure(
+        "loss-share",
+        "Validation loss against the C/M ratio",
+        "Solid: β moves weights of every layer between FFN-C and FFN-M; dashed: the first layers are dense. "
+        "Both ways share their ends, memoryllm and dense. Bar: what two seeds of one model may differ by.",
+        "compute share C of the FFN weights, %",
+        "validation loss, nat per token",
+        tuple(way for way in ways if way.points),
+        lines=tuple(beside),
+        noise=NOISE,
+    )
+
+
+def recall_against_reasoning(runs):
+    series = []
+    for name, group in by_variant(runs).items():
+        recall, reasoning = (mean_spread([number(run, f"result.{task}_acc") for run in group])[0] for task in ("recall", "reasoning"))
+        if recall is not None and reasoning is not None:
+            series.append(Series(name, ((100 * reasoning, 100 * recall),), "points", family(group[0])))
+    return Figure(
+        "recall-reasoning",
+        "Recall against reasoning",
+        "Facts seen in training against tasks solved in the context.",
+        "reasoning in the context, % right",
+        "recall of trained facts, % right",
+        tuple(series),
+    )
+
+
+def claims(runs):
+    proofs = [run["measures"]["fold"] for run in runs if run["measures"].get("fold")]
+    equal = all(proof["ok"] for proof in proofs) if proofs else None
+    layers = sorted({run["variant"] for run in runs if run["variant"].startswith("layers-c")}, reverse=True)
+    return [
+        order_claim(
+            "Loss rises as β falls from 3 to 0 at equal total parameters",
+            "that order (1B, 150B tokens)",
+            runs,
+            ["flex-b3", "flex-b2", "flex-b1", "memoryllm"],
+        ),
+        sign_claim("All memory is worse than all compute at equal total parameters", "+0.112 nat (C4, 737M)", runs, "memoryllm", "dense", 1),
+        order_claim(
+            "Loss rises as fewer of the first layers are dense",
+            "not in the paper",
+            runs,
+            [*layers, "memoryllm"] if layers else ["layers-c1", "memoryllm"],
+        ),
+        sign_claim("Rows are worth their parameters: MemoryLLM beats attention alone", "not in the paper", runs, "memoryllm", "attn_only", -1),
+        exact_claim(
+            "Served from disk, every model gives its resident logits and text",
+            "exact up to storage precision (section 4.1)",
+            f"{sum(proof['ok'] for proof in proofs)} of {len(proofs)} equal",
+            equal,
+            len({run["seed"] for run in runs}),
+            "needs a finished run",
+        ),
+    ]

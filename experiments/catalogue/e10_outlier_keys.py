@@ -1,0 +1,60 @@
+"""Do late layers use a few keys far more than the rest?
+
+MemoryLLM, Figure 6b (1B; the threshold is not given): the mean number of outlier coefficients per token is higher in the last layers. Here an outlier is
+above 6 (and 3) standard deviations of its token's coefficients. Expected: more in the last third of the layers than in the first.
+
+    python -m experiments.run e10 --scale=cpu         # E1's runs
+"""
+
+from experiments import scales
+from experiments.chart import layer_values, measured, thirds
+from experiments.figure import Figure, Series
+from experiments.verdicts import judge, mean_spread, not_run, within
+from flexmemory.analysis.keys import outliers
+
+IDS = ("E10",)
+SOURCE = "MemoryLLM Fig 6b"
+MEASURES = (outliers,)
+
+
+def sweep(scale):
+    return scales.sweep(scale, [scales.memoryllm(scales.layers(scale))])
+
+
+def analyse(runs):
+    series = []
+    for key, label, family in (
+        ("above_3", "above 3 σ", "memoryllm"),
+        ("above_6", "above 6 σ", "layers"),
+        ("fresh_above_3", "before training, 3 σ", "attn_only"),
+    ):
+        columns = zip(*(layer_values(run, "outliers", key) for run in runs), strict=True)
+        series.append(
+            Series(label, tuple((i, *(value or 0.0 for value in mean_spread(list(column)))) for i, column in enumerate(columns)), "line", family)
+        )
+    figure = Figure(
+        "outliers",
+        "Outlier coefficients per token",
+        "Means over all tokens of the vocabulary and over seeds.",
+        "layer, from input",
+        "outliers per token",
+        tuple(s for s in series if s.points),
+    )
+    return {
+        "rows": measured(runs, "outliers", "layers", ("layer", "keys", "above_3", "above_6", "fresh_above_3", "fresh_above_6")),
+        "figures": [figure],
+    }
+
+
+def claims(runs):
+    made = []
+    for sigma in (6, 3):
+        text, paper = f"More coefficients above {sigma} σ in the last layers than in the first", "more in the last layers (figure only)"
+
+        def late(run, third, key=f"above_{sigma}"):
+            parts = thirds(layer_values(run, "outliers", key))
+            return parts and parts[third]
+
+        found = within(runs, "memoryllm", lambda run, late=late: late(run, 2), lambda run, late=late: late(run, 0))
+        made.append(judge(text, paper, found, 1, "per token") if found else not_run(text, paper, "needs memoryllm with at least three layers"))
+    return made

@@ -1,0 +1,64 @@
+"""Is the folded table exactly the FFN, and does decoding from it cost less than computing?
+
+MemoryLLM, equations 2.9 and 2.10, and Table 6 (1B, one A100, BF16, sequence 2,048, loading from storage included): decoding 21.50 ms a token for base, 18.75,
+20.28, 21.47 for flex beta 1, 2, 3, 14.42 for MemoryLLM (1.49 times base); batch size, storage and cache are not given. Expected: equality bit by bit in float32, MemoryLLM
+faster than base, beta 3 hardly. At small scales a step is mostly overhead, so rates of a small model say little: `flexmemory bench decode` is the benchmark.
+
+    python -m experiments.run e12 --scale=cpu         # E2's runs
+"""
+
+from experiments import scales
+from experiments.chart import bars, means
+from experiments.measures import decode, fold
+from experiments.verdicts import difference, exact_claim, judge, not_run, number
+
+IDS = ("E12",)
+SOURCE = "MemoryLLM Eq 2.9-2.10, Table 6"
+MEASURES = (fold, decode)
+
+
+def sweep(scale):
+    n = scales.layers(scale)
+    return scales.sweep(scale, [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in (3, 2, 1))])
+
+
+def ms(where):
+    return lambda run: 1000 / rate if (rate := number(run, f"measures.decode.{where}")) else None
+
+
+def analyse(runs):
+    rows = means(
+        runs,
+        active="account.active",
+        table_bytes="account.table_bytes.float32",
+        export_s="measures.fold.export_s",
+        rows_max_abs_diff="measures.fold.rows_max_abs_diff",
+        logits_max_abs_diff="measures.fold.logits_max_abs_diff",
+        resident_ms=ms("resident"),
+        from_disk_ms=ms("offloaded"),
+        hit_rate="measures.decode.hit_rate",
+    )
+    return {"rows": rows, "figures": [bars("decode", "Decoding one sequence, a quarter of the table in RAM", runs, ms("offloaded"), "ms per token")]}
+
+
+def claims(runs):
+    proofs = [proof for run in runs if (proof := number(run, "measures.fold"))]
+    exact = [proof["rows_max_abs_diff"] == 0 and proof["logits_max_abs_diff"] == 0 and proof["greedy_equal"] for proof in proofs]
+    timed = [run | {"ms": ms("offloaded")(run)} for run in runs]
+    made = [
+        exact_claim(
+            "A folded table gives the live model's rows, logits and text exactly",
+            "exact up to storage precision",
+            f"{sum(exact)} of {len(exact)} stores bit by bit",
+            all(exact) if exact else None,
+            len({run["seed"] for run in runs}),
+            "needs a finished run",
+        )
+    ]
+    for text, paper, a in (
+        ("MemoryLLM decodes faster than base", "14.42 against 21.50 ms (1B, A100)", "memoryllm"),
+        ("Flex β = 1 decodes faster than base", "18.75 against 21.50 ms (1B, A100)", "flex-b1"),
+    ):
+        found = difference(timed, a, "dense", "ms")
+        made.append(judge(text, paper, found, -1, "ms") if found else not_run(text, paper, f"needs dense and {a} of one seed"))
+    return made

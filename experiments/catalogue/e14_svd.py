@@ -1,0 +1,69 @@
+"""How far can a table's rank be cut, the same in every layer?
+
+MemoryLLM, Table 8 (1B, C4 perplexity): rank cut by 10, 20, 30, 40, 50%: +0.0002, +0.0021, +0.0051, +0.0109, +0.0347 nat, saving 8.6 to 49% of the bytes.
+Only savings beyond the useful rank |V| d / (|V| + d) count. Expected: 10% costs less than 0.005 nat, 50% less than 0.1, and every further cut costs more.
+
+    python -m experiments.run e14 --scale=cpu         # E2's runs
+
+At a small vocabulary the basis [r, W] is no longer small beside the numbers [V, r]: "saved" says what is left of the saving.
+"""
+
+from experiments import scales
+from experiments.chart import mean_lines, measured
+from experiments.verdicts import exact_claim, mean_spread, number
+from flexmemory.analysis.compress import svd
+
+IDS = ("E14",)
+SOURCE = "MemoryLLM Table 8"
+MEASURES = (svd,)
+LIMITS = {0.1: (0.005, "+0.0002 nat (C4, 1B)"), 0.5: (0.1, "+0.0347 nat (C4, 1B)")}
+
+
+def sweep(scale):
+    n = scales.layers(scale)
+    return scales.sweep(scale, [scales.memoryllm(n), scales.flex(n, 3)])
+
+
+def costs(run):
+    """[(cut, rise of the loss over the uncut table in nat)]"""
+    points = (number(run, "measures.svd") or {}).get("points", [])
+    return [(point["cut"], point["val_loss"] - points[0]["val_loss"]) for point in points if None not in (point["val_loss"], points[0]["val_loss"])]
+
+
+def analyse(runs):
+    return {
+        "rows": measured(runs, "svd", "points", ("cut", "table_bytes", "saved", "relative_error", "val_loss", "recall_acc", "reasoning_acc")),
+        "figures": [
+            mean_lines("cost", "What a cut of the rank costs", runs, costs, "share of the rank that is cut", "rise of the loss, nat per token")
+        ],
+    }
+
+
+def claims(runs):
+    memory = [dict(costs(run)) for run in runs if run["variant"] == "memoryllm" and costs(run)]
+    made = []
+    for cut, (limit, paper) in LIMITS.items():
+        mean, spread = mean_spread([cost[cut] for cost in memory])
+        ours = f"{mean:+.4f}".replace("-", "−") + (f" ± {spread:.4f}" if spread is not None else "") + " nat" if memory else ""
+        made.append(
+            exact_claim(
+                f"Cutting {cut:.0%} of the rank costs less than {limit} nat",
+                paper,
+                ours,
+                max(cost[cut] for cost in memory) < limit if memory else None,
+                len(memory),
+                "needs memoryllm",
+            )
+        )
+    rising = all(b >= a for cost in memory for a, b in zip(list(cost.values()), list(cost.values())[1:], strict=False)) if memory else None
+    return [
+        *made,
+        exact_claim(
+            "Every further cut costs more",
+            "18.919 < 18.923 < … < 19.586 perplexity",
+            "in every seed" if rising else "not in every seed",
+            rising,
+            len(memory),
+            "needs memoryllm",
+        ),
+    ]

@@ -1,0 +1,58 @@
+"""Which layers' tables matter for which task?
+
+MemoryLLM, Figure 12 (1B, eight tasks; values not given): leaving out one layer's ToL hurts only for the first few layers; the middle ones are nearly
+redundant. Expected: on the loss and on each task the first third of the layers matters most. Tasks at chance cannot fall and say nothing.
+
+    python -m experiments.run e16 --scale=cpu         # E2's runs
+"""
+
+from experiments import scales
+from experiments.chart import by_layer, layer_values, measured, thirds
+from experiments.verdicts import judge, not_run, within
+from flexmemory.analysis.probes import drop_layer
+
+IDS = ("E16",)
+SOURCE = "MemoryLLM Fig 12"
+MEASURES = (drop_layer,)
+TASKS = {"val_loss": ("loss", 1, "nat"), "recall_acc": ("recall", -1, ""), "reasoning_acc": ("reasoning", -1, "")}
+
+
+def sweep(scale):
+    n = scales.layers(scale)
+    return scales.sweep(scale, [scales.memoryllm(n), scales.flex(n, 3)])
+
+
+def analyse(runs):
+    figures = [
+        by_layer(
+            key.replace("_", "-"),
+            f"One layer's table left out: {word}",
+            runs,
+            "drop_layer",
+            key,
+            "validation loss, nat" if key == "val_loss" else f"{word}, share right",
+        )
+        for key, (word, _, _) in TASKS.items()
+    ]
+    return {
+        "rows": measured(runs, "drop_layer", "layers", ("layer", "kind", "val_loss", "recall_acc", "reasoning_acc")),
+        "figures": [f for f in figures if f.series],
+    }
+
+
+def claims(runs):
+    made = []
+    for key, (word, sign, unit) in TASKS.items():
+        text, paper = f"The first layers' tables matter more for {word} than the middle ones'", "only the first few matter (figure only)"
+
+        def of(run, third, key=key):
+            parts = thirds(layer_values(run, "drop_layer", key))
+            return parts and parts[third]
+
+        found = within(runs, "memoryllm", lambda run, of=of: of(run, 0), lambda run, of=of: of(run, 1))
+        made.append(
+            judge(text, paper, found, sign, unit)
+            if found
+            else not_run(text, paper, f"needs memoryllm with at least three layers and questions on {word}")
+        )
+    return made

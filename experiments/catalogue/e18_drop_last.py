@@ -1,0 +1,47 @@
+"""Can the last layers' tables be left out for good?
+
+MemoryLLM, section 2.3.2, proposes to leave the later layers' ToLs out of memory because they matter less; nothing is measured. Expected: the tables of the last
+third cost less than those of the first third would, one layer of it at a time; the figure has loss against the bytes that are saved.
+
+    python -m experiments.run e18 --scale=cpu         # E2's runs
+"""
+
+from experiments import scales
+from experiments.chart import mean_lines, measured
+from experiments.verdicts import judge, not_run, number, within
+from flexmemory.analysis.probes import drop_last, drop_layer
+
+IDS = ("E18",)
+SOURCE = "MemoryLLM section 2.3.2"
+MEASURES = (drop_last, drop_layer)
+
+
+def sweep(scale):
+    n = scales.layers(scale)
+    return scales.sweep(scale, [scales.memoryllm(n), scales.flex(n, 3)])
+
+
+def points(run):
+    return (number(run, "measures.drop_last") or {}).get("points", [])
+
+
+def saved(run):
+    """[(share of the table's bytes that goes away in %, rise of the loss in nat)]"""
+    whole = number(run, "measures.drop_last.table_bytes")
+    return [(100 * p["table_bytes_gone"] / whole, p["val_loss"] - points(run)[0]["val_loss"]) for p in points(run)]
+
+
+def analyse(runs):
+    return {
+        "rows": measured(runs, "drop_last", "points", ("dropped", "table_bytes_gone", "val_loss", "perplexity_rise", "recall_acc", "reasoning_acc")),
+        "figures": [mean_lines("rise", "The last layers' tables left out", runs, saved, "table bytes saved, %", "rise of the loss, nat per token")],
+    }
+
+
+def claims(runs):
+    made = []
+    for variant in ("memoryllm", "flex-b3"):
+        text, paper = f"{variant}: leaving out the last layer's table costs less than leaving out the first one's", "proposed, not measured"
+        found = within(runs, variant, lambda run: points(run)[1]["val_loss"], lambda run: number(run, "measures.drop_layer")["layers"][0]["val_loss"])
+        made.append(judge(text, paper, found, -1) if found else not_run(text, paper, f"needs {variant}"))
+    return made

@@ -1,0 +1,55 @@
+"""Is MemoryLLM worse than a dense model at equal total parameters, and better at equal active ones?
+
+MemoryLLM, Table 2 (C4 perplexity after 50B tokens): at 737M total, dense 19.730 and MemoryLLM 22.079, so +0.112 nat for MemoryLLM; at about
+equal active parameters, dense 265M 23.190 and MemoryLLM (245M of 737M) 22.079, so -0.049 nat. Parameters leave embedding and head out.
+The paper ran one seed. Expected: both signs.
+
+    python -m experiments.run e1 --scale=cpu
+
+At smaller scales the dense model of equal active parameters is the same number of layers with d_model solved (budgets.py). Cost at cpu scale: three runs a
+seed, about three minutes on two cores; at paper scale the paper's four models.
+"""
+
+from experiments import scales
+from experiments.chart import bars, means
+from experiments.verdicts import sign_claim
+
+IDS = ("E1",)
+SOURCE = "MemoryLLM Table 2"
+
+
+def sweep(scale):
+    if scale == "paper":
+        return scales.sweep(scale, [scales.dense(24), scales.memoryllm(24)], "memoryllm-750m") + scales.sweep(
+            scale, [scales.dense(24) | {"name": "dense-active"}], "memoryllm-250m"
+        )
+    n = scales.layers(scale)
+    smaller = scales.dense(n) | {
+        "name": "dense-active",
+        "budget": {"mode": "active", "knob": "model.d_model", "like": {"model.pattern": f"memoryllm*{n}"}},
+    }
+    return scales.sweep(scale, [scales.dense(n), scales.memoryllm(n), smaller], numbers=scales.MORE_SEEDS)
+
+
+def analyse(runs):
+    rows = means(runs, total="account.total", active="account.active", val_loss="result.val_loss", bits_per_byte="result.val_bits_per_byte")
+    return {
+        "rows": rows,
+        "figures": [bars("loss", "Loss at equal total and equal active parameters", runs, "result.val_loss", "validation loss, nat per token")],
+    }
+
+
+def claims(runs):
+    return [
+        sign_claim(
+            "MemoryLLM is worse than a dense model of equal total parameters", "+0.112 nat (C4, 737M, 50B tokens)", runs, "memoryllm", "dense", 1
+        ),
+        sign_claim(
+            "MemoryLLM is better than a dense model of equal active parameters",
+            "−0.049 nat (C4, 245M against 265M)",
+            runs,
+            "memoryllm",
+            "dense-active",
+            -1,
+        ),
+    ]

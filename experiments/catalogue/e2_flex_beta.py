@@ -1,0 +1,52 @@
+"""Does the gap between MemoryLLM and a dense model close as FFN parameters move back to compute (flex, beta = 0..3)?
+
+MemoryLLM, Figure 9 (1B, up to 150B tokens; values not given): at equal total parameters perplexity falls from MemoryLLM (beta 0) through beta 1, 2, 3
+to the dense model, and beta 3 is close to dense. The paper gives no equation for the flex block: docs/variants.md. Expected: the order over beta, dense below
+all of them, and beta 3 nearer to dense than to MemoryLLM.
+
+    python -m experiments.run e2 --scale=cpu
+
+Cost at cpu scale: five runs a seed, about five minutes on two cores; two of them are E1's.
+"""
+
+from experiments import scales
+from experiments.chart import bars, loss_against, means
+from experiments.verdicts import difference, judge, minus, not_run, order_claim, sign_claim
+
+IDS = ("E2",)
+SOURCE = "MemoryLLM Fig 9"
+ORDER = ["dense", "flex-b3", "flex-b2", "flex-b1", "memoryllm"]
+
+
+def sweep(scale):
+    n = scales.layers(scale)
+    return scales.sweep(scale, [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in (3, 2, 1))], numbers=scales.MORE_SEEDS)
+
+
+def analyse(runs):
+    runs = sorted(runs, key=lambda run: ORDER.index(run["variant"]))
+    rows = means(
+        runs,
+        total="account.total",
+        active="account.active",
+        val_loss="result.val_loss",
+        recall_acc="result.recall_acc",
+        reasoning_acc="result.reasoning_acc",
+        train_tokens_per_s="result.train_tokens_per_s",
+    )
+    return {
+        "rows": rows,
+        "figures": [
+            bars("loss", "Loss from all compute to all memory, at equal total parameters", runs, "result.val_loss", "validation loss, nat per token"),
+            loss_against(runs, "active"),
+            loss_against(runs, "read_bytes_per_token"),
+        ],
+    }
+
+
+def claims(runs):
+    order = order_claim("Loss rises as β falls from 3 to 0 (MemoryLLM)", "that order (1B, 150B tokens)", runs, ORDER[1:])
+    still = sign_claim("β = 3 is still worse than dense", "a small gap (figure only)", runs, "flex-b3", "dense", 1)
+    text, paper = "β = 3 is nearer to dense than to MemoryLLM", "close to dense (figure only)"
+    found = minus(difference(runs, "memoryllm", "flex-b3"), difference(runs, "flex-b3", "dense"))
+    return [order, still, judge(text, paper, found, 1) if found else not_run(text, paper, "needs dense, flex-b3 and memoryllm of one seed")]

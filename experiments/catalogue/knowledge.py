@@ -1,0 +1,201 @@
+"""Intelligence computes, knowledge is read: does the C/M ratio move facts and in-context tasks in opposite ways?
+
+No paper tests this directly; MemoryLLM's Table 1 suggests it (scaling FFNs down by alpha costs recall tasks more than reasoning tasks). Models are trained on
+nothing but invented biographies and puzzles whose answer stands in the prompt, at two sizes and two numbers of people, with all compute, flex beta 3, and
+all memory at equal total parameters. Recall counts in bits: a question has 16 possible answers, so an accuracy p is worth log2(16) - H(p) - (1-p) log2(15) bits of
+each of a person's five facts; divided by parameters, total and active. Expected from the slogan: memory holds more bits per active parameter; compute is
+better at the puzzles; and alpha hurts recall first.
+
+    python -m experiments.run knowledge --scale=cpu
+
+Cost at cpu scale: twelve runs a seed.
+"""
+
+import math
+
+from experiments import scales
+from experiments.chart import mean_of, mean_lines, means
+from experiments.figure import Figure, Series
+from experiments.verdicts import by_variant, difference, judge, not_run, number, within
+from flexmemory.analysis.probes import alpha
+
+IDS = ("KNOWLEDGE",)
+SOURCE = "MemoryLLM Table 1; ours"
+SCALES = ("smoke", "cpu", "gpu")
+MEASURES = (alpha,)
+ANSWERS, FACTS = 16, 5  # possible answers of a question, facts of a person
+TEXT = {  # source with the number of people left open, the two numbers, layers, widths (d_model, d_ff), other settings
+    "smoke": ("facts:people={},docs=6+tasks:n=60,eval=12,length=4,pairs=3", (3, 4), 3, ((32, 88),), {}),
+    "cpu": ("facts:people={},docs=40+tasks:n=24000,words=32,length=24,pairs=3", (32, 128), 4, ((32, 88), (48, 128)), {"data.document_mask": True}),
+    "gpu": (
+        "facts:people={},docs=40+tasks:n=400000",
+        (1000, 10000),
+        12,
+        ((384, 1024), (768, 2048)),
+        {"prepare.tokenizer": "bpe:4096", "data.seq_len": 256, "data.document_mask": True},
+    ),
+}
+
+
+def models(scale, n):
+    return [scales.dense(n), scales.flex(n, 3), scales.memoryllm(n)]
+
+
+def sweep(scale):
+    source, counts, n, widths, others = TEXT[scale]
+    places = [
+        {"name": f"p{people}-d{d}", "prepare.source": source.format(people), "model.d_model": d, "model.d_ff": d_ff} | others
+        for people in counts
+        for d, d_ff in widths
+    ]
+    return scales.sweep(scale, [scales.changed(place, model) for place in places for model in models(scale, n)])
+
+
+def bits(accuracy):
+    """Bits that answers right with probability p carry of one of 16 equally likely values; 0 at chance and below."""
+    if accuracy is None or accuracy <= 1 / ANSWERS:
+        return None if accuracy is None else 0.0
+    p = accuracy
+    entropy = -p * math.log2(p) - ((1 - p) * math.log2((1 - p) / (ANSWERS - 1)) if p < 1 else 0)
+    return math.log2(ANSWERS) - entropy
+
+
+def people(run):
+    return int(run["overrides"]["prepare.source"].partition("people=")[2].partition(",")[0])
+
+
+def recalled(run):
+    """Bits recalled of all facts of all people."""
+    each = bits(number(run, "result.recall_acc"))
+    return None if each is None else each * FACTS * people(run)
+
+
+def per(run, count):
+    found = recalled(run)
+    return None if found is None else found / run["account"][count]
+
+
+def place_of(run):
+    return "-".join(run["variant"].split("-")[:2])
+
+
+def model_of(run):
+    return run["variant"].removeprefix(place_of(run) + "-")
+
+
+def places(runs):
+    return list(dict.fromkeys(place_of(run) for run in runs))
+
+
+def of(runs, place):
+    return [run | {"variant": model_of(run)} for run in runs if place_of(run) == place]
+
+
+def compute_share(run):
+    widths = run["account"]["ffn_widths"]
+    return 100 * sum(c for c, _ in widths) / sum(c + m for c, m in widths)
+
+
+def ratio_figure(name, title, runs, value, y):
+    series = []
+    for i, place in enumerate(places(runs)):
+        points = [(compute_share(group[0]), *mean_of(group, value)) for group in by_variant(of(runs, place)).values()]
+        series.append(
+            Series(
+                place,
+                tuple(sorted((x, m, s or 0.0) for x, m, s in points if m is not None)),
+                "line",
+                ("memoryllm", "flex", "layers", "stem")[i % 4],
+                dashed=i % 2 == 1,
+            )
+        )
+    return Figure(
+        name,
+        title,
+        "p: people in the training text; d: width of the model. Means over seeds.",
+        "compute share C of the FFN weights, %",
+        y,
+        tuple(s for s in series if s.points),
+    )
+
+
+def remaining(task):
+    """Share of a task's accuracy that is left at each alpha, in percent."""
+
+    def curve(run):
+        points = (number(run, "measures.alpha") or {}).get("points", [])
+        return [(p["alpha"], 100 * p[f"{task}_acc"] / points[0][f"{task}_acc"]) for p in points if points[0].get(f"{task}_acc")]
+
+    return curve
+
+
+def analyse(runs):
+    rows = means(
+        runs,
+        total="account.total",
+        active="account.active",
+        recall_acc="result.recall_acc",
+        bits_recalled=recalled,
+        bits_per_parameter=lambda run: per(run, "total"),
+        bits_per_active_parameter=lambda run: per(run, "active"),
+        reasoning_acc="result.reasoning_acc",
+        copy="result.kinds.copy",
+        lookup1="result.kinds.lookup1",
+        lookup2="result.kinds.lookup2",
+        val_loss="result.val_loss",
+    )
+    largest = of(runs, places(runs)[-1]) if runs else []
+    return {
+        "rows": rows,
+        "figures": [
+            ratio_figure(
+                "recall", "Recall against the C/M ratio", runs, lambda run: 100 * run["result"]["recall_acc"], "recall of trained facts, % right"
+            ),
+            ratio_figure(
+                "reasoning",
+                "In-context tasks against the C/M ratio",
+                runs,
+                lambda run: 100 * run["result"]["reasoning_acc"],
+                "in-context tasks, % right",
+            ),
+            ratio_figure("bits-active", "Bits recalled per active parameter", runs, lambda run: per(run, "active"), "bits per active parameter"),
+            mean_lines(
+                "alpha-recall", "Recall under the α-probe", largest, remaining("recall"), "α, scale of what FFNs and rows add", "recall left, %"
+            ),
+            mean_lines(
+                "alpha-reasoning",
+                "In-context tasks under the α-probe",
+                largest,
+                remaining("reasoning"),
+                "α, scale of what FFNs and rows add",
+                "accuracy left, %",
+            ),
+        ],
+    }
+
+
+def claims(runs):
+    made = []
+    for place in places(runs) or ["p32-d32"]:
+        here = of(runs, place)
+        for text, value, sign, unit in (
+            ("memory recalls more bits per active parameter", lambda run: per(run, "active"), 1, "bits"),
+            ("memory recalls more bits per parameter in all", lambda run: per(run, "total"), 1, "bits"),
+            ("compute is better at tasks in the context", lambda run: number(run, "result.reasoning_acc"), -1, "accuracy"),
+        ):
+            found = difference([run | {"value": value(run)} for run in here], "memoryllm", "dense", "value")
+            text = f"{place}: {text}"
+            made.append(
+                judge(text, "not in the papers", found, sign, unit)
+                if found
+                else not_run(text, "not in the papers", "needs dense and memoryllm of one seed")
+            )
+        found = within(here, "memoryllm", lambda run: dict(remaining("recall")(run)).get(0.5), lambda run: dict(remaining("reasoning")(run)).get(0.5))
+        text, paper = (
+            f"{place}: α = 0.5 costs MemoryLLM more of its recall than of its in-context accuracy",
+            "recall tasks fall, reasoning tasks do not (Table 1)",
+        )
+        made.append(
+            judge(text, paper, found, -1, "points of what was there") if found else not_run(text, paper, "needs memoryllm with both tasks above zero")
+        )
+    return made

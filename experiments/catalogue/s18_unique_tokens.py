@@ -1,0 +1,51 @@
+"""How do the table parameters in use grow with the length of a context?
+
+STEM: |S| d_ff L_uniq parameters are in use over a context of L tokens, and L_uniq grows below proportion (Heaps); no exponent is given. Expected: an exponent
+below 1 on the validation text.
+
+    python -m experiments.run s18 --scale=cpu         # S3's run with a third of STEM layers
+"""
+
+from experiments import scales
+from experiments.chart import mean_lines, measured
+from experiments.verdicts import exact_claim, mean_spread, number
+from flexmemory.analysis.geometry import unique_growth
+
+IDS = ("S18",)
+SOURCE = "STEM section on test-time capacity"
+MEASURES = (unique_growth,)
+
+
+def sweep(scale):
+    return scales.sweep(scale, [scales.stem(scales.layers(scale, "stem-1b"))], "stem-1b")
+
+
+def analyse(runs):
+    curve = mean_lines(
+        "growth",
+        "Table parameters in use",
+        runs,
+        lambda run: [(p["tokens"], p["values"]) for p in run["measures"]["unique_growth"]["points"]],
+        "tokens of context",
+        "table parameters in use",
+        log_x=True,
+        log_y=True,
+    )
+    return {
+        "rows": measured(runs[:1], "unique_growth", "points", ("tokens", "unique", "lowest", "highest", "values")),
+        "figures": [curve] if runs else [],
+    }
+
+
+def claims(runs):
+    exponent = mean_spread([number(run, "measures.unique_growth.exponent") for run in runs])[0]
+    return [
+        exact_claim(
+            "Unique tokens grow below proportion",
+            "sublinear (no exponent)",
+            f"n^{exponent:.2f}" if exponent is not None else "",
+            exponent < 1 if exponent is not None else None,
+            len(runs),
+            "needs stem-third",
+        )
+    ]

@@ -1,0 +1,60 @@
+"""How many layers should be STEM layers: none, a third, half, all but the first?
+
+STEM, 350M after 100B tokens (figure, loss against FLOPs): half 2.36 < full 2.375 < third 2.39 < dense 2.435; 1B after 1T tokens, perplexity: dense 13.19,
+third 12.64 (-0.043 nat). The published accuracies of 350M mix two evaluation pipelines and are no target. The tables add parameters: total
+parameters are not equal, active ones fall with every STEM layer. Expected: that order of losses.
+
+    python -m experiments.run s3 --scale=cpu
+
+Cost at cpu scale: four runs a seed, one of them E1's; at paper scale dense and third also at 1B (S2).
+"""
+
+from experiments import scales
+from experiments.chart import bars, loss_against, means
+from experiments.verdicts import order_claim, sign_claim
+
+IDS = ("S1", "S2", "S3", "S4", "S5")
+SOURCE = "STEM 350M ablation, 1B table"
+
+
+def sweep(scale):
+    def rows(size):
+        n = scales.layers(scale, size)
+        return [scales.dense(n), *(scales.stem(n, share) for share in ("third", "half", "full"))]
+
+    larger = [row | {"name": f"{row['name']}-1b"} for row in rows("stem-1b")[:2]]
+    large = scales.sweep(scale, larger, "stem-1b") if scale == "paper" else []
+    return scales.sweep(scale, rows("stem-350m"), "stem-350m") + large
+
+
+def analyse(runs):
+    rows = means(
+        runs,
+        total="account.total",
+        active="account.active",
+        flops_per_token="account.flops_per_token",
+        table_bytes="account.table_bytes.float32",
+        val_loss="result.val_loss",
+        recall_acc="result.recall_acc",
+        reasoning_acc="result.reasoning_acc",
+    )
+    return {
+        "rows": rows,
+        "figures": [
+            bars("loss", "Loss by share of STEM layers", runs, "result.val_loss", "validation loss, nat per token"),
+            loss_against(runs, "flops_per_token"),
+        ],
+    }
+
+
+def claims(runs):
+    large = "-1b" if any(run["variant"].endswith("-1b") for run in runs) else ""
+    return [
+        order_claim(
+            "Loss rises from half over full and third to dense",
+            "2.36, 2.375, 2.39, 2.435 (350M, 100B tokens)",
+            runs,
+            ["stem-half", "stem-full", "stem-third", "dense"],
+        ),
+        sign_claim("A third of the layers as STEM layers beats dense", "−0.043 nat (1B, 1T tokens)", runs, f"stem-third{large}", f"dense{large}", -1),
+    ]

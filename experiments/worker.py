@@ -1,0 +1,170 @@
+"""Does whole runs in this process: text, training, measures. python -m experiments.worker OUT NAME [NAME ...]
+
+With "-" in place of the names they are read from stdin, a line each, so that a launcher keeps one warm process per device. What a run prints goes to
+OUT/NAME/log.txt; the words for the launcher, "start NAME", "done NAME SECONDS", "failed NAME MESSAGE", to stdout. A run that fails does not end the others.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments import plan as plans
+from experiments.budgets import solve
+from experiments.sweeps import with_fields
+from flexmemory.cli.flags import Parser
+from flexmemory.cli.train import asked_to_stop
+from flexmemory.config import Config
+from flexmemory.data.shards import read_index
+from flexmemory.errors import UserError
+from flexmemory.files import write_json
+from flexmemory.train.loop import TrainingInterrupted
+
+TAIL = 12  # lines of a failed run's log that are kept in failed.json
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("python -m experiments.worker", __doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("names", nargs="+")
+    try:
+        args = parser.parse_args(argv)
+        plan = plans.read(args.out)
+        names = (line.strip() for line in sys.stdin) if args.names == ["-"] else args.names
+        return work(args.out, plan, filter(None, names))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = False) -> int:
+    """Does the runs; returns 0 when all came to their end, 1 when one failed, 130 when asked to stop.
+
+    together: of several processes that share the devices; the runs are only trained, over all of them, and measured another time by one process.
+    """
+    from flexmemory.cli.main import start_process
+    from flexmemory.cluster import is_first
+
+    start_process()
+    launcher, failed = os.fdopen(os.dup(1), "w", buffering=1), False
+    for name in names:
+        run, began = plans.run_of(plan, name), time.perf_counter()
+        print(f"start {name}", file=launcher)
+        try:
+            with logged(out / name):
+                if together:
+                    trained_run(out, run, plan="fsdp")
+                else:
+                    do(out, run)
+            print(f"done {name} {time.perf_counter() - began:.1f}", file=launcher)
+        except (KeyboardInterrupt, TrainingInterrupted):
+            print(f"stopped {name}", file=launcher)
+            return 130
+        except Exception as error:  # whatever a run dies of, the others go on
+            failed, message = True, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if is_first():
+                fail(out / name, name, 1, message)
+            print(f"failed {name} {message.partition('\n')[0]}", file=launcher)
+    return int(failed)
+
+
+@contextlib.contextmanager
+def logged(folder: Path):
+    """Sends stdout and stderr, also of C++ code, to the folder's log.txt; of processes after the first to log.<process>.txt."""
+    import jax
+
+    from flexmemory.cluster import is_first
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        for stale in ("failed.json", "done.json"):
+            (folder / stale).unlink(missing_ok=True)
+    kept = os.dup(1), os.dup(2)
+    sys.stdout.flush(), sys.stderr.flush()
+    with open(folder / ("log.txt" if is_first() else f"log.{jax.process_index()}.txt"), "a") as log:
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    try:
+        yield
+    except (KeyboardInterrupt, TrainingInterrupted):
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+        os.close(kept[0]), os.close(kept[1])
+
+
+def fail(folder: Path, name: str, code: int, message: str) -> None:
+    """Writes failed.json: the message, or where there is none the last lines of the log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    tail = log.read_text(errors="replace").splitlines()[-TAIL:] if log.exists() else []
+    write_json(folder / "failed.json", {"name": name, "exit": code, "error": message or "\n".join(tail) or "no message"})
+
+
+def do(out: Path, run: dict) -> None:
+    """One run from text to done.json; what was finished before is kept."""
+    from flexmemory.analysis.trained import load
+    from flexmemory.models.accounting import account
+
+    folder = out / run["name"]
+    cfg, budget, final, train_s = trained_run(out, run)
+    seconds, measures, model = {"train": train_s}, {}, None
+    for name, function in plans.measures_of(run).items():
+        path = folder / "measures" / f"{name}.json"
+        if not path.exists():
+            print(f"measure {name}", file=sys.stderr, flush=True)
+            model = model or load(folder)  # once for all, for what it keeps
+            began = time.perf_counter()
+            result = function(model)
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, {"seconds": time.perf_counter() - began, "result": result})
+        known = json.loads(path.read_text())
+        seconds[name], measures[name] = known["seconds"], known["result"]
+    write_json(
+        folder / "done.json",
+        {
+            "name": run["name"],
+            "overrides": run["overrides"],
+            "config": {key: vars(value) for key, value in vars(cfg).items()},
+            "account": account(cfg.model, cfg.data.seq_len),
+            "budget": budget,
+            "result": final,
+            "measures": measures,
+            "seconds": seconds,
+            "data_fingerprint": json.loads((folder / "run.json").read_text())["data_fingerprint"],
+        },
+    )
+
+
+def trained_run(out: Path, run: dict, plan: str = "single") -> tuple[Config, dict | None, dict, float]:
+    """(config, what the budget chose, final_result, seconds of training) of one run, trained under a sharding plan or found trained."""
+    from flexmemory.train.loop import train
+
+    cfg, budget = config_of(out, run)
+    cfg, began = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, plan=plan)), time.perf_counter()
+    with asked_to_stop((signal.SIGINT, signal.SIGTERM)) as asked:
+        final = train(cfg, out / run["name"], stop=lambda: bool(asked))
+    if asked:  # in the last evaluation, which training finishes
+        raise KeyboardInterrupt
+    return cfg, budget, final, time.perf_counter() - began if final["resumed_from"] else final["seconds"]["total"]
+
+
+def config_of(out: Path, run: dict) -> tuple[Config, dict | None]:
+    """The run's config with the data's vocabulary, and its budget solved. Raises UserError where `prepare` has not made the data."""
+    data = plans.data_folder(out, run)
+    fields = {"data.path": str(data.absolute()), "model.vocab_size": read_index(data)["vocab_size"]} | run["overrides"]
+    cfg = with_fields(Config(), fields)
+    return solve(cfg, run["overrides"]["budget"]) if "budget" in run["overrides"] else (cfg, None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The command line, and every experiment at smoke scale from text to verdicts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import catalogue, plan, run
+from experiments import list as listing
+from experiments.verdicts import VERDICTS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["e1x", "--scale=cpu"], "experiment 'e1x': did you mean 'e1"),
+        (["e1", "--scale=cpuu"], "--scale 'cpuu' of e1_base_vs_memoryllm: did you mean 'cpu'?"),
+        (["--all", "--scale=cpuu"], "--scale 'cpuu': did you mean 'cpu'?"),
+        (["--scale=cpu"], "give names of experiments or --all"),
+        (["e1", "--all", "--scale=cpu"], "give names of experiments or --all"),
+        (["e1", "--scale=cpu", "--seeds=0,7"], "--seeds 7: e1_base_vs_memoryllm at this scale has 0, 1, 2, 3, 4"),
+        (["e1", "--scale=cpu", "--seeds=one"], "--seeds 'one': give whole numbers"),
+        (["e1", "--scale=cpu", "--budget=activ"], "--budget 'activ': did you mean 'active'?"),
+        (["e1", "--scale=cpu", "--launcher=slrm"], "--launcher 'slrm': did you mean 'slurm'?"),
+        (["e1", "--scale=cpu", "--distributed"], "--distributed: several processes share one run only with --launcher=here"),
+        (["e1", "--scale=cpu", "--slurm.partition=gpu"], "argument '--slurm.partition=gpu': not understood"),
+        (["e1"], "--scale"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(argv, says, capsys, tmp_path):
+    assert run.main([*argv, f"--out={tmp_path / 'x'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_dry_run_prints_what_would_start_and_nothing_else(capsys, tmp_path):
+    out = tmp_path / "x"
+    assert run.main(["e1", "s25", "--scale=cpu", f"--out={out}", "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    made = plan.make(["e1", "s25"], "cpu")
+    assert sum("prepare" in line for line in lines) == 2, "two vocabularies, so two texts"
+    assert [line.split()[-1] for line in lines if "experiments.worker" in line] == list(made.runs)
+    assert not out.exists()
+
+
+def test_the_list_shows_every_experiment_and_its_last_verdicts(capsys, tmp_path):
+    (tmp_path / "results.json").write_text(
+        json.dumps(
+            {"experiments": [{"name": "e1_base_vs_memoryllm", "scale": "cpu", "claims": [{"verdict": "reproduced"}, {"verdict": "within noise"}]}]}
+        )
+    )
+    assert listing.main([f"--runs={tmp_path}"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in catalogue.names())
+    assert "cpu: 1 reproduced, 1 within noise" in " ".join(text.split())
+    (tmp_path / "results.json").write_text('{"variants": []}')
+    assert listing.main([f"--runs={tmp_path}"]) == 2
+    assert "not the results of experiments" in capsys.readouterr().err
+
+
+def test_every_experiment_at_smoke_scale(tmp_path):
+    """All from real runs; one run cannot work and is shown while the others go on; what is deleted is made again and gives the same report."""
+    out = tmp_path / "smoke"
+    command = [sys.executable, "-m", "experiments.run", "--all", "--scale=smoke", f"--out={out}"]
+
+    (out / "stem-full-s0").mkdir(parents=True)
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 2 and "not empty and not a folder of runs" in made.stderr
+    (out / "stem-full-s0").rmdir()
+    plan.claim(out, plan.make(["e4"], "smoke"))  # a folder of runs, to which the others are added
+    (out / "stem-full-s0").mkdir()
+    (out / "stem-full-s0" / "foreign").write_text("not a run's")
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 1, made.stdout + made.stderr
+    assert "stem-full-s0" in made.stderr and "not empty and not a run folder" in made.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert [entry["name"] for entry in results["failed"]] == ["stem-full-s0"] and not results["missing"]
+    assert results["finished"] == results["expected"] - 1
+
+    (out / "stem-full-s0" / "foreign").unlink()
+    shutil.rmtree(out / "memoryllm-s0")
+    kept = (out / "dense-s0" / "done.json").stat().st_mtime_ns
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert (out / "dense-s0" / "done.json").stat().st_mtime_ns == kept, "a finished run is kept"
+    again = json.loads((out / "results.json").read_text())
+    assert again["finished"] == again["expected"] and not again["failed"]
+    sections = {entry["name"]: entry for entry in again["experiments"]}
+    assert set(sections) == {name for name in catalogue.names() if "smoke" in catalogue.scales_of(catalogue.load(name))}
+    for name, section in sections.items():
+        assert not section.get("error"), section
+        assert section["rows"] and section["claims"], name
+        assert all(claim["verdict"] in VERDICTS for claim in section["claims"])
+        missing = [claim["detail"] for claim in section["claims"] if claim["verdict"] == "not run"]
+        assert all("not implemented" in why or "no such block" in why or "not decided" in why or "above zero" in why for why in missing), (
+            name,
+            missing,
+        )
+    untimed = {"e12_fold_and_decode", "cm_ratio"}  # their numbers hold seconds
+    before = {entry["name"]: entry["claims"] for entry in results["experiments"] if not entry["failed"] and entry["name"] not in untimed}
+    assert {name: sections[name]["claims"] for name in before} == before, "the run that was made again gives the same numbers"
+    assert (out / "report.html").stat().st_size > 50_000 and str(tmp_path) not in (out / "report.html").read_text()

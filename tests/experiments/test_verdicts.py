@@ -1,0 +1,93 @@
+"""Paired differences and verdicts, against numbers worked out by hand."""
+
+import pytest
+
+from experiments.verdicts import Claim, Difference, difference, exact_claim, judge, minus, order_claim, sign_claim, within
+from flexmemory.errors import UserError
+
+
+def run(variant, seed, loss, **config):
+    fields = {"data": {"seq_len": 128, "batch_size": 16, "document_mask": False}, "train": {"steps": 100, "seed": seed}}
+    for path, value in config.items():
+        section, field = path.split("__")
+        fields[section] = fields[section] | {field: value}
+    return {"name": f"{variant}-s{seed}", "variant": variant, "seed": seed, "result": {"val_loss": loss}, "config": fields, "data_fingerprint": "abc"}
+
+
+def runs(**losses):
+    return [run(variant, seed, loss) for variant, values in losses.items() for seed, loss in enumerate(values)]
+
+
+def test_interval_of_paired_differences_is_students():
+    found = difference(runs(a=[2.10, 2.23, 2.31], b=[2.00, 2.10, 2.20]), "a", "b")
+    assert found.values == pytest.approx((0.10, 0.13, 0.11)) and found.seeds == (0, 1, 2)
+    assert found.mean == pytest.approx(0.34 / 3) and found.std == pytest.approx(0.0152753, rel=1e-4)
+    assert found.half_width() == pytest.approx(4.30265 * 0.0152753 / 3**0.5, rel=1e-4)
+    assert found.sign() == 1
+
+
+def test_pairing_takes_the_common_spread_out():
+    """Seeds that differ by 0.1 do not hide a difference of 0.01 that each seed has."""
+    found = sign_claim("a above b", "yes", runs(a=[2.01, 2.112, 2.211], b=[2.0, 2.1, 2.2]), "a", "b", 1)
+    assert found.verdict == "reproduced" and found.seeds == 3
+
+
+@pytest.mark.parametrize(
+    ("a", "expected", "verdict"),
+    [([2.1, 2.2, 2.3], 1, "reproduced"), ([2.1, 2.2, 2.3], -1, "contradicted"), ([2.05, 2.0, 2.25], 1, "within noise"), ([2.1], 1, "within noise")],
+)
+def test_verdicts_of_a_sign(a, expected, verdict):
+    assert sign_claim("", "", runs(a=a, b=[2.0, 2.101, 2.2]), "a", "b", expected).verdict == verdict
+
+
+def test_within_noise_says_how_much_more_would_decide():
+    found = Difference("a", "b", (0.02, 0.00, 0.01, -0.01), (0, 1, 2, 3))
+    seeds = found.seeds_to_decide()
+    enough, fewer = (Difference("a", "b", tuple((0.02, 0.00, 0.01, -0.01) * 100)[:n], tuple(range(n))) for n in (4 * seeds, 8))
+    assert found.sign() == 0 and 15 < seeds < 40 and enough.sign() == 1 and fewer.sign() == 0
+    claim = judge("", "", found, 1)
+    assert claim.detail == f"about {seeds} seeds would decide, {seeds / 4:.1f} times the compute"
+    assert "at least three" in judge("", "", Difference("a", "b", (0.5,), (0,)), 1).detail
+    assert "not decided by 1,000" in judge("", "", Difference("a", "b", (1.0, -1.0001), (0, 1)), 1).detail
+
+
+def test_order_needs_every_step_and_one_decided_step_down_contradicts():
+    good = {"a": [1.0, 1.1, 1.2], "b": [1.1, 1.201, 1.3], "c": [1.2, 1.3, 1.401]}
+    assert order_claim("", "", runs(**good), ["a", "b", "c"]).verdict == "reproduced"
+    assert order_claim("", "", runs(**good), ["b", "a", "c"]).verdict == "contradicted"
+    claim = order_claim("", "", runs(**good | {"c": [1.05, 1.3, 1.301]}), ["a", "b", "c"])
+    assert claim.verdict == "within noise" and "b→c" in claim.detail
+    assert order_claim("", "", runs(a=[1.0]), ["a", "b"]).verdict == "not run"
+
+
+def test_missing_inputs_are_not_run():
+    assert sign_claim("", "", runs(a=[1.0]), "a", "b", 1) == Claim("", "", "", "not run", 0, "needs a and b of one seed")
+    assert sign_claim("", "", [run("a", 0, 1.0), run("b", 1, 1.0)], "a", "b", 1).verdict == "not run", "other seeds are no pair"
+    assert sign_claim("", "", runs(a=[None], b=[1.0]), "a", "b", 1).verdict == "not run"
+    assert exact_claim("", "", "", None, 0, "needs x").detail == "needs x"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"data_fingerprint": "other"}, "data fingerprint is 'abc' and 'other'"),
+        ({"config": run("b", 0, 1, data__seq_len=64)["config"]}, "data.seq_len is 128 and 64"),
+        ({"config": run("b", 0, 1, train__steps=50)["config"]}, "train.steps is 100 and 50"),
+        ({"config": run("b", 0, 1, train__seed=5)["config"]}, "train.seed is 0 and 5"),
+    ],
+)
+def test_runs_that_saw_other_batches_are_not_compared(change, says):
+    with pytest.raises(UserError, match=f"a-s0 and b-s0 cannot be compared: {says}"):
+        difference([run("a", 0, 1.0), run("b", 0, 1.0) | change], "a", "b")
+
+
+def test_differences_of_differences_and_within_one_model():
+    assert minus(Difference("a", "b", (3.0, 5.0), (0, 1)), Difference("c", "d", (1.0, 1.0), (1, 2))) == Difference("(a − b)", "(c − d)", (4.0,), (1,))
+    assert minus(None, Difference("c", "d", (1.0,), (0,))) is None
+    both = [entry | {"x": 3.0, "y": 1.0 if entry["seed"] else None} for entry in runs(a=[1.0, 1.0])]
+    assert within(both, "a", lambda r: r["x"], lambda r: r["y"]).values == (2.0,)
+
+
+def test_a_verdict_is_one_of_four():
+    with pytest.raises(ValueError, match="verdict 'maybe'"):
+        Claim("", "", "", "maybe", 1)
