@@ -78,12 +78,14 @@ def cost(cfg: Config, mode: str) -> int:
 def equalise(rows: list[dict], mode: str) -> list[dict]:
     """The sweep with every other variant's d_model solved so that it costs what the first variant does; runs with a budget of their own stay as they are.
 
-    Raises UserError for an unknown mode.
+    Raises UserError for an unknown mode, and for a sweep over widths, which this would undo.
     """
     if mode not in MODES:
         raise UserError(f"--budget {mode!r}: {nearest(mode, MODES)}")
     if not rows:
         return rows
+    if len({row.get("model.d_model") for row in rows}) > 1:
+        raise UserError(f"--budget {mode}: the sweep compares models of several widths, which an equal budget would undo; leave it out")
     like = {key: value for key, value in rows[0].items() if key.startswith("model.")}
     made = []
     for row in rows:

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable
 from experiments.figure import Figure, Series
 from experiments.verdicts import by_variant, mean_spread, number
 
-NOISE = 0.015  # nat between seeds of one model, as the field finds it
-
 
 def family_of(pattern: str) -> str:
     """The colour and marker of a model in figures."""
@@ -87,6 +85,19 @@ def mean_lines(
     return Figure(name, title, caption or "Means over seeds.", x, y, tuple(series), **options)
 
 
+def compute_share(run: dict) -> float | None:
+    """C of the C/M ratio: the share of the FFN weights that compute on the context; None beside that axis (stem, attn_only)."""
+    pattern, widths = run["config"]["model"]["pattern"], run["account"]["ffn_widths"]
+    if "stem" in pattern or "attn_only" in pattern:
+        return None
+    return sum(c for c, _ in widths) / sum(c + m for c, m in widths)
+
+
+def noise_of(runs: list[dict], path: str = "result.val_loss") -> float | None:
+    """Standard deviation of the loss between seeds, mean over the variants; None with one seed."""
+    return mean_spread([mean_of(group, path)[1] for group in by_variant(runs).values()])[0]
+
+
 def loss_against(runs: list[dict], cost: str) -> Figure:
     """Validation loss against one of the costs of accounting: active, read_bytes_per_token, flops_per_token, total."""
     axis = {
@@ -103,8 +114,8 @@ def loss_against(runs: list[dict], cost: str) -> Figure:
         "result.val_loss",
         axis,
         "validation loss, nat per token",
-        "Means over seeds; lower left is better. Bar: what two seeds of one model may differ by.",
-        noise=NOISE,
+        "Means over seeds; lower left is better. Bar: standard deviation between seeds.",
+        noise=noise_of(runs),
     )
 
 
@@ -133,6 +144,16 @@ def by_layer(name: str, title: str, runs: list[dict], measure: str, key: str, y:
         caption,
         **options,
     )
+
+
+def layer_lines(name: str, title: str, runs: list[dict], measure: str, keys: dict[str, str], y: str, caption: str = "") -> Figure:
+    """Several numbers of a measure over the layers, one line each: ``keys`` {number: label}. Means over all runs."""
+    series = []
+    for key, label in keys.items():
+        columns = zip(*(layer_values(run, measure, key) for run in runs), strict=True)
+        points = tuple((layer, *(value or 0.0 for value in mean_spread(list(column)))) for layer, column in enumerate(columns))
+        series.append(Series(label, points))
+    return Figure(name, title, caption or "Means over seeds.", "memory layer, from input", y, tuple(line for line in series if line.points))
 
 
 def measured(runs: list[dict], measure: str, part: str, columns: Iterable[str]) -> list[dict]:

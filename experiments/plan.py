@@ -1,6 +1,8 @@
 """The plan of a folder of runs: which runs the chosen experiments need, each once, and where each stands. docs/formats.md has the files."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 from pathlib import Path
@@ -11,38 +13,47 @@ from flexmemory.config import Config
 from flexmemory.errors import UserError, nearest
 from flexmemory.files import write_json
 
-FILE = "plan.json"
+FILE, LOCK = "plan.json", ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """``runs``: {name: {"name", "overrides", "experiments": names of those that need it}}, in the order in which they are to start."""
+    """``runs``: {name: {"name", "overrides", "experiments": names of those that need it}}, in the order in which they are to start. ``budget``: what every
+    variant is made to cost alike, see budgets.equalise; None: as the experiments have it."""
 
     scale: str
     experiments: tuple[str, ...]
     runs: dict[str, dict]
+    budget: str | None = None
 
 
 def make(names: list[str], scale: str, *, source: str | None = None, seeds: list[int] | None = None, budget: str | None = None) -> Plan:
-    """The plan of some experiments. ``source``: other text for all runs; ``seeds``: these alone; ``budget``: see budgets.equalise.
+    """The plan of some experiments. ``source``: other text for all runs; ``seeds``: in place of the scale's; ``budget``: see budgets.equalise.
 
-    Raises UserError for an unknown experiment or scale, one name with two meanings, or seeds that the scale has not.
+    Raises UserError for an unknown experiment or scale, one name with two meanings, or a sweep that does not go with ``source`` or ``budget``.
     """
     modules = {catalogue.name_of(module): module for module in map(catalogue.load, names)}
     runs: dict[str, dict] = {}
     for name, module in modules.items():
         rows = catalogue.sweep_of(module, scale)
-        rows = budgets.equalise(rows, budget) if budget else rows
-        if source:
-            rows = [row | {"prepare.source": source} for row in rows]
-        if seeds is not None and rows:
-            known = sorted({seed_of(row) for row in rows})
-            if unknown := [seed for seed in seeds if seed not in known]:
-                raise UserError(f"--seeds {unknown[0]}: {name} at this scale has {', '.join(map(str, known))}")
-            rows = [row for row in rows if seed_of(row) in seeds]
+        if budget:
+            rows = budgets.equalise(rows, budget)
+        if source and len({row.get("prepare.source") for row in rows}) > 1:
+            raise UserError(f"--source: {name} compares texts of its own; leave it out")
+        rows = [row | {"prepare.source": source} for row in rows] if source else rows
+        rows = reseeded(rows, seeds) if seeds is not None else rows
         for row in rows:
             add(runs, {"name": row["name"], "overrides": {key: value for key, value in row.items() if key != "name"}, "experiments": [name]})
-    return Plan(scale, tuple(modules), dict(sorted(runs.items(), key=lambda item: seed_of(item[1]["overrides"]))))
+    return Plan(scale, tuple(modules), dict(sorted(runs.items(), key=lambda item: seed_of(item[1]["overrides"]))), budget)
+
+
+def reseeded(rows: list[dict], seeds: list[int]) -> list[dict]:
+    """The sweep with these seeds in place of its own."""
+    if not rows:
+        return rows
+    first = seed_of(rows[0])
+    variants = [row for row in rows if seed_of(row) == first]
+    return [row | {"name": f"{row['name'].removesuffix(f'-s{first}')}-s{seed}", "train.seed": seed} for row in variants for seed in seeds]
 
 
 def seed_of(row: dict) -> int:
@@ -61,37 +72,63 @@ def add(runs: dict[str, dict], run: dict) -> None:
     known["experiments"] += [name for name in run["experiments"] if name not in known["experiments"]]
 
 
-def claim(out: Path, plan: Plan) -> Plan:
-    """Creates the folder of the plan or adds the plan to the one that is there; returns what the folder now plans.
+def merged(out: Path, plan: Plan) -> Plan:
+    """The plan with what the folder plans already; of experiments that have lost a variant since, that variant's runs are left out (their folders stay).
 
-    Raises UserError where the folder is something else's, of another scale, or gives a run of equal name another meaning.
+    Raises UserError where the folder is something else's, of another scale or budget, or gives a run of equal name another meaning.
     """
-    if (out / FILE).exists():
-        old = read(out)
-        if old.scale != plan.scale:
-            raise UserError(f"--out {out}: holds runs of scale {old.scale!r}, not {plan.scale!r}; give a new folder")
-        runs = {name: {**run, "experiments": list(run["experiments"])} for name, run in old.runs.items()}
-        for run in plan.runs.values():
-            add(runs, run)
-        plan = Plan(plan.scale, tuple(dict.fromkeys((*old.experiments, *plan.experiments))), runs)
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: not empty and not a folder of runs; give a new one")
+    if not (out / FILE).exists():
+        if out.exists() and {path.name for path in out.iterdir()} - {LOCK}:
+            raise UserError(f"--out {out}: not empty and not a folder of runs; give a new one")
+        return plan
+    old = read(out)
+    for name, mine, theirs in (("scale", plan.scale, old.scale), ("budget", plan.budget, old.budget)):
+        if mine != theirs:
+            raise UserError(f"--out {out}: holds runs of {name} {theirs!r}, not {mine!r}; give a new folder")
+    variants = {
+        name: {variant_of(row["name"]) for row in catalogue.sweep_of(catalogue.load(name), old.scale)}
+        for name in old.experiments
+        if name in catalogue.names()
+    }
+    runs: dict[str, dict] = {}
+    for name, run in old.runs.items():
+        needed = [other for other in run["experiments"] if variant_of(name) in variants.get(other, ())]
+        if needed:
+            runs[name] = run | {"experiments": needed}
+    for run in plan.runs.values():
+        add(runs, run)
+    return Plan(plan.scale, tuple(dict.fromkeys((*variants, *plan.experiments))), runs, plan.budget)
+
+
+def claim(out: Path, plan: Plan) -> Plan:
+    """Creates the folder of the plan or adds the plan to the one that is there; returns what the folder now plans. Raises UserError as :func:`merged`."""
+    plan = merged(out, plan)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / FILE, {"scale": plan.scale, "experiments": list(plan.experiments), "runs": list(plan.runs.values())})
+    write_json(out / FILE, {"scale": plan.scale, "budget": plan.budget, "experiments": list(plan.experiments), "runs": list(plan.runs.values())})
     return plan
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Keeps other launchers of this machine out of the folder. Raises UserError where one is at work."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another launcher is at work there; wait for it, or give another folder") from None
+        yield
 
 
 def read(out: Path) -> Plan:
     """The plan of a folder. Raises UserError where there is none or it cannot be read."""
     try:
         values = json.loads((Path(out) / FILE).read_text())
-        return Plan(values["scale"], tuple(values["experiments"]), {run["name"]: run for run in values["runs"]})
+        return Plan(values["scale"], tuple(values["experiments"]), {run["name"]: run for run in values["runs"]}, values.get("budget"))
     except FileNotFoundError:
         raise UserError(f"{out}: no {FILE}; give the --out of `python -m experiments.run`") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{Path(out) / FILE}: not readable ({type(error).__name__}: {error}); delete it and run the experiments again, finished runs are kept"
-        ) from None
+        raise UserError(f"{Path(out) / FILE}: not readable ({type(error).__name__}: {error}); put it back, or give a new folder") from None
 
 
 def run_of(plan: Plan, name: str) -> dict:
@@ -112,22 +149,30 @@ def prepare_arguments(run: dict) -> dict:
 
 
 def finished(out: Path, run: dict, measures: set[str] | None = None) -> dict | None:
-    """What done.json says, with variant and seed; None where the run is not done, was made of other overrides, or lacks a measure.
+    """What is known of a run that is trained and measured: trained.json with "measures", "variant" and "seed"; else None, also where it was made of other
+    overrides.
 
-    measures: the names of those that it must have, by default those of the experiments that need it.
+    measures: the names of those that it must have, by default those of all experiments that need it.
     """
+    folder = out / run["name"]
     try:
-        done = json.loads((out / run["name"] / "done.json").read_text())
-        complete = isinstance(done["measures"], dict)
+        trained = json.loads((folder / "trained.json").read_text())
+        if trained["overrides"] != run["overrides"]:
+            return None
+        known = {}
+        for name in set(measures_of(run)) if measures is None else measures:
+            measure = json.loads((folder / "measures" / f"{name}.json").read_text())
+            if measure["of"] != identity(trained["result"]):
+                return None
+            known[name], trained["seconds"][name] = measure["result"], measure["seconds"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    if (
-        not complete
-        or done.get("overrides") != run["overrides"]
-        or not (set(measures_of(run)) if measures is None else measures) <= set(done["measures"])
-    ):
-        return None
-    return done | {"variant": variant_of(run["name"]), "seed": seed_of(run["overrides"])}
+    return trained | {"measures": known, "variant": variant_of(run["name"]), "seed": seed_of(run["overrides"])}
+
+
+def identity(result: dict) -> list:
+    """What tells one training's model from another's: a measure belongs to one of them."""
+    return [result["step"], result["val_loss"]]
 
 
 def measures_of(run: dict) -> dict:

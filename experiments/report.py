@@ -2,7 +2,7 @@
 
     python -m experiments.report runs/cpu
 
-Reads what the runner left: OUT/plan.json (scale, experiments, expected runs), OUT/<run>/done.json (a finished run), failed.json,
+Reads what the runner left: OUT/plan.json (scale, experiments, expected runs), OUT/<run>/trained.json and measures/ (a finished run), failed.json,
 run.json, config.json and metrics.jsonl. It works while runs are still going and says what is missing. Equal inputs give equal bytes.
 """
 
@@ -27,7 +27,7 @@ from flexmemory.files import write_text
 from flexmemory.train.run import read_metrics
 
 FAMILIES = tuple(STYLES)  # in the order of tables and legends
-LINKED = ("config.json", "metrics.jsonl", "done.json", "log.txt")  # of a run folder, where they are there
+LINKED = ("config.json", "metrics.jsonl", "trained.json", "log.txt")  # of a run folder, where they are there
 
 
 def collect(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
@@ -43,7 +43,7 @@ def collect(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
     steps, done, failed, missing = plans.steps(plan), {}, {}, {}
     for name, run in plan.runs.items():
         folder = out / name
-        found, failure = finished(out, run, known), _read(folder / "failed.json")
+        found, failure = finished(out, run, [known[other] for other in run["experiments"]]), _read(folder / "failed.json")
         if found:
             done[name] = found
         elif isinstance(failure, dict):
@@ -51,10 +51,11 @@ def collect(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
         else:
             missing[name] = {"name": name, "step": max((row["step"] for row in read_metrics(folder)), default=None), "steps": steps[name],
                              "begun": (folder / "log.txt").exists()}
-    experiments = [section(name, known[name], plan, done, failed, missing) for name in plan.experiments]
+    scale = plan.scale + (f", equal {plan.budget}" if plan.budget else "")
+    experiments = [section(out, name, known[name], plan, failed, missing) | {"scale": scale} for name in plan.experiments]
     claims = [claim for experiment in experiments for claim in experiment["claims"]]
     return _clean({
-        "scale": plan.scale, "experiments": experiments, "expected": len(plan.runs), "finished": len(done),
+        "scale": scale, "experiments": experiments, "expected": len(plan.runs), "finished": len(done),
         "verdicts": {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in VERDICTS},
         "steps": sorted(set(steps.values())), "environment": environment(out, list(plan.runs)), "accounting": accounting(list(done.values())),
         "failed": list(failed.values()), "missing": list(missing.values()),
@@ -72,24 +73,24 @@ def load(name: str, modules: dict[str, ModuleType] | None) -> ModuleType | str:
         return described(error)
 
 
-def finished(out: Path, run: dict, known: dict[str, ModuleType | str]) -> dict | None:
-    """As ``plan.finished``, but without stumbling over an experiment that cannot be loaded; numbers that are not finite are None."""
-    measures = {function.__name__ for name in run["experiments"] for function in getattr(known[name], "MEASURES", ())}
-    found = plans.finished(out, run, measures)
+def finished(out: Path, run: dict, needed: list[ModuleType | str]) -> dict | None:
+    """As ``plan.finished`` with the measures of these experiments, also where one cannot be loaded; numbers that are not finite are None."""
+    found = plans.finished(out, run, {function.__name__ for module in needed for function in getattr(module, "MEASURES", ())})
     return found and _clean(found)
 
 
-def section(name: str, experiment: ModuleType | str, plan: plans.Plan, done: dict, failed: dict, missing: dict) -> dict:
+def section(out: Path, name: str, experiment: ModuleType | str, plan: plans.Plan, failed: dict, missing: dict) -> dict:
     """What the report says of one experiment.
 
     {"name", "ids", "source", "question": the docstring's first line, "scale", "expected", "finished", "failed", "missing": names, "rows", "figures",
     "claims", "seeds", "errors": {"analyse" | "claims" | "file": last line of what went wrong}}. ``experiment`` as :func:`load` returns it.
     """
     names = [run["name"] for run in plan.runs.values() if name in run["experiments"]]
-    runs = [done[run] for run in names if run in done]
-    entry = {"name": name, "ids": [], "source": "", "question": "", "scale": plan.scale, "expected": len(names),
-             "finished": [run["name"] for run in runs], "failed": [run for run in names if run in failed],
-             "missing": [run for run in names if run in missing], "rows": [], "figures": [], "claims": [],
+    runs = [found for run in names if (found := finished(out, plan.runs[run], [experiment]))]  # another experiment's measures may be missing
+    there = {run["name"] for run in runs}
+    entry = {"name": name, "ids": [], "source": "", "question": "", "expected": len(names),
+             "finished": [run["name"] for run in runs], "failed": [run for run in names if run in failed and run not in there],
+             "missing": [run for run in names if run in missing and run not in there], "rows": [], "figures": [], "claims": [],
              "seeds": sorted({run["seed"] for run in runs}), "errors": {}}
     if isinstance(experiment, str):
         return entry | {"errors": {"file": experiment}}

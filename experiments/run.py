@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", required=True, help="smoke, cpu, gpu or paper")
     parser.add_argument("--out", type=Path, help="folder of the runs, continued where it exists; default runs/SCALE")
     parser.add_argument("--source", help="other text than the scale's, as for flexmemory prepare")
-    parser.add_argument("--seeds", help="fewer seeds than the scale's, e.g. 0 or 0,1")
+    parser.add_argument("--seeds", help="in place of the scale's, e.g. 0 or 0,1,2,3,4,5")
     parser.add_argument("--budget", help="make every variant cost what the first one does: total, active, flops or bytes")
     parser.add_argument(
         "--launcher",
@@ -55,11 +55,16 @@ def run(args, rest: list[str]) -> int:
     out = args.out or Path("runs") / args.scale
     plan = plans.make(chosen(args), args.scale, source=args.source, seeds=seeds_of(args.seeds), budget=args.budget)
     if args.dry_run:
-        print(dry_run(out, plan, args, rest))
+        print(dry_run(out, plans.merged(out, plan), args, rest))
         return 0
     if args.launcher == "here":
         return here(out, plan, args)
-    plan = plans.claim(out, plan)
+    plans.merged(out, plan)  # raises before anything is written
+    with plans.locked(out):
+        return launched(out, plans.claim(out, plan), args, rest)
+
+
+def launched(out: Path, plan: plans.Plan, args, rest: list[str]) -> int:
     for folder, arguments in texts(out, plan).items():
         from flexmemory.data.prepare import prepare
 
@@ -158,7 +163,9 @@ def here(out: Path, plan: plans.Plan, args) -> int:
 
     cluster.together(first, first_only=True)
     plan = plans.read(out)
-    code = work(out, plan, iter(plans.unfinished(out, plan)), together=args.distributed)
+    todo = plans.unfinished(out, plan)
+    cluster.agree({f"--out {out} (is it on a file system that all see?): the runs to do": todo})
+    code = work(out, plan, iter(todo), together=args.distributed)
     if code == 130:
         return code
     if args.distributed:

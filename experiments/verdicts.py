@@ -14,7 +14,8 @@ from scipy import stats
 from flexmemory.errors import UserError
 
 VERDICTS = ("reproduced", "contradicted", "within noise", "not run")
-CONFIDENCE = 0.95
+CONFIDENCE, POWER = 0.95, 0.8
+ONE_SEED = "one seed decides nothing; run at least three"
 MOST_SEEDS = 1000  # beyond that many no number of seeds is worth naming
 
 
@@ -65,11 +66,12 @@ class Difference:
         return 0 if abs(self.mean) <= self.half_width(confidence) else int(math.copysign(1, self.mean))
 
     def seeds_to_decide(self, confidence: float = CONFIDENCE) -> int | None:
-        """How many seeds would decide a difference of this mean and spread; None where no number up to 1,000 would, or with one seed."""
+        """With how many seeds a difference of this mean and spread would be decided four times out of five; None where no number up to 1,000 is enough, or
+        with one seed."""
         if self.std is None:
             return None
         for n in range(2, MOST_SEEDS + 1):
-            if stats.t.ppf((1 + confidence) / 2, n - 1) * self.std / n**0.5 < abs(self.mean):
+            if (stats.t.ppf((1 + confidence) / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * self.std / n**0.5 < abs(self.mean):
                 return n
         return None
 
@@ -90,8 +92,23 @@ def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
     return {variant: sorted(group, key=lambda run: run["seed"]) for variant, group in made.items()}
 
 
+def combined(runs: list[dict], variants: tuple[str, ...], f: Callable[..., float], path: str = "result.val_loss") -> Difference | None:
+    """f(numbers of the variants) of every seed that all of them have, e.g. a difference of differences; None where there is none."""
+    groups = {variant: {run["seed"]: run for run in by_variant(runs).get(variant, [])} for variant in variants}
+    values, seeds = [], []
+    for seed in sorted(set.intersection(*(set(group) for group in groups.values()))):
+        members = [groups[variant][seed] for variant in variants]
+        numbers = [number(run, path) for run in members]
+        if None not in numbers:
+            for run in members[1:]:
+                check_paired(members[0], run)
+            values.append(f(*numbers))
+            seeds.append(seed)
+    return Difference(variants[0], variants[-1], tuple(values), tuple(seeds)) if values else None
+
+
 def minus(a: Difference | None, b: Difference | None) -> Difference | None:
-    """a - b over the seeds that both have: whether one difference is larger than another."""
+    """a - b over the seeds that both have: whether one difference is larger than another, also where the two come from other data or steps."""
     if a is None or b is None:
         return None
     there = dict(zip(b.seeds, b.values, strict=True))
@@ -100,16 +117,12 @@ def minus(a: Difference | None, b: Difference | None) -> Difference | None:
 
 
 def within(
-    runs: list[dict],
-    variant: str,
-    a: Callable[[dict], float | None],
-    b: Callable[[dict], float | None] = lambda run: 0.0,
-    names: tuple[str, str] = ("", ""),
+    runs: list[dict], variant: str, a: Callable[[dict], float | None], b: Callable[[dict], float | None] = lambda run: 0.0
 ) -> Difference | None:
     """a(run) - b(run) of each run of a variant: two numbers of the same model, seed by seed. None where no run has both."""
     pairs = [(a(run), b(run), run["seed"]) for run in by_variant(runs).get(variant, [])]
     pairs = [(x - y, seed) for x, y, seed in pairs if x is not None and y is not None]
-    return Difference(*names, tuple(v for v, _ in pairs), tuple(s for _, s in pairs)) if pairs else None
+    return Difference(variant, variant, tuple(v for v, _ in pairs), tuple(s for _, s in pairs)) if pairs else None
 
 
 PAIRED = ("data.seq_len", "data.batch_size", "data.document_mask", "train.steps")  # what must be equal for two runs to see the same batches
@@ -145,14 +158,14 @@ def check_paired(run: dict, other: dict) -> None:
             )
 
 
-def signed(value: float, unit: str) -> str:
-    return f"{value:+.4f}".replace("-", "−") + (f" {unit}" if unit else "")
+def signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
 
 
 def shown(difference: Difference, unit: str) -> str:
     """+0.031 ± 0.004 nat (mean and sample standard deviation over the seeds)."""
     spread = "" if difference.std is None else f" ± {difference.std:.4f}"
-    return f"{difference.mean:+.4f}".replace("-", "−") + spread + (f" {unit}" if unit else "")
+    return signed(difference.mean) + spread + (f" {unit}" if unit else "")
 
 
 def not_run(text: str, paper: str, missing: str) -> Claim:
@@ -179,45 +192,62 @@ def judge(text: str, paper: str, found: Difference, expected: int, unit: str = "
 def undecided(found: Difference, n: int) -> str:
     """How much more compute would decide."""
     if n == 1:
-        return "one seed decides nothing; run at least three"
+        return ONE_SEED
     needed = found.seeds_to_decide()
     return (
         f"not decided by {MOST_SEEDS:,} seeds at this spread"
         if needed is None
-        else f"about {needed} seeds would decide, {needed / n:.1f} times the compute"
+        else f"about {needed} seeds would decide it, {needed / n:.1f} times the compute"
     )
 
 
 def order_claim(text: str, paper: str, runs: list[dict], variants: list[str], path: str = "result.val_loss", unit: str = "nat") -> Claim:
-    """The claim that the number rises from variant to variant: every neighbouring pair, Bonferroni-corrected.
+    """The claim that the number rises from variant to variant."""
+    return steps_claim(text, paper, [(f"{a}→{b}", difference(runs, b, a, path)) for a, b in zip(variants, variants[1:], strict=False)], unit)
 
-    Reproduced when all steps up are decided, contradicted when one step down is, else within noise.
+
+def steps_claim(text: str, paper: str, steps: list[tuple[str, Difference | None]], unit: str = "nat") -> Claim:
+    """The claim that every one of some differences is positive.
+
+    Reproduced when each is decided at 95%, so that all hold with at least that confidence; contradicted when one is negative, decided at 95% over all of
+    them (Bonferroni); else within noise.
     """
-    steps = [(a, b, difference(runs, b, a, path)) for a, b in zip(variants, variants[1:], strict=False)]
-    if missing := [f"{a} and {b}" for a, b, found in steps if found is None]:
-        return not_run(text, paper, "needs " + ", ".join(missing) + " of one seed")
-    confidence = 1 - (1 - CONFIDENCE) / len(steps)
-    signs = [found.sign(confidence) for _, _, found in steps]
-    n = min(len(found.values) for _, _, found in steps)
-    ours = ", ".join(f"{a}→{b} {signed(found.mean, '')}" for a, b, found in steps) + (f" {unit}" if unit else "")
-    if all(sign == 1 for sign in signs):
-        return Claim(text, paper, ours, "reproduced", n, f"every step decided at {confidence:.1%}")
-    if -1 in signs:
-        down = ", ".join(f"{a}→{b}" for (a, b, _), sign in zip(steps, signs, strict=True) if sign == -1)
-        return Claim(text, paper, ours, "contradicted", n, f"decided the other way: {down}")
-    open_steps = [(a, b, found) for (a, b, found), sign in zip(steps, signs, strict=True) if sign == 0]
+    if not steps or any(found is None for _, found in steps):
+        missing = [name for name, found in steps if found is None]
+        return not_run(text, paper, "needs both sides of " + (", ".join(missing) or "every step") + " of one seed")
+    n = min(len(found.values) for _, found in steps)
+    ours = ", ".join(f"{name} {signed(found.mean)}" for name, found in steps) + (f" {unit}" if unit else "")
+    strict = 1 - (1 - CONFIDENCE) / len(steps)
+    if down := [name for name, found in steps if found.sign(strict) == -1]:
+        return Claim(text, paper, ours, "contradicted", n, f"decided the other way: {', '.join(down)}")
+    still = [(name, found) for name, found in steps if found.sign() != 1]
+    if not still:
+        return Claim(text, paper, ours, "reproduced", n, f"every step decided at {CONFIDENCE:.0%}")
     if n == 1:
-        return Claim(text, paper, ours, "within noise", n, "one seed decides nothing; run at least three")
-    wants = [(f"{a}→{b}", found.seeds_to_decide(confidence)) for a, b, found in open_steps]
-    detail = "; ".join(f"{name}: " + (f"about {seeds} seeds would decide" if seeds else f"not by {MOST_SEEDS:,} seeds") for name, seeds in wants)
+        return Claim(text, paper, ours, "within noise", n, ONE_SEED)
+    wants = [(name, found.seeds_to_decide()) for name, found in still]
+    detail = "; ".join(
+        f"{name}: " + (f"about {seeds} seeds would decide it" if seeds else f"not decided by {MOST_SEEDS:,} seeds") for name, seeds in wants
+    )
     return Claim(text, paper, ours, "within noise", n, detail)
 
 
-def exact_claim(text: str, paper: str, ours: str, holds: bool | None, seeds: int, missing: str = "") -> Claim:
-    """A claim that needs no statistics: equalities, counts and arithmetic. ``holds`` None: its inputs are missing."""
+def limit_claim(
+    text: str, paper: str, runs: list[dict], variant: str, value: Callable[[dict], float | None], limit: float, unit: str = "nat"
+) -> Claim:
+    """The claim that a number of a variant's models lies below a limit: decided when the interval of its mean over the seeds leaves the limit out."""
+    found, room = within(runs, variant, value), within(runs, variant, value, lambda run: limit)
+    if found is None:
+        return not_run(text, paper, f"needs {variant}")
+    judged = judge(text, paper, room, -1, unit)
+    return dataclasses.replace(judged, ours=shown(found, unit))
+
+
+def exact_claim(text: str, paper: str, ours: str, holds: bool | None, seeds: int, missing: str = "", detail: str = "") -> Claim:
+    """A claim that needs no statistics: an equality bit by bit, arithmetic, a count in the data. ``holds`` None: its inputs are missing."""
     if holds is None:
         return not_run(text, paper, missing)
-    return Claim(text, paper, ours, "reproduced" if holds else "contradicted", seeds)
+    return Claim(text, paper, ours, "reproduced" if holds else "contradicted", seeds, detail)
 
 
 def mean_spread(values: list) -> tuple[float | None, float | None]:

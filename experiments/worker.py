@@ -54,9 +54,10 @@ def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = Fal
     start_process()
     launcher, failed = os.fdopen(os.dup(1), "w", buffering=1), False
     for name in names:
-        run, began = plans.run_of(plan, name), time.perf_counter()
+        began = time.perf_counter()
         print(f"start {name}", file=launcher)
         try:
+            run = plans.run_of(plan, name)
             with logged(out / name):
                 if together:
                     trained_run(out, run, plan="fsdp")
@@ -111,51 +112,48 @@ def fail(folder: Path, name: str, code: int, message: str) -> None:
 
 
 def do(out: Path, run: dict) -> None:
-    """One run from text to done.json; what was finished before is kept."""
+    """One run from text over trained.json and its measures to done.json; what was finished before is kept."""
     from flexmemory.analysis.trained import load
     from flexmemory.models.accounting import account
 
     folder = out / run["name"]
-    cfg, budget, final, train_s = trained_run(out, run)
-    seconds, measures, model = {"train": train_s}, {}, None
+    cfg, budget, final, seconds = trained_run(out, run)
+    trained = {
+        "name": run["name"],
+        "overrides": run["overrides"],
+        "config": {key: vars(value) for key, value in vars(cfg).items()},
+        "account": account(cfg.model, cfg.data.seq_len),
+        "budget": budget,
+        "result": final,
+        "seconds": {"train": seconds},
+        "data_fingerprint": json.loads((folder / "run.json").read_text())["data_fingerprint"],
+    }
+    write_json(folder / "trained.json", trained)
+    model, identity = None, plans.identity(final)
     for name, function in plans.measures_of(run).items():
         path = folder / "measures" / f"{name}.json"
-        if not path.exists():
-            print(f"measure {name}", file=sys.stderr, flush=True)
-            model = model or load(folder)  # once for all, for what it keeps
-            began = time.perf_counter()
-            result = function(model)
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, {"seconds": time.perf_counter() - began, "result": result})
-        known = json.loads(path.read_text())
-        seconds[name], measures[name] = known["seconds"], known["result"]
-    write_json(
-        folder / "done.json",
-        {
-            "name": run["name"],
-            "overrides": run["overrides"],
-            "config": {key: vars(value) for key, value in vars(cfg).items()},
-            "account": account(cfg.model, cfg.data.seq_len),
-            "budget": budget,
-            "result": final,
-            "measures": measures,
-            "seconds": seconds,
-            "data_fingerprint": json.loads((folder / "run.json").read_text())["data_fingerprint"],
-        },
-    )
+        if path.exists() and json.loads(path.read_text()).get("of") == identity:
+            continue
+        print(f"measure {name}", file=sys.stderr, flush=True)
+        model = model or load(folder)  # once for all, for what it keeps
+        began, result = time.perf_counter(), function(model)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"seconds": time.perf_counter() - began, "of": identity, "result": result})
+    write_json(folder / "done.json", {"name": run["name"], "measures": sorted(plans.measures_of(run))})
 
 
-def trained_run(out: Path, run: dict, plan: str = "single") -> tuple[Config, dict | None, dict, float]:
-    """(config, what the budget chose, final_result, seconds of training) of one run, trained under a sharding plan or found trained."""
+def trained_run(out: Path, run: dict, plan: str | None = None) -> tuple[Config, dict | None, dict, float]:
+    """(config, what the budget chose, final_result, seconds of training) of one run, trained or found trained. plan: of sharding, in place of the config's."""
     from flexmemory.train.loop import train
 
     cfg, budget = config_of(out, run)
-    cfg, began = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, plan=plan)), time.perf_counter()
+    if plan:
+        cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, plan=plan))
     with asked_to_stop((signal.SIGINT, signal.SIGTERM)) as asked:
         final = train(cfg, out / run["name"], stop=lambda: bool(asked))
     if asked:  # in the last evaluation, which training finishes
         raise KeyboardInterrupt
-    return cfg, budget, final, time.perf_counter() - began if final["resumed_from"] else final["seconds"]["total"]
+    return cfg, budget, final, final["seconds"]["total"]
 
 
 def config_of(out: Path, run: dict) -> tuple[Config, dict | None]:

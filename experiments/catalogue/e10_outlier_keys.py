@@ -7,9 +7,8 @@ above 6 (and 3) standard deviations of its token's coefficients. Expected: more 
 """
 
 from experiments import scales
-from experiments.chart import layer_values, measured, thirds
-from experiments.figure import Figure, Series
-from experiments.verdicts import judge, mean_spread, not_run, within
+from experiments.chart import layer_lines, layer_values, measured, thirds
+from experiments.verdicts import judge, not_run, within
 from flexmemory.analysis.keys import outliers
 
 IDS = ("E10",)
@@ -22,23 +21,15 @@ def sweep(scale):
 
 
 def analyse(runs):
-    series = []
-    for key, label, family in (
-        ("above_3", "above 3 σ", "memoryllm"),
-        ("above_6", "above 6 σ", "layers"),
-        ("fresh_above_3", "before training, 3 σ", "attn_only"),
-    ):
-        columns = zip(*(layer_values(run, "outliers", key) for run in runs), strict=True)
-        series.append(
-            Series(label, tuple((i, *(value or 0.0 for value in mean_spread(list(column)))) for i, column in enumerate(columns)), "line", family)
-        )
-    figure = Figure(
+    keys = {"above_3": "above 3 σ", "above_6": "above 6 σ", "fresh_above_3": "before training, 3 σ"}
+    figure = layer_lines(
         "outliers",
         "Outlier coefficients per token",
-        "Means over all tokens of the vocabulary and over seeds.",
-        "layer, from input",
+        runs,
+        "outliers",
+        keys,
         "outliers per token",
-        tuple(s for s in series if s.points),
+        "Means over all tokens of the vocabulary and over seeds.",
     )
     return {
         "rows": measured(runs, "outliers", "layers", ("layer", "keys", "above_3", "above_6", "fresh_above_3", "fresh_above_6")),

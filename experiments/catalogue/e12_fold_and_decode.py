@@ -10,7 +10,7 @@ faster than base, beta 3 hardly. At small scales a step is mostly overhead, so r
 from experiments import scales
 from experiments.chart import bars, means
 from experiments.measures import decode, fold
-from experiments.verdicts import difference, exact_claim, judge, not_run, number
+from experiments.verdicts import exact_claim, not_run, number
 
 IDS = ("E12",)
 SOURCE = "MemoryLLM Eq 2.9-2.10, Table 6"
@@ -42,10 +42,10 @@ def analyse(runs):
 
 
 def claims(runs):
-    proofs = [proof for run in runs if (proof := number(run, "measures.fold"))]
+    proofs = [proof for run in runs if number(run, "account.row_bytes_per_token") and (proof := number(run, "measures.fold"))]
     exact = [proof["rows_max_abs_diff"] == 0 and proof["logits_max_abs_diff"] == 0 and proof["greedy_equal"] for proof in proofs]
-    timed = [run | {"ms": ms("offloaded")(run)} for run in runs]
-    made = [
+    speed = "seconds of 48 tokens beside other runs decide nothing: flexmemory bench decode is the measurement"
+    return [
         exact_claim(
             "A folded table gives the live model's rows, logits and text exactly",
             "exact up to storage precision",
@@ -53,12 +53,6 @@ def claims(runs):
             all(exact) if exact else None,
             len({run["seed"] for run in runs}),
             "needs a finished run",
-        )
+        ),
+        not_run("MemoryLLM decodes faster than base, flex β = 3 hardly", "14.42 and 21.47 against 21.50 ms (1B, A100)", speed),
     ]
-    for text, paper, a in (
-        ("MemoryLLM decodes faster than base", "14.42 against 21.50 ms (1B, A100)", "memoryllm"),
-        ("Flex β = 1 decodes faster than base", "18.75 against 21.50 ms (1B, A100)", "flex-b1"),
-    ):
-        found = difference(timed, a, "dense", "ms")
-        made.append(judge(text, paper, found, -1, "ms") if found else not_run(text, paper, f"needs dense and {a} of one seed"))
-    return made

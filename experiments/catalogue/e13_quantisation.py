@@ -10,7 +10,7 @@ Expected: 8 bits cost less than 0.001 nat, 4 bits less than 0.01.
 from experiments import scales
 from experiments.chart import measured
 from experiments.figure import Figure, Series
-from experiments.verdicts import by_variant, exact_claim, mean_spread, number
+from experiments.verdicts import by_variant, limit_claim, mean_spread, number
 from flexmemory.analysis.compress import quantised
 
 IDS = ("E13",)
@@ -58,19 +58,14 @@ def analyse(runs):
 
 
 def claims(runs):
-    made = []
-    for dtype, (limit, paper) in LIMITS.items():
-        costs = [value for run in runs if run["variant"] == "memoryllm" and (value := cost(run, dtype)) is not None]
-        mean, spread = mean_spread(costs)
-        ours = f"{mean:+.5f}".replace("-", "−") + (f" ± {spread:.5f}" if spread is not None else "") + " nat" if costs else ""
-        made.append(
-            exact_claim(
-                f"A table in {dtype[3:]} bits costs less than {limit} nat",
-                paper,
-                ours,
-                max(costs) < limit if costs else None,
-                len(costs),
-                "needs memoryllm",
-            )
+    return [
+        limit_claim(
+            f"A table in {dtype[3:]} bits costs less than {limit} nat (our limit)",
+            paper,
+            runs,
+            "memoryllm",
+            lambda run, dtype=dtype: cost(run, dtype),
+            limit,
         )
-    return made
+        for dtype, (limit, paper) in LIMITS.items()
+    ]

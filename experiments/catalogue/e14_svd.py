@@ -10,7 +10,7 @@ At a small vocabulary the basis [r, W] is no longer small beside the numbers [V,
 
 from experiments import scales
 from experiments.chart import mean_lines, measured
-from experiments.verdicts import exact_claim, mean_spread, number
+from experiments.verdicts import limit_claim, number, steps_claim, within
 from flexmemory.analysis.compress import svd
 
 IDS = ("E14",)
@@ -40,30 +40,20 @@ def analyse(runs):
 
 
 def claims(runs):
-    memory = [dict(costs(run)) for run in runs if run["variant"] == "memoryllm" and costs(run)]
-    made = []
-    for cut, (limit, paper) in LIMITS.items():
-        mean, spread = mean_spread([cost[cut] for cost in memory])
-        ours = f"{mean:+.4f}".replace("-", "−") + (f" ± {spread:.4f}" if spread is not None else "") + " nat" if memory else ""
-        made.append(
-            exact_claim(
-                f"Cutting {cut:.0%} of the rank costs less than {limit} nat",
-                paper,
-                ours,
-                max(cost[cut] for cost in memory) < limit if memory else None,
-                len(memory),
-                "needs memoryllm",
-            )
+    made = [
+        limit_claim(
+            f"Cutting {cut:.0%} of the rank costs less than {limit} nat (our limit)",
+            paper,
+            runs,
+            "memoryllm",
+            lambda run, cut=cut: dict(costs(run)).get(cut),
+            limit,
         )
-    rising = all(b >= a for cost in memory for a, b in zip(list(cost.values()), list(cost.values())[1:], strict=False)) if memory else None
-    return [
-        *made,
-        exact_claim(
-            "Every further cut costs more",
-            "18.919 < 18.923 < … < 19.586 perplexity",
-            "in every seed" if rising else "not in every seed",
-            rising,
-            len(memory),
-            "needs memoryllm",
-        ),
+        for cut, (limit, paper) in LIMITS.items()
     ]
+    cuts = [cut for cut, _ in costs(runs[0])] if runs else []
+    steps = [
+        (f"{a:.0%}→{b:.0%}", within(runs, "memoryllm", lambda run, b=b: dict(costs(run)).get(b), lambda run, a=a: dict(costs(run)).get(a)))
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    return [*made, steps_claim("Every further cut costs more", "18.919 < 18.923 < 18.958 < 19.015 < 19.126 < 19.586 perplexity", steps)]

@@ -8,12 +8,13 @@ redundant. Expected: on the loss and on each task the first third of the layers 
 
 from experiments import scales
 from experiments.chart import by_layer, layer_values, measured, thirds
-from experiments.verdicts import judge, not_run, within
+from experiments.verdicts import judge, not_run, number, within
 from flexmemory.analysis.probes import drop_layer
 
 IDS = ("E16",)
 SOURCE = "MemoryLLM Fig 12"
 MEASURES = (drop_layer,)
+LEARNED = 0.05  # above chance: a task that is not learned cannot be unlearned
 TASKS = {"val_loss": ("loss", 1, "nat"), "recall_acc": ("recall", -1, ""), "reasoning_acc": ("reasoning", -1, "")}
 
 
@@ -46,6 +47,9 @@ def claims(runs):
         text, paper = f"The first layers' tables matter more for {word} than the middle ones'", "only the first few matter (figure only)"
 
         def of(run, third, key=key):
+            chance = number(run, f"result.{key.replace('_acc', '_chance')}") if key.endswith("_acc") else None
+            if chance is not None and number(run, f"measures.drop_layer.whole.{key}") < chance + LEARNED:
+                return None
             parts = thirds(layer_values(run, "drop_layer", key))
             return parts and parts[third]
 
@@ -53,6 +57,6 @@ def claims(runs):
         made.append(
             judge(text, paper, found, sign, unit)
             if found
-            else not_run(text, paper, f"needs memoryllm with at least three layers and questions on {word}")
+            else not_run(text, paper, f"needs memoryllm with at least three layers, and {word} well above chance")
         )
     return made

@@ -1,7 +1,7 @@
 """Can the last layers' tables be left out for good?
 
-MemoryLLM, section 2.3.2, proposes to leave the later layers' ToLs out of memory because they matter less; nothing is measured. Expected: the tables of the last
-third cost less than those of the first third would, one layer of it at a time; the figure has loss against the bytes that are saved.
+MemoryLLM, section 2.3.2, proposes to leave the later layers' ToLs out of memory because they matter less; nothing is measured. Expected: leaving out the last
+layer's table costs less than leaving out the first one's; the figure has loss against the bytes that are saved.
 
     python -m experiments.run e18 --scale=cpu         # E2's runs
 """
@@ -28,7 +28,11 @@ def points(run):
 def saved(run):
     """[(share of the table's bytes that goes away in %, rise of the loss in nat)]"""
     whole = number(run, "measures.drop_last.table_bytes")
-    return [(100 * p["table_bytes_gone"] / whole, p["val_loss"] - points(run)[0]["val_loss"]) for p in points(run)]
+    return [
+        (100 * p["table_bytes_gone"] / whole, p["val_loss"] - points(run)[0]["val_loss"])
+        for p in points(run)
+        if None not in (p["val_loss"], points(run)[0]["val_loss"])
+    ]
 
 
 def analyse(runs):

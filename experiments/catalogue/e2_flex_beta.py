@@ -1,6 +1,6 @@
 """Does the gap between MemoryLLM and a dense model close as FFN parameters move back to compute (flex, beta = 0..3)?
 
-MemoryLLM, Figure 9 (1B, up to 150B tokens; values not given): at equal total parameters perplexity falls from MemoryLLM (beta 0) through beta 1, 2, 3
+MemoryLLM, Figure 9 (1B, up to 150B tokens; values not given; paper scale here plans 50B): at equal total parameters perplexity falls from MemoryLLM (beta 0) through beta 1, 2, 3
 to the dense model, and beta 3 is close to dense. The paper gives no equation for the flex block: docs/variants.md. Expected: the order over beta, dense below
 all of them, and beta 3 nearer to dense than to MemoryLLM.
 
@@ -11,7 +11,7 @@ Cost at cpu scale: five runs a seed, about five minutes on two cores; two of the
 
 from experiments import scales
 from experiments.chart import bars, loss_against, means
-from experiments.verdicts import difference, judge, minus, not_run, order_claim, sign_claim
+from experiments.verdicts import combined, judge, not_run, order_claim, sign_claim
 
 IDS = ("E2",)
 SOURCE = "MemoryLLM Fig 9"
@@ -48,5 +48,5 @@ def claims(runs):
     order = order_claim("Loss rises as β falls from 3 to 0 (MemoryLLM)", "that order (1B, 150B tokens)", runs, ORDER[1:])
     still = sign_claim("β = 3 is still worse than dense", "a small gap (figure only)", runs, "flex-b3", "dense", 1)
     text, paper = "β = 3 is nearer to dense than to MemoryLLM", "close to dense (figure only)"
-    found = minus(difference(runs, "memoryllm", "flex-b3"), difference(runs, "flex-b3", "dense"))
+    found = combined(runs, ("memoryllm", "flex-b3", "dense"), lambda m, f, d: abs(m - f) - abs(f - d))
     return [order, still, judge(text, paper, found, 1) if found else not_run(text, paper, "needs dense, flex-b3 and memoryllm of one seed")]

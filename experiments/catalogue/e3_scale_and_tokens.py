@@ -1,12 +1,12 @@
 """Does MemoryLLM's gap to a dense model shrink with more training tokens, and how does it move with size?
 
 MemoryLLM, Figure 10 (250M, 750M, 1B; 25B to 150B tokens; values not given): the gap to the dense model of equal total parameters shrinks with tokens,
-and flex beta 3 at 1B (704M active) beats dense at 737M. Every point is a run of its own with its own schedule. Expected: the gap after all tokens is
+and flex beta 3 at 1B (704M active) beats dense at 737M (not judged here). Every point is a run of its own with its own schedule. Expected: the gap after all tokens is
 smaller than after half of them.
 
     python -m experiments.run e3 --scale=cpu
 
-Two widths (the scale's and two thirds of it) and two numbers of steps (all and half). Cost at cpu scale: twelve runs a seed, three of them E1's and E2's.
+Two widths (the scale's and two thirds of it; at paper scale 1B, 750M, 250M) and two numbers of steps (all and half, at paper scale 50B and 25B tokens). Cost at cpu scale: twelve runs a seed, three of them E1's and E2's.
 """
 
 from experiments import scales

@@ -1,8 +1,8 @@
 """Scaled-down FFNs: do recall tasks suffer and reasoning tasks not?
 
 MemoryLLM, Table 1 (1B, alpha 1.0 to 0.5): LAMBADA .361 to .109, SciQ (printed "SiQA") .783 to .538, ARC-E .516 to .317, HellaSwag .372 to .330; Winogrande, BoolQ,
-PIQA within 3%. Several of the latter are near chance or majority, so that their flatness is weak evidence. Here recall questions about trained facts
-against tasks whose answer stands in the prompt, on the models of the knowledge experiment that are trained on nothing else. Expected: recall falls first.
+PIQA fall by 4, 1 and 3%; the paper counts HellaSwag with these. Several of them are near chance or majority, so that their flatness is weak evidence. Here recall questions about trained facts
+against copying from the prompt (the in-context task that small models learn), both above chance, on the models of the knowledge experiment that are trained on nothing else. Expected: recall falls first.
 
     python -m experiments.run e7 --scale=cpu          # three of the knowledge experiment's runs a seed
 """
@@ -34,15 +34,20 @@ def analyse(runs):
         ),
         "figures": [
             mean_lines(
-                "recall", "Recall under the α-probe", runs, knowledge.remaining("recall"), "α, scale of what FFNs and rows add", "recall left, %"
+                "recall",
+                "Recall under the α-probe",
+                runs,
+                knowledge.remaining("recall"),
+                "α, scale of what FFNs and rows add",
+                "recall above chance that is left, %",
             ),
             mean_lines(
                 "reasoning",
-                "In-context tasks under the α-probe",
+                "Copying in the context under the α-probe",
                 runs,
-                knowledge.remaining("reasoning"),
+                knowledge.remaining("copy"),
                 "α, scale of what FFNs and rows add",
-                "accuracy left, %",
+                "accuracy above chance that is left, %",
             ),
         ],
     }
@@ -52,14 +57,19 @@ def claims(runs):
     runs = [run | {"variant": knowledge.model_of(run)} for run in runs]
     made = []
     for model in ("memoryllm", "flex-b3"):
-        text, paper = f"{model}: α = 0.5 costs recall more than in-context tasks", "LAMBADA −70 %, SciQ −31 %; PIQA −3 %, BoolQ −1 %"
+        text, paper = (
+            f"{model}: α = 0.5 costs recall more than copying in the context",
+            "LAMBADA −70, SciQ −31, ARC-E −39 %; HellaSwag −11, Winogrande −4, PIQA −3, BoolQ −1 %",
+        )
         found = within(
             runs,
             model,
             lambda run: dict(knowledge.remaining("recall")(run)).get(0.5),
-            lambda run: dict(knowledge.remaining("reasoning")(run)).get(0.5),
+            lambda run: dict(knowledge.remaining("copy")(run)).get(0.5),
         )
         made.append(
-            judge(text, paper, found, -1, "points of what was there") if found else not_run(text, paper, f"needs {model} with both tasks above zero")
+            judge(text, paper, found, -1, "% of what was above chance")
+            if found
+            else not_run(text, paper, f"needs {model} with both tasks well above chance")
         )
     return made

@@ -2,7 +2,8 @@
 
 STEM (figure, 350M): STEM's loss has no spikes, a hash-routed mixture of experts spikes at about 75B, 85B and 112B tokens. Here a spike is a logged training
 loss above the median of the 21 around it by more than 6 times their median deviation, after the warm-up. flexmemory has no hash-routed experts, so the contrast is not run.
-Expected: no more spikes with STEM than without.
+Without any spike on either side nothing is
+learned, and the verdict is within noise.
 
     python -m experiments.run s20 --scale=cpu         # S3's runs
 """
@@ -12,7 +13,7 @@ import statistics
 from experiments import scales
 from experiments.chart import means
 from experiments.measures import training_curve
-from experiments.verdicts import difference, exact_claim, not_run, number
+from experiments.verdicts import difference, judge, not_run, number
 
 IDS = ("S20",)
 SOURCE = "STEM figure on stability"
@@ -50,10 +51,9 @@ def analyse(runs):
 
 def claims(runs):
     counted = [run | {"spikes": spikes(run)} for run in runs]
-    text, paper = "STEM's loss spikes no more than dense", "no spikes (figure)"
-    stem, dense = (sum(run["spikes"] or 0 for run in counted if run["variant"].startswith(kind)) for kind in ("stem", "dense"))
-    if difference(counted, "stem-third", "dense", "spikes") is None:
-        made = not_run(text, paper, "needs dense and stem-third of one seed")
-    else:
-        made = exact_claim(text, paper, f"{stem} in all STEM runs, {dense} in dense", stem <= dense, len({run["seed"] for run in runs}))
-    return [made, not_run("A hash-routed mixture of experts spikes", "at about 75B, 85B, 112B tokens (figure)", "flexmemory has no such block")]
+    text, paper = "STEM's loss spikes less often than dense", "STEM has no spikes (figure)"
+    found = difference(counted, "stem-third", "dense", "spikes")
+    return [
+        judge(text, paper, found, -1, "spikes a run") if found else not_run(text, paper, "needs dense and stem-third of one seed"),
+        not_run("A hash-routed mixture of experts spikes", "at about 75B, 85B, 112B tokens (figure)", "flexmemory has no such block"),
+    ]

@@ -1,8 +1,9 @@
 """How many layers should be STEM layers: none, a third, half, all but the first?
 
-STEM, 350M after 100B tokens (figure, loss against FLOPs): half 2.36 < full 2.375 < third 2.39 < dense 2.435; 1B after 1T tokens, perplexity: dense 13.19,
+STEM, 350M (figure, loss at equal training FLOPs, read to ±0.01): half 2.36 < full 2.375 < third 2.39 < dense 2.435; 1B after 1T tokens, perplexity: dense 13.19,
 third 12.64 (-0.043 nat). The published accuracies of 350M mix two evaluation pipelines and are no target. The tables add parameters: total
-parameters are not equal, active ones fall with every STEM layer. Expected: that order of losses.
+parameters are not equal, active ones fall with every STEM layer. Here tokens are equal, so that models with more STEM layers have used
+fewer FLOPs. Expected: that order of losses.
 
     python -m experiments.run s3 --scale=cpu
 
@@ -52,7 +53,7 @@ def claims(runs):
     return [
         order_claim(
             "Loss rises from half over full and third to dense",
-            "2.36, 2.375, 2.39, 2.435 (350M, 100B tokens)",
+            "2.36, 2.375, 2.39, 2.435 (350M, equal FLOPs; here equal tokens)",
             runs,
             ["stem-half", "stem-full", "stem-third", "dense"],
         ),

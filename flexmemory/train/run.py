@@ -51,6 +51,8 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
         lock.flush()
         write_text(workdir / "config.json", to_json(cfg))
         tokenizer.save(workdir)
+        if (workdir / "final_result.json").exists() and (workdir / "run.json").exists():
+            return lock  # nothing is trained any more: it says what made the run
         write_json(workdir / "run.json", {
             "data_fingerprint": data_fingerprint, "git": git_revision(), "device": jax.devices()[0].device_kind,
             "platform": jax.default_backend(), "devices": jax.device_count() if cfg.parallel.plan != "single" else 1, "processes": jax.process_count(),

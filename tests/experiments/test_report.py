@@ -68,7 +68,7 @@ def test_results_say_of_each_experiment_what_ran_and_what_it_means(out):
 
 def test_experiment_sees_its_finished_runs_in_the_plans_order(out):
     seen = []
-    write(out, e9_curves=fabricated.module("x", analyse=lambda runs: seen.extend(runs) or {"rows": []}, claims=lambda runs: []))
+    write(out, e9_curves=fabricated.module("x", MEASURES=(fabricated.alpha,), analyse=lambda runs: seen.extend(runs) or {"rows": []}, claims=lambda runs: []))
     assert [(run["name"], run["variant"], run["seed"]) for run in seen] == [
         ("dense-s0", "dense", 0), ("memoryllm-s0", "memoryllm", 0), ("dense-s1", "dense", 1)]
     assert seen[0]["measures"]["alpha"] == {"losses": [2.3, 2.4]} and seen[0]["config"]["model"]["pattern"] == "dense*4"
@@ -145,7 +145,7 @@ def test_loss_curve_is_the_mean_of_the_seeds_that_came_furthest():
 def test_accounting_has_one_entry_per_model(out):
     entries = {entry["variant"]: entry for entry in write(out)["accounting"]}
     assert list(entries) == ["dense", "layers-2c", "flex-b1", "flex-b3", "memoryllm", "stem", "attn-only"]
-    assert entries["stem"]["budget"]["chosen"] == {"model.d_ff": 344} and entries["stem"]["n"] == 2 and entries["stem"]["seconds"] == 22.0
+    assert entries["stem"]["budget"]["chosen"] == {"model.d_ff": 344} and entries["stem"]["n"] == 2 and entries["stem"]["seconds"] == 20.0
     assert entries["memoryllm"]["table_bytes"] == 4_194_304 and entries["memoryllm"]["tokens"] == 409_600
     page = (out / "report.html").read_text()
     assert "4.0 MiB<small>float32</small>" in page and "−0.06 %" in page and "d_ff=344" in page
@@ -165,7 +165,7 @@ def test_generated_text_is_escaped_everywhere(out):
 
 
 def test_values_that_are_null_or_nan_do_not_break(out):
-    for path in out.glob("*/done.json"):
+    for path in out.glob("*/trained.json"):
         hollow = {"account": None, "budget": None, "result": {"val_loss": float("nan")}, "seconds": None}
         path.write_text(json.dumps(json.loads(path.read_text()) | hollow))
     seen = []
@@ -179,7 +179,7 @@ def test_values_that_are_null_or_nan_do_not_break(out):
 
 
 def test_folder_that_has_only_begun(out):
-    for path in [*out.glob("*/done.json"), *out.glob("*/failed.json")]:
+    for path in [*out.glob("*/trained.json"), *out.glob("*/failed.json")]:
         path.unlink()
     results = write(out)
     assert results["finished"] == 0 and len(results["missing"]) == 14 and len(experiment(results, "e1_loss_order")["claims"]) == 3
@@ -191,9 +191,9 @@ def test_folder_that_has_only_begun(out):
 
 
 def test_run_counts_as_finished_only_when_whole_of_this_plan_and_measured(out):
-    (out / "dense-s0" / "done.json").write_text('{"name": ')
-    other = json.loads((out / "stem-s0" / "done.json").read_text())
-    (out / "stem-s0" / "done.json").write_text(json.dumps(other | {"overrides": {"train.steps": 7}}))
+    (out / "dense-s0" / "trained.json").write_text('{"name": ')
+    other = json.loads((out / "stem-s0" / "trained.json").read_text())
+    (out / "stem-s0" / "trained.json").write_text(json.dumps(other | {"overrides": {"train.steps": 7}}))
 
     def spectra(trained):
         raise NotImplementedError
@@ -202,6 +202,7 @@ def test_run_counts_as_finished_only_when_whole_of_this_plan_and_measured(out):
     missing = {run["name"]: run for run in results["missing"]}
     assert set(missing) == {"dense-s0", "dense-s1", "stem-s0", "memoryllm-s0", "memoryllm-s1", "attn-only-s1"}
     assert "missing  dense-s0: trained to step 200, measures not finished" in report.headline(results)
+    assert len(experiment(results, "e1_loss_order")["finished"]) == 9, "what one experiment lacks does not take the run from another"
 
 
 def test_headline_fits_a_terminal(out):

@@ -14,6 +14,7 @@ from experiments import list as listing
 from experiments.verdicts import VERDICTS
 
 ROOT = Path(__file__).parents[2]
+KNOWN = ("not implemented", "no such block", "flexmemory bench decode", "well above chance", "the text is too short")  # why a claim is not run at smoke scale
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,6 @@ ROOT = Path(__file__).parents[2]
         (["--all", "--scale=cpuu"], "--scale 'cpuu': did you mean 'cpu'?"),
         (["--scale=cpu"], "give names of experiments or --all"),
         (["e1", "--all", "--scale=cpu"], "give names of experiments or --all"),
-        (["e1", "--scale=cpu", "--seeds=0,7"], "--seeds 7: e1_base_vs_memoryllm at this scale has 0, 1, 2, 3, 4"),
         (["e1", "--scale=cpu", "--seeds=one"], "--seeds 'one': give whole numbers"),
         (["e1", "--scale=cpu", "--budget=activ"], "--budget 'activ': did you mean 'active'?"),
         (["e1", "--scale=cpu", "--launcher=slrm"], "--launcher 'slrm': did you mean 'slurm'?"),
@@ -99,11 +99,7 @@ def test_every_experiment_at_smoke_scale(tmp_path):
         assert section["rows"] and section["claims"], name
         assert all(claim["verdict"] in VERDICTS for claim in section["claims"])
         missing = [claim["detail"] for claim in section["claims"] if claim["verdict"] == "not run"]
-        assert all("not implemented" in why or "no such block" in why or "not decided" in why or "above zero" in why for why in missing), (
-            name,
-            missing,
-        )
-    untimed = {"e12_fold_and_decode", "cm_ratio"}  # their numbers hold seconds
-    before = {entry["name"]: entry["claims"] for entry in results["experiments"] if not entry["failed"] and entry["name"] not in untimed}
+        assert all(any(reason in why for reason in KNOWN) for why in missing), (name, missing)
+    before = {entry["name"]: entry["claims"] for entry in results["experiments"] if not entry["failed"]}
     assert {name: sections[name]["claims"] for name in before} == before, "the run that was made again gives the same numbers"
     assert (out / "report.html").stat().st_size > 50_000 and str(tmp_path) not in (out / "report.html").read_text()

@@ -17,6 +17,7 @@ from experiments.slurm import Options
 from flexmemory.errors import UserError
 
 pytest.importorskip("submitit", reason="needs submitit: pip install 'flexmemory[slurm]'")
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("slurm_node.sh")
 
 # experiments.worker in small: NAME is ACTION-ANYTHING; every start of a run leaves a line in its log
@@ -256,3 +257,13 @@ def test_mistakes(word, says):
 def test_an_option_is_kept_as_it_is_given():
     assert slurm.options_of(["--slurm.mail-user=a=b", "--slurm.exclusive"]) == Options({"mail_user": "a=b", "exclusive": ""})
     assert slurm.options_of([]) == Options()
+
+
+def test_an_experiment_through_the_command_with_real_runs(node, out):
+    command = [sys.executable, "-m", "experiments.run", "e4", "--scale=smoke", f"--out={out}", "--launcher=slurm", "--slurm.partition=main", "--slurm.time=10"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert made.returncode == 0, made.stderr
+    assert "2 runs submitted" in made.stdout and "2 not started" in made.stdout
+    wait_until(out, ["memoryllm-s0", "memoryllm-shared-norm-s0"], "finished", seconds=180)
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert made.returncode == 0 and "2 of 2 runs finished" in made.stdout and "submitted" not in made.stdout, made.stdout + made.stderr

@@ -129,7 +129,7 @@ def test_plans_are_merged_and_a_name_keeps_its_meaning(tmp_path):
     for other, says in (
         (plan.make(["e1"], "smoke"), "holds runs of scale 'cpu', not 'smoke'"),
         (plan.make(["e2"], "cpu", source="tasks"), "two runs are named 'dense-s0': prepare.source is"),
-        (plan.make(["e2"], "cpu", budget="active"), "two runs are named 'memoryllm-s0': budget is None for e1"),
+        (plan.make(["e2"], "cpu", budget="active"), "holds runs of budget None, not 'active'"),
     ):
         with pytest.raises(UserError, match=says):
             plan.claim(out, other)
@@ -142,21 +142,40 @@ def test_plans_are_merged_and_a_name_keeps_its_meaning(tmp_path):
         plan.read(out)
 
 
-def test_a_run_is_done_only_with_its_overrides_and_measures(tmp_path):
-    made = plan.make(["e5"], "smoke")
-    run = made.runs["dense-s0"]
+def test_a_run_counts_only_with_its_overrides_and_its_model_s_measures(tmp_path):
+    run = plan.make(["e5", "e1"], "smoke").runs["dense-s0"]
+    folder = tmp_path / "dense-s0"
+    (folder / "measures").mkdir(parents=True)
+    trained = {"name": "dense-s0", "overrides": run["overrides"], "result": {"step": 4, "val_loss": 2.5}, "seconds": {"train": 1.0}}
+    measure = {"seconds": 3.0, "of": [4, 2.5], "result": {"applies": True}}
+
+    def found(trained=trained, measure=measure, **more):
+        for path, value in ((folder / "trained.json", trained), (folder / "measures" / "drop_layer.json", measure)):
+            path.write_text(value if isinstance(value, str) else json.dumps(value))
+        return plan.finished(tmp_path, run, **more)
+
+    assert found()["measures"] == {"drop_layer": {"applies": True}} and found()["seconds"] == {"train": 1.0, "drop_layer": 3.0}
+    assert found()["variant"] == "dense" and found()["seed"] == 0
+    assert found(trained | {"overrides": run["overrides"] | {"train.seed": 1}}) is None
+    assert found(measure=measure | {"of": [4, 2.6]}) is None, "of another training"
+    assert found('{"name": ') is None and found(measure="{") is None
+    found()
+    (folder / "measures" / "drop_layer.json").unlink()
     assert plan.finished(tmp_path, run) is None
-    (tmp_path / "dense-s0").mkdir()
-    done = {"name": "dense-s0", "overrides": run["overrides"], "measures": {"drop_layer": {}}}
-    path = tmp_path / "dense-s0" / "done.json"
-    path.write_text(json.dumps(done))
-    found = plan.finished(tmp_path, run)
-    assert found["variant"] == "dense" and found["seed"] == 0
-    for broken in ({"measures": {}}, {"overrides": run["overrides"] | {"train.seed": 1}}):
-        path.write_text(json.dumps(done | broken))
-        assert plan.finished(tmp_path, run) is None
-    path.write_text('{"name": ')
-    assert plan.finished(tmp_path, run) is None
+    assert plan.finished(tmp_path, run, set()) is not None, "an experiment without that measure has its run"
+
+
+def test_a_variant_that_an_experiment_has_lost_is_planned_no_more(tmp_path):
+    out = tmp_path / "runs"
+    made = plan.claim(out, plan.make(["s26"], "smoke"))
+    old = {"name": "stem-third-decayed-s0", "overrides": {"train.seed": 0}, "experiments": ["s26_table_training"]}
+    (out / "plan.json").write_text(json.dumps({"scale": "smoke", "experiments": ["s26_table_training", "gone"], "runs": [*made.runs.values(), old]}))
+    assert plan.claim(out, plan.make(["s26"], "smoke", seeds=[0, 5])).runs.keys() == plan.make(["s26"], "smoke", seeds=[0, 5]).runs.keys()
+
+
+def test_one_launcher_at_a_time(tmp_path):
+    with plan.locked(tmp_path / "x"), pytest.raises(UserError, match="another launcher is at work there"), plan.locked(tmp_path / "x"):
+        pass
 
 
 def test_bad_names_and_seeds():
@@ -164,7 +183,8 @@ def test_bad_names_and_seeds():
         (["e99"], "cpu", {}, "experiment 'e99'"),
         (["e1_base_vs_memorylm"], "cpu", {}, "did you mean 'e1_base_vs_memoryllm'"),
         (["e1"], "cpuu", {}, "did you mean 'cpu'"),
-        (["e1"], "cpu", {"seeds": [7]}, "--seeds 7: e1_base_vs_memoryllm at this scale has 0, 1, 2, 3, 4"),
+        (["knowledge"], "cpu", {"source": "tasks"}, "--source: knowledge compares texts of its own"),
+        (["e3"], "cpu", {"budget": "active"}, "models of several widths"),
     ):
         with pytest.raises(UserError, match=says):
             plan.make(names, scale, **more)
