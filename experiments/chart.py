@@ -95,7 +95,8 @@ def compute_share(run: dict) -> float | None:
 
 def noise_of(runs: list[dict], path: str = "result.val_loss") -> float | None:
     """Standard deviation of the loss between seeds, mean over the variants; None with one seed."""
-    return mean_spread([mean_of(group, path)[1] for group in by_variant(runs).values()])[0]
+    spread = mean_spread([mean_of(group, path)[1] for group in by_variant(runs).values()])[0]
+    return spread and float(f"{spread:.2g}")
 
 
 def loss_against(runs: list[dict], cost: str) -> Figure:

@@ -1,6 +1,6 @@
 """The report over all experiments of an --out folder: results.json, report.html, report.md, report.tex and the verdict table.
 
-    python -m experiments.report runs/cpu
+    python -m experiments.report runs/cpu [runs/gpu ...]
 
 Reads what the runner left: OUT/plan.json (scale, experiments, expected runs), OUT/<run>/trained.json and measures/ (a finished run), failed.json,
 run.json, config.json and metrics.jsonl. It works while runs are still going and says what is missing. Equal inputs give equal bytes.
@@ -9,6 +9,7 @@ run.json, config.json and metrics.jsonl. It works while runs are still going and
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -156,16 +157,52 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.:/])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\\"':,;()]+)+[/\\]([^\s/\\\"':,;()]*)", r"…/\1", text)
 
 
-def write(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
-    """Writes results.json, report.html, report.md and report.tex, each whole or not at all; returns the results. Raises UserError as `collect`."""
+def write(out: Path, *others: Path, modules: dict[str, ModuleType] | None = None) -> dict:
+    """Writes results.json, report.html, report.md and report.tex, each whole or not at all; returns the results. Raises UserError as `collect`.
+
+    others: further folders, of another scale for example, whose experiments come after those of ``out`` on one page, which is written to ``out``.
+    """
     out = Path(out)
     results = collect(out, modules)
-    page = report_page.page(results, curves(out, results))
+    drawn = curves(out, results)
+    for folder in map(Path, others):
+        more = collect(folder, modules)
+        rename = {e["name"]: f"{e['name']} in {folder.name}" for e in more["experiments"]}
+        drawn |= {rename[name]: rename[found] if isinstance(found, str) else found for name, found in curves(folder, more).items()}
+        join(results, moved(more, Path(os.path.relpath(folder, out)).as_posix(), rename))
+    page = report_page.page(results, drawn)
     write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(out / "report.html", page)
     write_text(out / "report.md", tables.markdown(results))
     write_text(out / "report.tex", tables.latex(results))
     return results
+
+
+def moved(results: dict, place: str, rename: dict[str, str]) -> dict:
+    """Results whose runs are named by where they lie as seen from another folder, and whose experiments have other names."""
+    def runs(names):
+        return [f"{place}/{name}" for name in names]
+
+    experiments = [e | {"name": rename[e["name"]], **{key: runs(e[key]) for key in ("finished", "failed", "missing")}} for e in results["experiments"]]
+    named = {key: [run | {"name": f"{place}/{run['name']}"} for run in results[key]] for key in ("failed", "missing")}
+    return results | named | {"experiments": experiments, "runs": {f"{place}/{name}": files for name, files in results["runs"].items()}}
+
+
+def join(results: dict, more: dict) -> None:
+    """Adds results to others, in place."""
+    for key in ("experiments", "accounting", "failed", "missing"):
+        results[key] += more[key]
+    for key in ("expected", "finished"):
+        results[key] += more[key]
+    results["scale"] = ", ".join(dict.fromkeys([results["scale"], more["scale"]]))
+    results["steps"] = sorted({*results["steps"], *more["steps"]})
+    results["verdicts"] = {verdict: n + more["verdicts"][verdict] for verdict, n in results["verdicts"].items()}
+    results["runs"] |= more["runs"]
+    for key, value in more["environment"].items():
+        known = results["environment"].setdefault(key, value)
+        if known != value:
+            known, value = (item if isinstance(item, list) else [item] for item in (known, value))
+            results["environment"][key] = known + [item for item in value if item not in known]
 
 
 def curves(out: Path, results: dict) -> dict[str, list[dict] | str]:
@@ -248,10 +285,10 @@ def _clean(value):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Writes results.json, report.html, report.md and report.tex.")
-    parser.add_argument("out", type=Path, help="the --out folder of experiments.run")
-    out = parser.parse_args(argv).out
+    parser.add_argument("out", type=Path, nargs="+", help="--out folders of experiments.run; the page of all is written to the first")
+    out, *others = parser.parse_args(argv).out
     try:
-        results = write(out)
+        results = write(out, *others)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

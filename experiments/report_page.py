@@ -19,7 +19,7 @@ def verdict_table(results: dict) -> str:
     """All claims with their verdicts, the first thing on the page."""
     rows = [[esc(claim["text"]) + (f"<small>{esc(claim['detail'])}</small>" if claim["detail"] else ""),
              f'<a href="#{slug(experiment["name"])}">{esc(tables.origin(experiment))}</a>', esc(claim["paper"]) or DASH, esc(claim["ours"]) or DASH,
-             esc(results["scale"] or DASH), str(claim["seeds"]), verdict_html(claim["verdict"])]
+             esc(experiment["scale"] or DASH), str(claim["seeds"]), verdict_html(claim["verdict"])]
             for experiment, claim in tables.verdicts(results)]
     if not rows:
         return '<p class="none">No claim has been judged yet.</p>'
@@ -91,7 +91,7 @@ def run_list(experiment: dict, results: dict) -> str:
     for name in [*experiment["finished"], *experiment["failed"], *experiment["missing"]]:
         links = " ".join(f'<a href="{esc(quote(f"{name}/{file}"))}">{esc(file)}</a>' for file in results["runs"].get(name, ()))
         items.append(f'<li><code>{esc(name)}/</code> <span class="soft">{esc(states[name])}</span> {links}</li>')
-    return f'<details><summary>{len(items)} runs and their files</summary><ul class="runs">{"".join(items)}</ul></details>' if items else ""
+    return f'<details><summary>{"1 run and its" if len(items) == 1 else f"{len(items)} runs and their"} files</summary><ul class="runs">{"".join(items)}</ul></details>' if items else ""
 
 
 def experiment_html(experiment: dict, results: dict, curves: list[dict] | str, place: int) -> str:

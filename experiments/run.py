@@ -4,6 +4,7 @@ Experiments that need the same run share it. Finished runs are kept, broken ones
 again continues, and ends with the report.
 """
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from experiments import catalogue
 from experiments import plan as plans
 from flexmemory.cli.flags import Parser
 from flexmemory.errors import UserError, nearest
+from flexmemory.train.run import read_metrics
 
 LAUNCHERS = ("local", "slurm", "here")
 
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--devices", type=int, help="with --launcher=local: processes at a time; default one per accelerator, on a CPU one per core up to 8"
     )
+    parser.add_argument("--status", action="store_true", help="print where every run stands, and stop")
     parser.add_argument("--dry_run", action="store_true", help="print what would start and stop")
     try:
         args, rest = parser.parse_known_args(argv)
@@ -56,6 +59,9 @@ def run(args, rest: list[str]) -> int:
     plan = plans.make(chosen(args), args.scale, source=args.source, seeds=seeds_of(args.seeds), budget=args.budget)
     if args.dry_run:
         print(dry_run(out, plans.merged(out, plan), args, rest))
+        return 0
+    if args.status:
+        print(status(out, plans.merged(out, plan), args))
         return 0
     if args.launcher == "here":
         return here(out, plan, args)
@@ -139,6 +145,27 @@ def dry_run(out: Path, plan: plans.Plan, args, rest: list[str]) -> str:
 
         return "\n".join([*lines, slurm.dry(out, todo, slurm.options_of(rest))])
     return "\n".join([*lines, *(command("experiments.worker", str(out), name) for name in todo)])
+
+
+def status(out: Path, plan: plans.Plan, args) -> str:
+    """A line per run: finished, failed with its last line, how far it is, or not started; with --launcher=slurm what SLURM says of the unfinished."""
+    todo, steps = plans.unfinished(out, plan), plans.steps(plan)
+    states = {name: ("finished", "") for name in plan.runs if name not in todo}
+    if args.launcher == "slurm":
+        from experiments import slurm
+
+        states |= slurm.states(out, todo)
+    for name in todo:
+        if name in states:
+            continue
+        failed, metrics = out / name / "failed.json", read_metrics(out / name)
+        if failed.exists():
+            states[name] = "failed", json.loads(failed.read_text())["error"]
+        else:
+            states[name] = ("step", f"{metrics[-1]['step']} of {steps[name]}") if metrics else ("not started", "")
+    width = max(map(len, plan.runs), default=0)
+    lines = [f"{name:<{width}}  {state} {(more.strip().splitlines() or [''])[-1]}".rstrip() for name in plan.runs for state, more in [states[name]]]
+    return "\n".join([*lines, f"{len(plan.runs) - len(todo)} of {len(plan.runs)} finished"])
 
 
 def command(module: str, *rest: str) -> str:

@@ -115,7 +115,7 @@ def cut(text: str, wide: int) -> str:
 def markdown(results: dict) -> str:
     """The verdict table and every experiment's rows as one Markdown document."""
     parts = [f"# {title(results)}", f"{results['finished']} of {results['expected']} runs finished. {tally(results)}.", "## Verdicts"]
-    rows = [[claim["text"], origin(experiment), claim["paper"], claim["ours"], results["scale"] or DASH, str(claim["seeds"]),
+    rows = [[claim["text"], origin(experiment), claim["paper"], claim["ours"], experiment["scale"] or DASH, str(claim["seeds"]),
              f"{MARKS[claim['verdict']]} {claim['verdict']}" + (f" ({claim['detail']})" if claim["detail"] else "")]
             for experiment, claim in verdicts(results)]
     parts.append(pipes(VERDICT_HEAD, rows, [False] * 5 + [True, False]) if rows else "No claim has been judged yet.")

@@ -240,7 +240,7 @@ def limit_claim(
     if found is None:
         return not_run(text, paper, f"needs {variant}")
     judged = judge(text, paper, room, -1, unit)
-    return dataclasses.replace(judged, ours=shown(found, unit))
+    return dataclasses.replace(judged, ours=shown(found, unit).removeprefix("+"))
 
 
 def exact_claim(text: str, paper: str, ours: str, holds: bool | None, seeds: int, missing: str = "", detail: str = "") -> Claim:

@@ -22,9 +22,11 @@ def sweep(scale):
 
 
 def analyse(runs):
+    rises = [value for run in runs for value in layer_values(run, "drop_layer", "perplexity_rise")]
+    wide = bool(rises) and None not in rises and min(rises) > 0
     return {
         "rows": measured(runs, "drop_layer", "layers", ("layer", "kind", "val_loss", "perplexity_rise", "recall_acc", "reasoning_acc")),
-        "figures": [by_layer("rise", "One layer's FFN or row left out", runs, "drop_layer", "perplexity_rise", "rise of perplexity, %", log_y=False)],
+        "figures": [by_layer("rise", "One layer's FFN or row left out", runs, "drop_layer", "perplexity_rise", "rise of perplexity, %", log_y=wide)],
     }
 
 

@@ -47,7 +47,7 @@ parent.postMessage({inner: innerWidth, scroll: root.scrollWidth, paper: getCompu
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     out = fabricated.folder(tmp_path_factory.mktemp("page") / "out")
-    report.write(out, fabricated.modules())
+    report.write(out, modules=fabricated.modules())
     return (out / "report.html").read_text()
 
 

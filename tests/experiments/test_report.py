@@ -21,7 +21,7 @@ def out(tmp_path):
 
 
 def write(out, **changes):
-    return report.write(out, fabricated.modules() | changes)
+    return report.write(out, modules=fabricated.modules() | changes)
 
 
 def experiment(results, name):
@@ -203,6 +203,21 @@ def test_run_counts_as_finished_only_when_whole_of_this_plan_and_measured(out):
     assert set(missing) == {"dense-s0", "dense-s1", "stem-s0", "memoryllm-s0", "memoryllm-s1", "attn-only-s1"}
     assert "missing  dense-s0: trained to step 200, measures not finished" in report.headline(results)
     assert len(experiment(results, "e1_loss_order")["finished"]) == 9, "what one experiment lacks does not take the run from another"
+
+
+def test_several_folders_on_one_page(out, tmp_path):
+    other = fabricated.folder(tmp_path / "elsewhere" / "gpu")
+    planned = json.loads((other / "plan.json").read_text()) | {"scale": "gpu"}
+    (other / "plan.json").write_text(json.dumps(planned))
+    results = report.write(out, other, modules=fabricated.modules())
+    assert (results["scale"], results["expected"], results["finished"]) == ("cpu, gpu", 28, 22)
+    first, second = experiment(results, "e1_loss_order"), experiment(results, "e1_loss_order in gpu")
+    assert (first["scale"], second["scale"]) == ("cpu", "gpu") and first["claims"] == second["claims"]
+    assert results["verdicts"] == {"reproduced": 2, "contradicted": 2, "within noise": 2, "not run": 2}
+    page = (out / "report.html").read_text()
+    for link in re.findall(r'href="([^"#]+/config.json)"', page):
+        assert (out / link).exists(), link
+    assert "elsewhere/gpu/dense-s0/config.json" in page and str(tmp_path) not in page
 
 
 def test_headline_fits_a_terminal(out):

@@ -50,6 +50,19 @@ def test_dry_run_prints_what_would_start_and_nothing_else(capsys, tmp_path):
     assert not out.exists()
 
 
+def test_status_says_where_every_run_stands(capsys, tmp_path):
+    out = tmp_path / "x"
+    made = plan.claim(out, plan.make(["e4"], "smoke"))
+    assert list(made.runs) == ["memoryllm-s0", "memoryllm-shared-norm-s0"]
+    for name in made.runs:
+        (out / name).mkdir()
+    (out / "memoryllm-s0" / "failed.json").write_text(json.dumps({"name": "memoryllm-s0", "exit": 1, "error": "first\nlast line"}))
+    (out / "memoryllm-shared-norm-s0" / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0}\n')
+    assert run.main(["e4", "--scale=smoke", f"--out={out}", "--status"]) == 0
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert said == [["memoryllm-s0", "failed", "last", "line"], ["memoryllm-shared-norm-s0", "step", "3", "of", "4"], ["0", "of", "2", "finished"]]
+
+
 def test_the_list_shows_every_experiment_and_its_last_verdicts(capsys, tmp_path):
     (tmp_path / "results.json").write_text(
         json.dumps(

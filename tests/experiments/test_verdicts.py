@@ -94,7 +94,7 @@ def test_a_limit_needs_an_interval_below_it():
     def claim(values):
         return limit_claim("", "", [run("a", seed, value) for seed, value in enumerate(values)], "a", lambda r: r["result"]["val_loss"], 1.0)
 
-    assert claim([0.8, 0.81, 0.82]).verdict == "reproduced" and claim([0.8, 0.81, 0.82]).ours == "+0.8100 ± 0.0100 nat"
+    assert claim([0.8, 0.81, 0.82]).verdict == "reproduced" and claim([0.8, 0.81, 0.82]).ours == "0.8100 ± 0.0100 nat"
     assert claim([1.2, 1.21, 1.22]).verdict == "contradicted"
     assert claim([0.5, 0.9, 1.0]).verdict == claim([0.1]).verdict == "within noise"
     assert claim([]).verdict == "not run"
