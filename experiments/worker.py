@@ -26,8 +26,6 @@ from flexmemory.errors import UserError
 from flexmemory.files import write_json
 from flexmemory.train.loop import TrainingInterrupted
 
-TAIL = 12  # lines of a failed run's log that are kept in failed.json
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m experiments.worker", __doc__)
@@ -70,7 +68,8 @@ def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = Fal
         except Exception as error:  # whatever a run dies of, the others go on
             failed, message = True, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if is_first():
-                fail(out / name, name, 1, message)
+                (out / name).mkdir(parents=True, exist_ok=True)
+                write_json(out / name / "failed.json", {"name": name, "exit": 1, "error": message})
             print(f"failed {name} {message.partition('\n')[0]}", file=launcher)
     return int(failed)
 
@@ -101,14 +100,6 @@ def logged(folder: Path):
         sys.stdout.flush(), sys.stderr.flush()
         os.dup2(kept[0], 1), os.dup2(kept[1], 2)
         os.close(kept[0]), os.close(kept[1])
-
-
-def fail(folder: Path, name: str, code: int, message: str) -> None:
-    """Writes failed.json: the message, or where there is none the last lines of the log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
-    tail = log.read_text(errors="replace").splitlines()[-TAIL:] if log.exists() else []
-    write_json(folder / "failed.json", {"name": name, "exit": code, "error": message or "\n".join(tail) or "no message"})
 
 
 def do(out: Path, run: dict) -> None:
