@@ -32,7 +32,6 @@ def analyse(runs):
         val_loss="result.val_loss",
         recall_acc="result.recall_acc",
         reasoning_acc="result.reasoning_acc",
-        train_tokens_per_s="result.train_tokens_per_s",
     )
     return {
         "rows": rows,
