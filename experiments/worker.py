@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from experiments import plan as plans
 from experiments.budgets import solve
 from experiments.sweeps import with_fields
@@ -50,6 +52,9 @@ def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = Fal
     from flexmemory.cluster import is_first
 
     start_process()
+    if plan.scale == "smoke":  # models that run for milliseconds are not worth the compiler's care
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     launcher, failed = os.fdopen(os.dup(1), "w", buffering=1), False
     for name in names:
         began = time.perf_counter()
@@ -77,8 +82,6 @@ def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = Fal
 @contextlib.contextmanager
 def logged(folder: Path):
     """Sends stdout and stderr, also of C++ code, to the folder's log.txt; of processes after the first to log.<process>.txt."""
-    import jax
-
     from flexmemory.cluster import is_first
 
     folder.mkdir(parents=True, exist_ok=True)
