@@ -10,6 +10,7 @@ Arithmetic alone: nothing is trained, so every scale gives the same. Expected: a
 
 import dataclasses
 
+from experiments.figure import Figure, Series
 from experiments.verdicts import exact_claim
 from flexmemory.config import from_dict
 from flexmemory.models.accounting import account
@@ -87,7 +88,21 @@ def counts():
 
 
 def analyse(runs):
-    return {"rows": counts(), "figures": []}
+    rows = counts()
+    points = tuple((i, 100 * row["residual"]) for i, row in enumerate(rows))
+    return {
+        "rows": rows,
+        "figures": [
+            Figure(
+                "residuals",
+                "Computed against printed, in the order of the table",
+                "",
+                "row of the table",
+                "difference, %",
+                (Series("", points, "points"),),
+            )
+        ],
+    }
 
 
 def claims(runs):

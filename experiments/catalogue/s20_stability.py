@@ -11,7 +11,7 @@ learned, and the verdict is within noise.
 import statistics
 
 from experiments import scales
-from experiments.chart import means
+from experiments.chart import mean_lines, means
 from experiments.measures import training_curve
 from experiments.verdicts import difference, judge, not_run, number
 
@@ -45,7 +45,16 @@ def analyse(runs):
         "rows": means(
             runs, spikes=spikes, val_loss="result.val_loss", logged_steps=lambda run: len(number(run, "measures.training_curve.points") or ())
         ),
-        "figures": [],
+        "figures": [
+            mean_lines(
+                "curve",
+                "Training loss as logged",
+                runs,
+                lambda run: number(run, "measures.training_curve.points"),
+                "training step",
+                "loss, nat per token",
+            )
+        ],
     }
 
 
