@@ -90,7 +90,7 @@ def submit(out, names, worker, **more):
     return slurm.submit(out, names, dict.fromkeys(names, 10), Options(**{"sbatch": {"partition": "main", "time": "5"}} | more), worker)
 
 
-def wait_until(out, names, wanted, seconds=40):
+def wait_until(out, names, wanted, seconds=180):
     """Waits until the states of the runs are ``wanted``, one for all or one each."""
     wanted, end = [wanted] * len(names) if isinstance(wanted, str) else wanted, time.time() + seconds
     while True:
