@@ -110,7 +110,7 @@ def full(action: str, source: Path, folder: Path, count: int) -> dict:
     """Needs a mount namespace of its own. After each failure the file system grows and the same is done again."""
     said, finished = [], 0
     for number in range(count):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={(8 + number) * 8}k", "tmpfs", folder], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={(16 + number) * 4}k", "tmpfs", folder], check=True)
         out = folder / "s"
         try:
             act(action, source, out)
