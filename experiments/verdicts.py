@@ -133,17 +133,7 @@ def difference(runs: list[dict], a: str, b: str, path: str = "result.val_loss") 
 
     Raises UserError when two runs to be paired did not see the same batches in the same order.
     """
-    groups = by_variant(runs)
-    others = {run["seed"]: run for run in groups.get(b, [])}
-    values, seeds = [], []
-    for run in groups.get(a, []):
-        other = others.get(run["seed"])
-        if other is None or number(run, path) is None or number(other, path) is None:
-            continue
-        check_paired(run, other)
-        values.append(number(run, path) - number(other, path))
-        seeds.append(run["seed"])
-    return Difference(a, b, tuple(values), tuple(seeds)) if values else None
+    return combined(runs, (a, b), lambda mine, other: mine - other, path)
 
 
 def check_paired(run: dict, other: dict) -> None:
@@ -175,13 +165,13 @@ def not_run(text: str, paper: str, missing: str) -> Claim:
 
 def sign_claim(text: str, paper: str, runs: list[dict], a: str, b: str, expected: int, path: str = "result.val_loss", unit: str = "nat") -> Claim:
     """The claim that variant a lies above (expected 1) or below (-1) variant b in the number at ``path``."""
-    found = difference(runs, a, b, path)
+    return judge(text, paper, difference(runs, a, b, path), expected, unit, needs=f"{a} and {b} of one seed")
+
+
+def judge(text: str, paper: str, found: Difference | None, expected: int, unit: str = "nat", *, needs: str) -> Claim:
+    """The claim that the mean of a difference is positive (expected 1) or negative (-1); ``needs`` says what is missing where there is none."""
     if found is None:
-        return not_run(text, paper, f"needs {a} and {b} of one seed")
-    return judge(text, paper, found, expected, unit)
-
-
-def judge(text: str, paper: str, found: Difference, expected: int, unit: str = "nat") -> Claim:
+        return not_run(text, paper, f"needs {needs}")
     sign, n = found.sign(), len(found.values)
     if sign:
         interval = f"95% interval ± {found.half_width():.4f}"
@@ -236,11 +226,9 @@ def limit_claim(
     text: str, paper: str, runs: list[dict], variant: str, value: Callable[[dict], float | None], limit: float, unit: str = "nat"
 ) -> Claim:
     """The claim that a number of a variant's models lies below a limit: decided when the interval of its mean over the seeds leaves the limit out."""
-    found, room = within(runs, variant, value), within(runs, variant, value, lambda run: limit)
-    if found is None:
-        return not_run(text, paper, f"needs {variant}")
-    judged = judge(text, paper, room, -1, unit)
-    return dataclasses.replace(judged, ours=shown(found, unit).removeprefix("+"))
+    judged = judge(text, paper, within(runs, variant, value, lambda run: limit), -1, unit, needs=variant)
+    found = within(runs, variant, value)
+    return dataclasses.replace(judged, ours=shown(found, unit).removeprefix("+")) if found else judged
 
 
 def exact_claim(text: str, paper: str, ours: str, holds: bool | None, seeds: int, missing: str = "", detail: str = "") -> Claim:

@@ -8,7 +8,7 @@ above 6 (and 3) standard deviations of its token's coefficients. Expected: more 
 
 from experiments import scales
 from experiments.chart import layer_lines, layer_values, measured, thirds
-from experiments.verdicts import judge, not_run, within
+from experiments.verdicts import judge, within
 from flexmemory.analysis.keys import outliers
 
 IDS = ("E10",)
@@ -47,5 +47,5 @@ def claims(runs):
             return parts and parts[third]
 
         found = within(runs, "memoryllm", lambda run, late=late: late(run, 2), lambda run, late=late: late(run, 0))
-        made.append(judge(text, paper, found, 1, "per token") if found else not_run(text, paper, "needs memoryllm with at least three layers"))
+        made.append(judge(text, paper, found, 1, "per token", needs="memoryllm with at least three layers"))
     return made

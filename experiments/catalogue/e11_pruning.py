@@ -69,6 +69,6 @@ def claims(runs):
             text, paper = f"Flex β = {beta} beats a dense model pruned by {rule} to its active parameters", "clearly better (figure only)"
             judged = [run | {"loss": loss_of(run, rule, beta / 8) if run["variant"] == "dense" else number(run, "result.val_loss")} for run in runs]
             found = difference(judged, f"flex-b{beta}", "dense", "loss")
-            made.append(judge(text, paper, found, -1) if found else not_run(text, paper, f"needs dense and flex-b{beta} of one seed"))
+            made.append(judge(text, paper, found, -1, needs=f"dense and flex-b{beta} of one seed"))
     text, paper = "…and pruned by SparseGPT", "clearly better (figure only)"
     return [*made, not_run(text, paper, "SparseGPT is not implemented")]

@@ -9,7 +9,7 @@ compress than the middle ones'. Expected: a smaller effective rank in the last t
 from experiments import scales
 from experiments.chart import by_layer, layer_values, measured, thirds
 from experiments.figure import Figure, Series
-from experiments.verdicts import by_variant, judge, mean_spread, not_run, number, within
+from experiments.verdicts import by_variant, judge, mean_spread, number, within
 from flexmemory.analysis.geometry import spectra
 
 IDS = ("E15",)
@@ -63,5 +63,5 @@ def claims(runs):
             return parts and parts[third]
 
         found = within(runs, variant, lambda run: rank(run, 2), lambda run: rank(run, 1))
-        made.append(judge(text, paper, found, -1, "ranks") if found else not_run(text, paper, f"needs {variant} with at least three layers"))
+        made.append(judge(text, paper, found, -1, "ranks", needs=f"{variant} with at least three layers"))
     return made

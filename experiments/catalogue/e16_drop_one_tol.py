@@ -8,7 +8,7 @@ redundant. Expected: on the loss and on each task the first third of the layers 
 
 from experiments import scales
 from experiments.chart import by_layer, layer_values, measured, thirds
-from experiments.verdicts import judge, not_run, number, within
+from experiments.verdicts import judge, number, within
 from flexmemory.analysis.probes import drop_layer
 
 IDS = ("E16",)
@@ -54,9 +54,5 @@ def claims(runs):
             return parts and parts[third]
 
         found = within(runs, "memoryllm", lambda run, of=of: of(run, 0), lambda run, of=of: of(run, 1))
-        made.append(
-            judge(text, paper, found, sign, unit)
-            if found
-            else not_run(text, paper, f"needs memoryllm with at least three layers, and {word} well above chance")
-        )
+        made.append(judge(text, paper, found, sign, unit, needs=f"memoryllm with at least three layers, and {word} well above chance"))
     return made

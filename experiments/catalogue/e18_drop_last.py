@@ -8,7 +8,7 @@ layer's table costs less than leaving out the first one's; the figure has loss a
 
 from experiments import scales
 from experiments.chart import mean_lines, measured
-from experiments.verdicts import judge, not_run, number, within
+from experiments.verdicts import judge, number, within
 from flexmemory.analysis.probes import drop_last, drop_layer
 
 IDS = ("E18",)
@@ -47,5 +47,5 @@ def claims(runs):
     for variant in ("memoryllm", "flex-b3"):
         text, paper = f"{variant}: leaving out the last layer's table costs less than leaving out the first one's", "proposed, not measured"
         found = within(runs, variant, lambda run: points(run)[1]["val_loss"], lambda run: number(run, "measures.drop_layer")["layers"][0]["val_loss"])
-        made.append(judge(text, paper, found, -1) if found else not_run(text, paper, f"needs {variant}"))
+        made.append(judge(text, paper, found, -1, needs=variant))
     return made

@@ -11,7 +11,7 @@ Cost at cpu scale: five runs a seed, about five minutes on two cores; two of the
 
 from experiments import scales
 from experiments.chart import bars, loss_against, means
-from experiments.verdicts import combined, judge, not_run, order_claim, sign_claim
+from experiments.verdicts import combined, judge, order_claim, sign_claim
 
 IDS = ("E2",)
 SOURCE = "MemoryLLM Fig 9"
@@ -48,4 +48,4 @@ def claims(runs):
     still = sign_claim("β = 3 is still worse than dense", "a small gap (figure only)", runs, "flex-b3", "dense", 1)
     text, paper = "β = 3 is nearer to dense than to MemoryLLM", "close to dense (figure only)"
     found = combined(runs, ("memoryllm", "flex-b3", "dense"), lambda m, f, d: abs(m - f) - abs(f - d))
-    return [order, still, judge(text, paper, found, 1) if found else not_run(text, paper, "needs dense, flex-b3 and memoryllm of one seed")]
+    return [order, still, judge(text, paper, found, 1, needs="dense, flex-b3 and memoryllm of one seed")]

@@ -11,7 +11,7 @@ Two widths (the scale's and two thirds of it; at paper scale 1B, 750M, 250M) and
 
 from experiments import scales
 from experiments.chart import means, scatter
-from experiments.verdicts import difference, judge, minus, not_run
+from experiments.verdicts import difference, judge, minus
 
 IDS = ("E3",)
 SOURCE = "MemoryLLM Fig 10"
@@ -55,7 +55,5 @@ def claims(runs):
     for size, what in (("", "at the scale's size"), ("-small", "at two thirds of its width")):
         text, paper = f"The gap of MemoryLLM to dense shrinks with tokens, {what}", "shrinks from 25B to 150B tokens (figure only)"
         found = minus(difference(runs, f"memoryllm{size}", f"dense{size}"), difference(runs, f"memoryllm{size}-half", f"dense{size}-half"))
-        made.append(
-            judge(text, paper, found, -1) if found else not_run(text, paper, f"needs dense{size}, memoryllm{size} and both after half the tokens")
-        )
+        made.append(judge(text, paper, found, -1, needs=f"dense{size}, memoryllm{size} and both after half the tokens"))
     return made

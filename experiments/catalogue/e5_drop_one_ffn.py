@@ -8,7 +8,7 @@ only for the first few. Expected: both shapes. Judged by thirds of the stack: th
 
 from experiments import scales
 from experiments.chart import by_layer, layer_values, measured, thirds
-from experiments.verdicts import judge, not_run, number, within
+from experiments.verdicts import judge, number, within
 from flexmemory.analysis.probes import drop_layer
 
 IDS = ("E5",)
@@ -46,5 +46,5 @@ def claims(runs):
         ("MemoryLLM: the first layers' FFNs matter more than the middle ones'", "early layers only (figure only)", "memoryllm", 0, 1),
     ):
         found = within(runs, variant, lambda run, i=more: rise(run, i), lambda run, i=less: rise(run, i))
-        made.append(judge(text, paper, found, 1) if found else not_run(text, paper, f"needs {variant} with at least three layers"))
+        made.append(judge(text, paper, found, 1, needs=f"{variant} with at least three layers"))
     return made

@@ -8,7 +8,7 @@ Expected: the base model's loss rises more at every alpha; judged at 0.5.
 
 from experiments import scales
 from experiments.chart import mean_lines, measured
-from experiments.verdicts import difference, judge, not_run, number
+from experiments.verdicts import difference, judge, number
 from flexmemory.analysis.probes import alpha
 
 IDS = ("E6",)
@@ -38,4 +38,4 @@ def claims(runs):
     text, paper = "Scaling FFNs by 0.5 costs the base model more than MemoryLLM", "base degrades more (figure only)"
     runs = [run | {"rise": dict(rises(run)).get(0.5)} for run in runs]
     found = difference(runs, "dense", "memoryllm", "rise")
-    return [judge(text, paper, found, 1) if found else not_run(text, paper, "needs dense and memoryllm of one seed")]
+    return [judge(text, paper, found, 1, needs="dense and memoryllm of one seed")]

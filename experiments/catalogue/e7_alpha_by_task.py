@@ -9,7 +9,7 @@ against copying from the prompt (the in-context task that small models learn), b
 
 from experiments.catalogue import knowledge
 from experiments.chart import mean_lines, measured
-from experiments.verdicts import judge, not_run, within
+from experiments.verdicts import judge, within
 from flexmemory.analysis.probes import alpha
 
 IDS = ("E7",)
@@ -67,9 +67,5 @@ def claims(runs):
             lambda run: dict(knowledge.remaining("recall")(run)).get(0.5),
             lambda run: dict(knowledge.remaining("copy")(run)).get(0.5),
         )
-        made.append(
-            judge(text, paper, found, -1, "% of what was above chance")
-            if found
-            else not_run(text, paper, f"needs {model} with both tasks well above chance")
-        )
+        made.append(judge(text, paper, found, -1, "% of what was above chance", needs=f"{model} with both tasks well above chance"))
     return made

@@ -10,7 +10,7 @@ Expected: groups one can name, and a silhouette above both controls.
 
 from experiments import scales
 from experiments.figure import Figure, Series
-from experiments.verdicts import judge, not_run, number, within
+from experiments.verdicts import judge, number, within
 from flexmemory.analysis.keys import cluster_coefficient, clusters
 
 IDS = ("E8",)
@@ -62,5 +62,5 @@ def claims(runs):
             lambda run: number(run, "measures.cluster_coefficient")["layers"][0]["coefficient"],
             lambda run, control=control: number(run, "measures.cluster_coefficient")["layers"][0][control],
         )
-        made.append(judge(text, paper, found, 1, "silhouette") if found else not_run(text, paper, "needs memoryllm"))
+        made.append(judge(text, paper, found, 1, "silhouette", needs="memoryllm"))
     return made

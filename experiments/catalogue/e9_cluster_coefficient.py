@@ -9,7 +9,7 @@ third below the others.
 
 from experiments import scales
 from experiments.chart import layer_lines, layer_values, measured, thirds
-from experiments.verdicts import judge, mean_spread, not_run, within
+from experiments.verdicts import judge, mean_spread, within
 from flexmemory.analysis.keys import cluster_coefficient
 
 IDS = ("E9",)
@@ -32,7 +32,7 @@ def claims(runs):
     for control, words in (("permuted", "permuted ones"), ("fresh", "those before training")):
         text, paper = f"Coefficients cluster better than {words}, mean over the layers", "high everywhere (figure only)"
         found = within(runs, "memoryllm", lambda run: layer_mean(run, "coefficient"), lambda run, control=control: layer_mean(run, control))
-        made.append(judge(text, paper, found, 1, "silhouette") if found else not_run(text, paper, "needs memoryllm"))
+        made.append(judge(text, paper, found, 1, "silhouette", needs="memoryllm"))
     text, paper = "The middle layers cluster less than the others", "a slight dip (figure only)"
 
     def dip(run):
@@ -40,7 +40,7 @@ def claims(runs):
         return parts and parts[1] - (parts[0] + parts[2]) / 2
 
     found = within(runs, "memoryllm", dip)
-    return [*made, judge(text, paper, found, -1, "silhouette") if found else not_run(text, paper, "needs memoryllm with at least three layers")]
+    return [*made, judge(text, paper, found, -1, "silhouette", needs="memoryllm with at least three layers")]
 
 
 def layer_mean(run, key):

@@ -16,7 +16,7 @@ import math
 from experiments import scales
 from experiments.chart import compute_share, mean_lines, mean_of, means
 from experiments.figure import Figure, Series
-from experiments.verdicts import by_variant, difference, judge, not_run, number, within
+from experiments.verdicts import by_variant, difference, judge, number, within
 from flexmemory.analysis.probes import alpha
 
 IDS = ("KNOWLEDGE",)
@@ -199,20 +199,12 @@ def claims(runs):
         for what, value, sign, unit in judged:
             found = difference([run | {"value": value(run)} for run in here], "memoryllm", "dense", "value")
             text = f"{place}: {what}"
-            made.append(
-                judge(text, "not in the papers", found, sign, unit)
-                if found
-                else not_run(text, "not in the papers", "needs dense and memoryllm of one seed")
-            )
+            made.append(judge(text, "not in the papers", found, sign, unit, needs="dense and memoryllm of one seed"))
         if i:  # the first place is E7's
             found = within(here, "memoryllm", lambda run: dict(remaining("recall")(run)).get(0.5), lambda run: dict(remaining("copy")(run)).get(0.5))
             text, paper = (
                 f"{place}: α = 0.5 costs MemoryLLM more of its recall than of its copying",
                 "recall tasks fall, reasoning tasks hardly (Table 1)",
             )
-            made.append(
-                judge(text, paper, found, -1, "% of what was above chance")
-                if found
-                else not_run(text, paper, "needs memoryllm with both tasks well above chance")
-            )
+            made.append(judge(text, paper, found, -1, "% of what was above chance", needs="memoryllm with both tasks well above chance"))
     return made

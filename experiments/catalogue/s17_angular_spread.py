@@ -9,7 +9,7 @@ STEM, 1B: the 95th percentile of |cos| between rows of one table is 0.026, 0.030
 from experiments import scales
 from experiments.chart import measured
 from experiments.figure import Figure, Series
-from experiments.verdicts import judge, limit_claim, mean_spread, not_run, number, within
+from experiments.verdicts import judge, limit_claim, mean_spread, number, within
 from flexmemory.analysis.geometry import angular
 
 IDS = ("S17",)
@@ -53,7 +53,7 @@ def claims(runs):
     found = within(runs, "stem-third", lambda run: mean_p95(run, "rows"), lambda run: mean_p95(run, "fresh"))
     near, words = "Rows stay nearly at right angles: P95 |cos| below twice that of Gaussian rows (our limit)", "1.2 to 1.5 times"
     return [
-        judge(text, paper, found, 1, "P95 |cos|") if found else not_run(text, paper, "needs stem-third"),
+        judge(text, paper, found, 1, "P95 |cos|", needs="stem-third"),
         limit_claim(near, words, runs, "stem-third", ratio, 2.0, "times"),
     ]
 

@@ -63,6 +63,6 @@ def claims(runs):
     text, paper = "STEM's loss spikes less often than dense", "STEM has no spikes (figure)"
     found = difference(counted, "stem-third", "dense", "spikes")
     return [
-        judge(text, paper, found, -1, "spikes a run") if found else not_run(text, paper, "needs dense and stem-third of one seed"),
+        judge(text, paper, found, -1, "spikes a run", needs="dense and stem-third of one seed"),
         not_run("A hash-routed mixture of experts spikes", "at about 75B, 85B, 112B tokens (figure)", "flexmemory has no such block"),
     ]

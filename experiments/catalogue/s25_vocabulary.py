@@ -10,7 +10,7 @@ vocabulary help the memory models more than the dense one?
 from experiments import scales
 from experiments.chart import means
 from experiments.figure import Figure, Series
-from experiments.verdicts import difference, judge, mean_spread, minus, not_run, number
+from experiments.verdicts import difference, judge, mean_spread, minus, number
 
 IDS = ("S25",)
 SOURCE = "STEM; reviewers"
@@ -75,7 +75,5 @@ def claims(runs):
             if len(known) > 1
             else None
         )
-        made.append(
-            judge(text, paper, found, -1, "bits per byte") if found else not_run(text, paper, f"needs dense and {model} with two vocabularies")
-        )
+        made.append(judge(text, paper, found, -1, "bits per byte", needs=f"dense and {model} with two vocabularies"))
     return made

@@ -61,10 +61,10 @@ def test_within_noise_says_how_much_more_would_decide():
     seeds, rng = found.seeds_to_decide(), random.Random(0)
     decided = [Difference("a", "b", tuple(rng.gauss(found.mean, found.std) for _ in range(seeds)), tuple(range(seeds))).sign() == 1 for _ in range(300)]
     assert found.sign() == 0 and 0.72 < sum(decided) / len(decided) < 0.88
-    claim = judge("", "", found, 1)
+    claim = judge("", "", found, 1, needs="")
     assert claim.detail == f"about {seeds} seeds would decide it, {seeds / 4:.1f} times the compute"
-    assert "at least three" in judge("", "", Difference("a", "b", (0.5,), (0,)), 1).detail
-    assert "not decided by 1,000" in judge("", "", Difference("a", "b", (1.0, -1.0001), (0, 1)), 1).detail
+    assert "at least three" in judge("", "", Difference("a", "b", (0.5,), (0,)), 1, needs="").detail
+    assert "not decided by 1,000" in judge("", "", Difference("a", "b", (1.0, -1.0001), (0, 1)), 1, needs="").detail
 
 
 def test_order_needs_every_step_and_one_decided_step_down_contradicts():
