@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m experiments.run cm_ratio --scale=quickstart --out=$(OUT)
 
+# a worker more than cores, as some tests wait for other processes; the longest file starts early
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 clean:
 	rm -rf .venv runs/demo

@@ -22,6 +22,7 @@ MODES = {  # mode -> which number of accounting.account
 }
 KNOBS = ("model.d_ff", "model.d_model")
 WIDEST = 16  # times the width that the config gives
+ALIKE = ("model.d_model", "prepare.source", "prepare.tokenizer", "train.steps")  # in which the models of one comparison agree
 WORST = 0.1  # a model further from its target is not of equal budget
 
 
@@ -76,19 +77,17 @@ def cost(cfg: Config, mode: str) -> int:
 
 
 def equalise(rows: list[dict], mode: str) -> list[dict]:
-    """The sweep with every other variant's d_model solved so that it costs what the first variant does; runs with a budget of their own stay as they are.
+    """The sweep with every other variant's d_model solved so that it costs what the first variant of its size and text does; runs with a budget of their
+    own stay as they are.
 
-    Raises UserError for an unknown mode, and for a sweep over widths, which this would undo.
+    Raises UserError for an unknown mode.
     """
     if mode not in MODES:
         raise UserError(f"--budget {mode!r}: {nearest(mode, MODES)}")
-    if not rows:
-        return rows
-    if len({row.get("model.d_model") for row in rows}) > 1:
-        raise UserError(f"--budget {mode}: the sweep compares models of several widths, which an equal budget would undo; leave it out")
-    like = {key: value for key, value in rows[0].items() if key.startswith("model.")}
-    made = []
+    first, made = {}, []
     for row in rows:
-        same = variant_of(row["name"]) == variant_of(rows[0]["name"])
+        reference = first.setdefault(tuple(row.get(key) for key in ALIKE), row)
+        like = {key: value for key, value in reference.items() if key.startswith("model.")}
+        same = variant_of(row["name"]) == variant_of(reference["name"])
         made.append(row if same or "budget" in row else row | {"budget": {"mode": mode, "knob": "model.d_model", "like": like}})
     return made

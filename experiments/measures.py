@@ -16,16 +16,14 @@ PROMPT = "Question: Where was"
 
 
 def fold(trained: Trained) -> dict:
-    """The run exported to WORKDIR/store (float32) and proved equal to the live model: the figures of ``flexmemory verify``, seconds and bytes.
-
-    Raises RuntimeError where the store is not equal: no later figure of that run would mean anything.
-    """
+    """The run exported to WORKDIR/store (float32) and compared with the live model: the figures of ``flexmemory verify``, seconds and bytes."""
     made = export(trained.workdir, store(trained), progress=False)
     proof = verify(store(trained), trained.workdir)
-    if not proof["ok"]:
-        raise RuntimeError(f"{trained.workdir.name}: the store is not equal to the run: {proof}")
-    return {"export_s": made["seconds"], "table_bytes": account(trained.cfg.model)["table_bytes"]["float32"],
-            **{key: proof[key] for key in ("ok", "rows_max_abs_diff", "logits_max_abs_diff", "logits_max_rel_diff", "greedy_equal")}}
+    return {
+        "export_s": made["seconds"],
+        "table_bytes": account(trained.cfg.model)["table_bytes"]["float32"],
+        **{key: proof[key] for key in ("ok", "rows_max_abs_diff", "logits_max_abs_diff", "logits_max_rel_diff", "greedy_equal")},
+    }
 
 
 def decode(trained: Trained) -> dict:
@@ -36,7 +34,13 @@ def decode(trained: Trained) -> dict:
     resident, _, _ = timed(Engine.from_run(trained.workdir, max_batch=1))
     offloaded, rows, text = timed(Engine(store(trained), Budgets(ram=ram), max_batch=1))
     looked = rows["ram"]["hits"] + rows["ram"]["misses"]
-    return {"resident": resident, "offloaded": offloaded, "hit_rate": rows["ram"]["hits"] / looked if looked else None, "prompt": PROMPT, "text": text}
+    return {
+        "resident": resident,
+        "offloaded": offloaded,
+        "hit_rate": rows["ram"]["hits"] / looked if looked else None,
+        "prompt": PROMPT,
+        "text": text,
+    }
 
 
 def store(trained: Trained) -> Path:

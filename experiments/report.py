@@ -100,6 +100,11 @@ def section(out: Path, name: str, experiment: ModuleType | str, plan: plans.Plan
     analysed = guarded(lambda: experiment.analyse(runs) if runs or not names else {}, "analyse", entry["errors"]) or {}
     figures = guarded(lambda: [figure.to_dict() for figure in analysed.get("figures", ())], "analyse", entry["errors"]) or []
     claims = guarded(lambda: [claim.to_dict() for claim in experiment.claims(runs)], "claims", entry["errors"]) or []
+    planned = {plans.seed_of(plan.runs[run]["overrides"]) for run in names}
+    for claim in claims:
+        if 0 < claim["seeds"] < len(planned):  # a seed that diverged or is not done is missing in the statistics
+            lost = f" ({len(entry['failed'])} runs failed)" if entry["failed"] else ""
+            claim["detail"] = "; ".join(filter(None, [claim["detail"], f"{claim['seeds']} of {len(planned)} planned seeds{lost}"]))
     return entry | {"rows": list(analysed.get("rows", ())), "figures": figures, "claims": claims}
 
 
@@ -252,7 +257,7 @@ def mean_curves(runs: list[tuple[str, str, list[dict]]]) -> list[dict]:
 
 def headline(results: dict) -> str:
     """The verdict table as plain text of 120 columns, the counts, and what is missing."""
-    lines = [tables.plain(results), tables.tally(results) + f"; {results['finished']} of {results['expected']} runs finished"]
+    lines = [tables.plain(results), *tables.tally(results).split("; "), f"{results['finished']} of {results['expected']} runs finished"]
     lines += [f"ERROR    {e['name']} ({what}): {error}" for e in results["experiments"] for what, error in e["errors"].items()]
     lines += [f"FAILED   {run['name']} (exit {run['exit']}): {tables.last_line(run['error'])}" for run in results["failed"]]
     waiting = [run["name"] for run in results["missing"] if tables.progress(run) == tables.WAITING]

@@ -24,7 +24,7 @@ def verdict_table(results: dict) -> str:
     if not rows:
         return '<p class="none">No claim has been judged yet.</p>'
     counts = "".join(f"<li>{verdict_html(verdict)} <b>{n}</b></li>" for verdict, n in results["verdicts"].items())
-    return (f'<ul class="counts" aria-label="Verdicts">{counts}</ul>'
+    return (f'<ul class="counts" aria-label="Verdicts">{counts}</ul><p>{esc(tables.tally(results))}.</p>'
             + cards("The claims of the papers and what these runs say", list(tables.VERDICT_HEAD), rows))
 
 

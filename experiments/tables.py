@@ -4,6 +4,8 @@ import json
 import re
 import unicodedata
 
+from experiments.verdicts import OURS, VERDICTS
+
 DASH = "–"
 MARKS = {"reproduced": "✓", "contradicted": "✗", "within noise": "≈", "not run": "○"}  # a verdict is told by word and mark, not by colour alone
 WAITING = "not started"
@@ -75,8 +77,12 @@ def origin(experiment: dict) -> str:
 
 
 def tally(results: dict) -> str:
-    """12 reproduced, 1 contradicted, 3 within noise, 0 not run"""
-    return ", ".join(f"{count} {verdict}" for verdict, count in results["verdicts"].items())
+    """Claims of the papers: 12 reproduced, 1 contradicted, 3 within noise, 0 not run; questions of ours: ..."""
+    words = []
+    for whose, ours in (("claims of the papers", False), ("questions of ours", True)):
+        found = [claim["verdict"] for _, claim in verdicts(results) if claim["paper"].startswith(OURS) == ours]
+        words += [f"{whose}: " + ", ".join(f"{found.count(verdict)} {verdict}" for verdict in VERDICTS)] if found else []
+    return "; ".join(words) or "no claims"
 
 
 def progress(run: dict) -> str:
@@ -155,11 +161,12 @@ def latex(results: dict) -> str:
     r"""The same tables for \input in a document that loads booktabs and longtable."""
     parts = ["% \\usepackage{booktabs,longtable} in the preamble, then \\input this file.",
              f"\\section*{{{escape_latex(title(results))}}}\n{results['finished']} of {results['expected']} runs finished. {tally(results)}."]
-    rows = [[claim["text"], origin(experiment), claim["paper"], claim["ours"], str(claim["seeds"]), claim["verdict"]]
+    rows = [[claim["text"], origin(experiment), claim["paper"], claim["ours"], str(claim["seeds"]),
+             claim["verdict"] + (f" ({claim['detail']})" if claim["detail"] else "")]
             for experiment, claim in verdicts(results)]
     if rows:
         head = [word for word in VERDICT_HEAD if word != "scale"]  # in the heading
-        parts.append(longtable(head, rows, r"p{.3\linewidth}p{.14\linewidth}p{.12\linewidth}p{.16\linewidth}rl"))
+        parts.append(longtable(head, rows, r"p{.26\linewidth}p{.12\linewidth}p{.12\linewidth}p{.16\linewidth}rp{.2\linewidth}"))
     for experiment in results["experiments"]:
         parts.append(f"\\subsection*{{{escape_latex(experiment['name'])}: {escape_latex(origin(experiment))}}}\n"
                      f"{escape_latex(experiment['question'] or '')} {escape_latex(state(experiment))}")

@@ -14,6 +14,7 @@ from scipy import stats
 from flexmemory.errors import UserError
 
 VERDICTS = ("reproduced", "contradicted", "within noise", "not run")
+OURS = "not in the papers"  # begins Claim.paper of a question that is ours
 CONFIDENCE, POWER = 0.95, 0.8
 ONE_SEED = "one seed decides nothing; run at least three"
 MOST_SEEDS = 1000  # beyond that many no number of seeds is worth naming
@@ -21,7 +22,7 @@ MOST_SEEDS = 1000  # beyond that many no number of seeds is worth naming
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One sentence of a paper, what the paper measured, what these runs did, and the verdict."""
+    """One sentence of a paper, or of ours (see OURS), what the paper measured, what these runs did, and the verdict."""
 
     text: str
     paper: str
@@ -57,18 +58,18 @@ class Difference:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def half_width(self, confidence: float = CONFIDENCE) -> float:
-        """Half of the interval of the mean; infinite for one seed."""
+        """Half of the interval of the mean; infinite for one seed and where no spread has been seen, as counts that happen to agree have none."""
         n = len(self.values)
-        return math.inf if n < 2 else float(stats.t.ppf((1 + confidence) / 2, n - 1)) * self.std / n**0.5
+        return float(stats.t.ppf((1 + confidence) / 2, n - 1)) * self.std / n**0.5 if self.std else math.inf
 
     def sign(self, confidence: float = CONFIDENCE) -> int:
         """1 or -1 where the interval of the mean leaves out zero, else 0."""
         return 0 if abs(self.mean) <= self.half_width(confidence) else int(math.copysign(1, self.mean))
 
     def seeds_to_decide(self, confidence: float = CONFIDENCE) -> int | None:
-        """With how many seeds a difference of this mean and spread would be decided four times out of five; None where no number up to 1,000 is enough, or
-        with one seed."""
-        if self.std is None:
+        """With how many seeds a difference of this mean and spread would be decided four times out of five; None where no number up to 1,000 is enough,
+        with one seed, or without a spread."""
+        if not self.std:
             return None
         for n in range(2, MOST_SEEDS + 1):
             if (stats.t.ppf((1 + confidence) / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * self.std / n**0.5 < abs(self.mean):
@@ -148,14 +149,20 @@ def check_paired(run: dict, other: dict) -> None:
             )
 
 
-def signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+def places(difference: Difference) -> int:
+    """Decimals that show two digits of the spread, or of the mean where there is none."""
+    size = difference.std or abs(difference.mean)
+    return min(9, max(0, 1 - math.floor(math.log10(size)))) if size else 0
+
+
+def signed(difference: Difference) -> str:
+    return f"{difference.mean:+.{places(difference)}f}".replace("-", "−")
 
 
 def shown(difference: Difference, unit: str) -> str:
-    """+0.031 ± 0.004 nat (mean and sample standard deviation over the seeds)."""
-    spread = "" if difference.std is None else f" ± {difference.std:.4f}"
-    return signed(difference.mean) + spread + (f" {unit}" if unit else "")
+    """+0.031 ± 0.014 nat (mean and sample standard deviation over the seeds)."""
+    spread = "" if difference.std is None else f" ± {difference.std:.{places(difference)}f}"
+    return signed(difference) + spread + (f" {unit}" if unit else "")
 
 
 def not_run(text: str, paper: str, missing: str) -> Claim:
@@ -174,7 +181,7 @@ def judge(text: str, paper: str, found: Difference | None, expected: int, unit: 
         return not_run(text, paper, f"needs {needs}")
     sign, n = found.sign(), len(found.values)
     if sign:
-        interval = f"95% interval ± {found.half_width():.4f}"
+        interval = f"95% interval ± {found.half_width():.2g}"
         return Claim(text, paper, shown(found, unit), "reproduced" if sign == expected else "contradicted", n, interval)
     return Claim(text, paper, shown(found, unit), "within noise", n, undecided(found, n))
 
@@ -183,6 +190,8 @@ def undecided(found: Difference, n: int) -> str:
     """How much more compute would decide."""
     if n == 1:
         return ONE_SEED
+    if not found.std:
+        return "equal on every seed" if not found.mean else "the same on every seed: no spread to judge by"
     needed = found.seeds_to_decide()
     return (
         f"not decided by {MOST_SEEDS:,} seeds at this spread"
@@ -206,7 +215,7 @@ def steps_claim(text: str, paper: str, steps: list[tuple[str, Difference | None]
         missing = [name for name, found in steps if found is None]
         return not_run(text, paper, "needs both sides of " + (", ".join(missing) or "every step") + " of one seed")
     n = min(len(found.values) for _, found in steps)
-    ours = ", ".join(f"{name} {signed(found.mean)}" for name, found in steps) + (f" {unit}" if unit else "")
+    ours = ", ".join(f"{name} {signed(found)}" for name, found in steps) + (f" {unit}" if unit else "")
     strict = 1 - (1 - CONFIDENCE) / len(steps)
     if down := [name for name, found in steps if found.sign(strict) == -1]:
         return Claim(text, paper, ours, "contradicted", n, f"decided the other way: {', '.join(down)}")

@@ -75,25 +75,25 @@ def take_whole(table: jax.Array, ids_C: jax.Array) -> jax.Array:
     cut = sharding(P(*(None,) * (table.ndim - 1), spec_of(table)[-1]))
     if not in_host_memory(table):
         return _rows_at(table, ids_C).get(mode="clip", out_sharding=cut)
-    rows = _on_host(lambda flat_XW, ids_X: flat_XW.at[ids_X].get(mode="clip", out_sharding=sharding(spec_of(flat_XW))), table, ids_C)
-    return jax.device_put(rows, jax.memory.Space.Device).reshape(*table.shape[:-2], len(ids_C), table.shape[-1])
+    rows = _on_host(lambda flat_XW, ids_X: flat_XW.at[ids_X].get(mode="clip", out_sharding=sharding(spec_of(flat_XW))), jax.memory.Space.Device, table, ids_C)
+    return rows.reshape(*table.shape[:-2], len(ids_C), table.shape[-1])
 
 
 def put_whole(table: jax.Array, ids_C: jax.Array, rows: jax.Array) -> jax.Array:
     """The table in the host's memory with ``rows``, as :func:`take_whole` gives them, in the place of the rows ids_C; an id equal to V is no row."""
     flat_XW = jax.device_put(rows.reshape(-1, rows.shape[-1]), jax.memory.Space.Host)
-    return _on_host(lambda flat, ids_X, rows_XW: flat.at[ids_X].set(rows_XW, mode="drop", unique_indices=True), table, ids_C, flat_XW).reshape(table.shape)
+    return _on_host(lambda flat, ids_X, rows_XW: flat.at[ids_X].set(rows_XW, mode="drop", unique_indices=True), jax.memory.Space.Host, table, ids_C, flat_XW).reshape(table.shape)
 
 
-def _on_host(f: Callable, table, ids_C, *others):
-    """``f`` of the table as [L V, W] and of the rows' places in it, computed by the host where the table lies. (Indices of two axes would be put together
-    there from numbers that lie on the device, which JAX refuses.)"""
+def _on_host(f: Callable, out: jax.memory.Space, table, ids_C, *others):
+    """``f`` of the table as [L V, W] and of the rows' places in it, computed by the host where the table lies; the result lies in ``out``. (Indices of two
+    axes would be put together there from numbers that lie on the device, which JAX refuses.)"""
     layers, vocab = math.prod(table.shape[:-2]), table.shape[-2]
     if layers * vocab >= 1 << 31:
         raise ValueError(f"table of {layers} layers and {vocab} rows: their product must be below 2^31 in the host's memory")
     ids_X = jnp.where(ids_C == vocab, layers * vocab, ids_C + vocab * jnp.arange(layers, dtype=jnp.int32)[:, None]).ravel()
     args = table.reshape(layers * vocab, -1), jax.device_put(ids_X, jax.memory.Space.Host), *others
-    return compute_on(f, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)(*args)
+    return compute_on(f, compute_type="device_host", out_memory_spaces=out)(*args)
 
 
 def in_host_memory(a: jax.Array) -> bool:

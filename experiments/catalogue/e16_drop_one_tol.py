@@ -1,26 +1,27 @@
 """Which layers' tables matter for which task?
 
 MemoryLLM, Figure 12 (1B, eight tasks; values not given): leaving out one layer's ToL hurts only for the first few layers; the middle ones are nearly
-redundant. Expected: on the loss and on each task the first third of the layers matters most. Tasks at chance cannot fall and say nothing.
+redundant. Expected: on the loss and on each task the first third of the layers matters most. Tasks at chance cannot fall and say nothing, so these are models of
+the knowledge experiment, which have learned theirs.
 
-    python -m experiments.run e16 --scale=cpu         # E2's runs
+    python -m experiments.run e16 --scale=cpu         # E7's runs
 """
 
-from experiments import scales
+from experiments.catalogue import e7_alpha_by_task, knowledge
 from experiments.chart import by_layer, layer_values, measured, thirds
 from experiments.verdicts import judge, number, within
 from flexmemory.analysis.probes import drop_layer
 
 IDS = ("E16",)
 SOURCE = "MemoryLLM Fig 12"
+SCALES = knowledge.SCALES
 MEASURES = (drop_layer,)
 LEARNED = 0.05  # above chance: a task that is not learned cannot be unlearned
 TASKS = {"val_loss": ("loss", 1, "nat"), "recall_acc": ("recall", -1, ""), "reasoning_acc": ("reasoning", -1, "")}
 
 
 def sweep(scale):
-    n = scales.layers(scale)
-    return scales.sweep(scale, [scales.memoryllm(n), scales.flex(n, 3)])
+    return [row for row in e7_alpha_by_task.sweep(scale) if "-dense-" not in row["name"]]
 
 
 def analyse(runs):
@@ -42,7 +43,7 @@ def analyse(runs):
 
 
 def claims(runs):
-    made = []
+    runs, made = [run | {"variant": knowledge.model_of(run)} for run in runs], []
     for key, (word, sign, unit) in TASKS.items():
         text, paper = f"The first layers' tables matter more for {word} than the middle ones'", "only the first few matter (figure only)"
 

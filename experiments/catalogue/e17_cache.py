@@ -54,7 +54,7 @@ def claims(runs):
     found = runs[0]["measures"]["hit_curves"] if runs else None
     texts = (
         ("LFU answers more than 80% of lookups (here with a quarter of the rows)", "more than 80% (size not given)"),
-        ("The most frequent tokens, kept for good, do within two points of LFU (our limit)", "proposed, not measured"),
+        ("The most frequent tokens, kept for good, do within two points of LFU (our limit)", "not in the papers (proposed, not measured)"),
     )
     missing = "needs memoryllm" if found is None else f"the text is too short: {found['cold']:.0%} of its lookups are a row's first"
     if found is None or found["cold"] > 0.2:

@@ -1,7 +1,7 @@
 """Does MemoryLLM's gap to a dense model shrink with more training tokens, and how does it move with size?
 
 MemoryLLM, Figure 10 (250M, 750M, 1B; 25B to 150B tokens; values not given): the gap to the dense model of equal total parameters shrinks with tokens,
-and flex beta 3 at 1B (704M active) beats dense at 737M (not judged here). Every point is a run of its own with its own schedule. Expected: the gap after all tokens is
+and flex beta 3 at 1B (704M active) beats dense at 737M. Every point is a run of its own with its own schedule. Expected: the gap after all tokens is
 smaller than after half of them.
 
     python -m experiments.run e3 --scale=cpu
@@ -15,6 +15,7 @@ from experiments.verdicts import difference, judge, minus
 
 IDS = ("E3",)
 SOURCE = "MemoryLLM Fig 10"
+DENSE, NEAR = ("dense", "dense-middle", "dense-small"), 0.1
 
 
 def sweep(scale):
@@ -52,8 +53,12 @@ def analyse(runs):
 
 def claims(runs):
     made = []
-    for size, what in (("", "at the scale's size"), ("-small", "at two thirds of its width")):
+    for size, what in (("", "the larger width"), ("-small", "the smaller width")):
         text, paper = f"The gap of MemoryLLM to dense shrinks with tokens, {what}", "shrinks from 25B to 150B tokens (figure only)"
         found = minus(difference(runs, f"memoryllm{size}", f"dense{size}"), difference(runs, f"memoryllm{size}-half", f"dense{size}-half"))
         made.append(judge(text, paper, found, -1, needs=f"dense{size}, memoryllm{size} and both after half the tokens"))
-    return made
+    text, paper = "Flex β = 3 beats a smaller dense model of about its active parameters", "704M active against 737M (figure only)"
+    active = {run["variant"]: run["account"]["active"] for run in runs}
+    like = [name for name in active if name in DENSE and "flex-b3" in active and abs(active[name] / active["flex-b3"] - 1) < NEAR]
+    found = difference(runs, "flex-b3", like[0]) if like else None
+    return [*made, judge(text, paper, found, -1, needs=f"flex-b3 and a dense model within {NEAR:.0%} of its active parameters")]

@@ -47,8 +47,8 @@ def analyse(runs):
 def claims(runs):
     words = {
         "active": ("active parameters", "−0.049 nat (245M against 265M active)"),
-        "flops": ("forward FLOPs per token", "not in the paper"),
-        "bytes": ("bytes read per decoded token", "not in the paper"),
+        "flops": ("forward FLOPs per token", "not in the papers"),
+        "bytes": ("bytes read per decoded token", "not in the papers"),
     }
     made = []
     for mode, (what, paper) in words.items():

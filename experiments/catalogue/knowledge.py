@@ -3,8 +3,8 @@
 No paper tests this directly; MemoryLLM's Table 1 suggests it (scaling FFNs down by alpha costs recall tasks more than reasoning tasks). Models are trained on
 nothing but invented biographies and puzzles whose answer stands in the prompt, at two sizes and two numbers of people, with all compute, flex beta 3, and
 all memory at equal total parameters. Recall counts in bits: a question has 16 possible answers, so an accuracy p is worth log2(16) - H(p) - (1-p) log2(15) bits of
-each of a person's five facts; divided by parameters, total and active. Expected from the slogan: memory holds more bits per active parameter; compute is
-better at the puzzles; and alpha hurts recall first.
+each of a person's five facts; divided by parameters, total and active; the verdict counts embedding and head, which hold facts too. Expected from the
+slogan: memory holds more bits per active parameter; compute is better at the puzzles; and alpha hurts recall first.
 
     python -m experiments.run knowledge --scale=cpu
 
@@ -23,7 +23,7 @@ IDS = ("KNOWLEDGE",)
 SOURCE = "MemoryLLM Table 1; ours"
 SCALES = ("smoke", "cpu", "gpu")
 MEASURES = (alpha,)
-LEARNED = 0.1  # above chance, as a share of what is above it: below that a task says nothing when it falls
+LEARNED = 0.5  # above chance, as a share of what is above it: below that a task says nothing when it falls
 ANSWERS, FACTS = 16, 5  # possible answers of a question, facts of a person
 TEXT = {  # source with the number of people left open, the two numbers, layers, widths (d_model, d_ff), other settings
     "smoke": ("facts:people={},docs=6+tasks:n=60,eval=12,length=4,pairs=3", (3, 4), 3, ((32, 88),), {}),
@@ -88,6 +88,13 @@ def places(runs):
     return list(dict.fromkeys(place_of(run) for run in runs))
 
 
+def planned_places(runs):
+    """The places of the runs' scale, whether they have runs yet or not; of cpu's without any."""
+    scale = next((scale for scale, (_, counts, *_) in TEXT.items() if runs and people(runs[0]) in counts), "cpu")
+    _, counts, _, widths, _ = TEXT[scale]
+    return [f"p{people}-d{d}" for people in counts for d, _ in widths]
+
+
 def of(runs, place):
     return [run | {"variant": model_of(run)} for run in runs if place_of(run) == place]
 
@@ -147,6 +154,7 @@ def analyse(runs):
         bits_recalled=recalled,
         bits_per_parameter=lambda run: per(run, "total"),
         bits_per_active_parameter=lambda run: per(run, "active"),
+        bits_per_active_parameter_with_embedding_and_head=lambda run: per(run, "active_all"),
         reasoning_acc="result.reasoning_acc",
         copy="result.kinds.copy",
         lookup1="result.kinds.lookup1",
@@ -165,7 +173,7 @@ def analyse(runs):
                 percent("result.kinds.copy"),
                 "copying, % right",
             ),
-            ratio_figure("bits-active", "Bits recalled per active parameter", runs, lambda run: per(run, "active"), "bits per active parameter"),
+            ratio_figure("bits-active", "Bits recalled per active parameter", runs, lambda run: per(run, "active_all"), "bits per active parameter"),
             mean_lines(
                 "alpha-recall",
                 "Recall under the α-probe",
@@ -190,11 +198,11 @@ def claims(runs):
     made = []
     judged = (
         ("memory recalls more facts at equal total parameters", recalled, 1, "bits"),
-        ("memory recalls more bits per active parameter, of which it has a third", lambda run: per(run, "active"), 1, "bits"),
+        ("memory recalls more bits per active parameter, embedding and head counted", lambda run: per(run, "active_all"), 1, "bits"),
         ("compute copies better in the context", lambda run: number(run, "result.kinds.copy"), -1, "accuracy"),
         ("compute is better at all in-context tasks", lambda run: number(run, "result.reasoning_acc"), -1, "accuracy"),
     )
-    for i, place in enumerate(places(runs) or ["p32-d32"]):
+    for i, place in enumerate(planned_places(runs)):
         here = of(runs, place)
         for what, value, sign, unit in judged:
             found = difference([run | {"value": value(run)} for run in here], "memoryllm", "dense", "value")

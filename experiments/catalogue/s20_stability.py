@@ -1,9 +1,8 @@
 """Does the training loss spike?
 
 STEM (figure, 350M): STEM's loss has no spikes, a hash-routed mixture of experts spikes at about 75B, 85B and 112B tokens. Here a spike is a logged training
-loss above the median of the 21 around it by more than 6 times their median deviation, after the warm-up. flexmemory has no hash-routed experts, so the contrast is not run.
-Without any spike on either side nothing is
-learned, and the verdict is within noise.
+loss above the median of the 21 around it by more than 6 times their median deviation, after the warm-up. flexmemory has no hash-routed experts, so the contrast is not run. A run that
+diverges has no result: the report counts it as failed.
 
     python -m experiments.run s20 --scale=cpu         # S3's runs
 """
@@ -13,7 +12,7 @@ import statistics
 from experiments import scales
 from experiments.chart import mean_lines, means
 from experiments.measures import training_curve
-from experiments.verdicts import difference, judge, not_run, number
+from experiments.verdicts import exact_claim, not_run, number
 
 IDS = ("S20",)
 SOURCE = "STEM figure on stability"
@@ -59,10 +58,15 @@ def analyse(runs):
 
 
 def claims(runs):
-    counted = [run | {"spikes": spikes(run)} for run in runs]
-    text, paper = "STEM's loss spikes less often than dense", "STEM has no spikes (figure)"
-    found = difference(counted, "stem-third", "dense", "spikes")
+    counts = [count for run in runs if run["variant"] == "stem-third" and (count := spikes(run)) is not None]
     return [
-        judge(text, paper, found, -1, "spikes a run", needs="dense and stem-third of one seed"),
+        exact_claim(
+            "STEM's training loss has no spikes",
+            "no spikes (figure)",
+            f"{sum(counts)} in {len(counts)} runs",
+            sum(counts) == 0 if counts else None,
+            len(counts),
+            "needs stem-third",
+        ),
         not_run("A hash-routed mixture of experts spikes", "at about 75B, 85B, 112B tokens (figure)", "flexmemory has no such block"),
     ]

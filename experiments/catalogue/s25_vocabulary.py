@@ -69,7 +69,7 @@ def analyse(runs):
 def claims(runs):
     made, known = [], sizes(runs)
     for model in MODELS[1:]:
-        text, paper = f"A larger vocabulary helps {model} more than dense", "asked by reviewers, no number"
+        text, paper = f"A larger vocabulary helps {model} more than dense", "not in the papers (asked by reviewers)"
         found = (
             minus(*(difference(of(runs, size), model, "dense", "result.val_bits_per_byte") for size in (known[-1], known[0])))
             if len(known) > 1

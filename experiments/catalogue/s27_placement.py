@@ -37,7 +37,12 @@ def analyse(runs):
 def claims(runs):
     return [
         sign_claim(
-            f"STEM layers {place} in the stack are worse than spread evenly", "asked by reviewers, no number", runs, f"stem-{place}", "stem-third", 1
+            f"STEM layers {place} in the stack are worse than spread evenly",
+            "not in the papers (asked by reviewers)",
+            runs,
+            f"stem-{place}",
+            "stem-third",
+            1,
         )
         for place in PLACES
     ]

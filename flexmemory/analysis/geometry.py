@@ -77,9 +77,10 @@ def angular(trained: Trained) -> dict:
 def unique_growth(trained: Trained) -> dict:
     """How the rows in use grow with the length of a text, STEM's test-time capacity |S| W unique(n).
 
-    The validation split is taken as a ring of documents and read from STARTS of them, at even distances. {"points": [{"tokens": n, "unique": mean,
+    The validation split is taken as a ring of its documents, shuffled, and read from STARTS of them, at even distances. {"points": [{"tokens": n, "unique": mean,
     "lowest", "highest", "values": numbers in the rows in use, all layers}], n by powers of two, the last one the split or LONGEST, "exponent",
-    "factor": of Heaps' law unique = factor n^exponent by least squares of the logarithms from HEAPS_FROM tokens on, "values_per_token": |S| W}.
+    "factor": of Heaps' law unique = factor n^exponent by least squares of the logarithms from HEAPS_FROM tokens on until half of all that occur are met,
+    "values_per_token": |S| W}.
     The paper says sublinear and cites Heaps; it gives neither text nor fit.
     """
     if not trained.memory_layers:
@@ -93,7 +94,8 @@ def unique_growth(trained: Trained) -> dict:
     for length, unique_S in zip(lengths, unique_SN.T, strict=True):
         points.append({"tokens": length, "unique": float(unique_S.mean()), "lowest": int(unique_S.min()), "highest": int(unique_S.max()),
                        "values": float(values * unique_S.mean())})
-    fitted = [(np.log(point["tokens"]), np.log(point["unique"])) for point in points if point["tokens"] >= HEAPS_FROM]
+    half = len(np.unique(tokens)) / 2  # beyond it the end of the vocabulary bends the curve
+    fitted = [(np.log(point["tokens"]), np.log(point["unique"])) for point in points if point["tokens"] >= HEAPS_FROM and point["unique"] <= half]
     exponent, factor = np.polyfit(*zip(*fitted, strict=True), 1) if len(fitted) > 1 else (None, None)
     return {"applies": True, "starts": len(starts), "values_per_token": values, "points": points,
             "exponent": None if exponent is None else float(exponent), "factor": None if factor is None else float(np.exp(factor))}
@@ -132,14 +134,16 @@ def _paired_cosines(rows):
 
 
 def _documents(trained: Trained) -> tuple[np.ndarray, np.ndarray]:
-    """(all tokens of the validation split, where its documents begin)."""
+    """(all tokens of the validation split, where its documents begin), the documents shuffled: in the split a source comes after another."""
     val, parts, starts, before = trained.val, [], [], 0
     for shard, count in enumerate(val.shard_tokens):
         segments_T = val.token_segments(shard, 0, count)
         parts.append(val.tokens(shard, 0, count))
         starts.append(before + np.flatnonzero(np.diff(segments_T, prepend=-1)))
         before += count
-    return np.concatenate(parts), np.concatenate(starts)
+    documents = np.split(np.concatenate(parts), np.concatenate(starts)[1:])
+    documents = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
+    return np.concatenate(documents), np.cumsum([0, *map(len, documents[:-1])])
 
 
 def _unique(tokens_T: np.ndarray, lengths: list[int]) -> np.ndarray:

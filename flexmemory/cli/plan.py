@@ -1,15 +1,19 @@
-"""flexmemory plan --config=configs/memoryllm.py:1b --mesh=data=8,fsdp=32 [--memory=80] [--json]
+"""flexmemory plan --config=configs/memoryllm.py:1b --mesh=data=8,fsdp=32 [--topology=v5e:16x16] [--memory=80] [--json]
 
 What every device of a mesh would hold, compute and send in a training step, found by compiling the step for devices that are not there. Compiled by
-XLA for CPUs: temporaries on an accelerator differ (bfloat16 products need none in float32, flash attention keeps no scores), collectives hardly.
+XLA for CPUs: temporaries on an accelerator differ (bfloat16 products need none in float32, flash attention keeps no scores), collectives hardly. With
+--topology the TPU's own compiler says it (libtpu must be installed, a TPU need not be there); what does not fit it refuses.
 """
 
+import dataclasses
+import importlib.util
 import json
 import math
 import os
 
 import jax
 from absl import flags
+from jax.experimental import topologies
 
 from flexmemory import parallel
 from flexmemory.cli.flags import config_of, parse
@@ -17,11 +21,13 @@ from flexmemory.errors import UserError
 from flexmemory.train.dryrun import HOST, dry_run, expected_rows, on_mesh
 
 SHOWN = 12  # arrays and collectives in the text; JSON has all
+ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}  # libtpu asks nobody
 
 
 def run(argv: list[str]) -> int:
     def define(values):
         flags.DEFINE_string("mesh", None, "sizes of the axes, for example data=8,fsdp=32; config parallel.mesh where left out", flag_values=values)
+        flags.DEFINE_string("topology", None, "compile for a TPU slice, for example v5e:16x16 or v5p:4x4x4", flag_values=values)
         flags.DEFINE_float("memory", 80.0, "GB of one device", lower_bound=0.001, flag_values=values)
         flags.DEFINE_integer("rows", None, "unique ids of a section of the batch; by Zipf's law where left out", lower_bound=1, flag_values=values)
         flags.DEFINE_boolean("compile", True, "also compile the step: temporaries and collectives", flag_values=values)
@@ -35,9 +41,21 @@ def run(argv: list[str]) -> int:
     if not cfg.model.vocab_size:
         raise UserError("config model.vocab_size: 0; give the vocabulary that the data will have (--config.model.vocab_size=)")
     sizes = parallel.mesh_sizes(cfg.parallel)
-    mesh = devices(sizes) if values.compile else parallel.abstract_mesh(sizes)
+    if values.topology and cfg.model.attention == "auto":  # which would choose for the machine at hand
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="xla"))
+    if not values.compile:
+        mesh = parallel.abstract_mesh(sizes)
+    else:
+        mesh = tpu_slice(values.topology, sizes) if values.topology else devices(sizes)
     rows = values.rows or expected_rows(cfg, parallel.sections_of(sizes))
-    made = dry_run(cfg, mesh, rows, values.compile) | {"changed": changed, "device_memory": int(values.memory * 1e9)}
+    try:
+        made = dry_run(cfg, mesh, rows, values.compile)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"--mesh {cfg.parallel.mesh}: does not fit a device of {values.topology} ({str(error).partition('\n')[0]}); give more devices, "
+                        "more train.accum_steps or model.remat") from error
+    made |= {"changed": changed, "compiler": values.compile and (values.topology or "cpu"), "device_memory": int(values.memory * 1e9)}
     print(json.dumps(made, indent=1) if values.json else text(made))
     return 0
 
@@ -51,6 +69,24 @@ def devices(sizes: dict[str, int]):
     if jax.device_count() != count:
         raise RuntimeError(f"{jax.device_count()} devices where {count} were asked for: JAX was in use before")
     return parallel.mesh_of(sizes, jax.devices())
+
+
+def tpu_slice(topology: str, sizes: dict[str, int]):
+    """A mesh of the devices of a TPU topology, known to the compiler alone. Raises UserError without libtpu, for an unknown name and for another number
+    of devices."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("--topology: needs the TPU compiler; 'pip install jax[tpu]', a TPU is not needed")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # whatever libtpu calls it
+        raise UserError(f"--topology: {topology!r}: {str(error).partition('\n')[0]}; write for example v5e:16x16 or v5p:4x4x4") from error
+    if len(found) != math.prod(sizes.values()):
+        raise UserError(f"--topology: {topology} has {len(found)} devices, --mesh has {math.prod(sizes.values())}; give a mesh of {len(found)}")
+    return parallel.mesh_of(sizes, found)
 
 
 def text(made: dict) -> str:

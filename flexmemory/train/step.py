@@ -116,11 +116,13 @@ def make_train_step(cfg: Config):
 
     def step(state, batch):
         addressed, weights = split(state["params"], ADDRESSED)
-        rows = lookup(addressed, batch["unique_ids"])
+        rows, unique_ids = lookup(addressed, batch["unique_ids"]), batch["unique_ids"]
+        if cfg.parallel.table_memory == "host":  # what else comes from there sets out when the rows are here, and comes while the device computes
+            rows, unique_ids = jax.lax.optimization_barrier((rows, unique_ids))
         head = {"head": addressed["embed"].T} if cfg.model.tied_head else {}
         (row_grads, grads), (loss, z) = gradients(rows, weights | head, batch)
         # each table's gradient: of its own size, or of the touched rows
-        ids_R = touched(batch["unique_ids"], batch["inverse"], vocab)
+        ids_R = touched(unique_ids, batch["inverse"], vocab)
         (tables, dense), (table_rows, _), (table_grads, dense_grads) = (split(tree, labels) for tree in (addressed, rows, row_grads))
         table_grads, table_rows, ids_C = combine(table_grads, table_rows, ids_R, tables) if tables else ({}, {}, ids_R)
         dense_grads = dense_gradient(dense_grads, ids_R, dense)

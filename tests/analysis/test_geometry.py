@@ -75,7 +75,9 @@ def test_unique_growth(trained_of):
     got = geometry.unique_growth(trained)
     json.dumps(got, allow_nan=False)
     tokens = np.concatenate([trained.val.tokens(shard, 0, count) for shard, count in enumerate(trained.val.shard_tokens)])
-    starts = [0, *(np.flatnonzero(tokens[:-1] == trained.val.eos_id) + 1)]
+    documents = np.split(tokens, np.flatnonzero(tokens[:-1] == trained.val.eos_id) + 1)
+    documents = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
+    tokens, starts = np.concatenate(documents), [0, *np.cumsum([len(document) for document in documents])[:-1]]
     taken = sorted({starts[i * len(starts) // 8] for i in range(8)})
     assert got["starts"] == len(taken)
     for point in got["points"]:

@@ -224,7 +224,7 @@ def test_headline_fits_a_terminal(out):
     lines = report.headline(write(out)).splitlines()
     assert max(map(len, lines)) == 120
     assert lines[2].startswith("The loss rises from dense to flex to memoryllm   E1") and lines[2].endswith("✓ reproduced")
-    assert "1 reproduced, 1 contradicted, 1 within noise, 1 not run; 11 of 14 runs finished" in lines
+    assert "claims of the papers: 1 reproduced, 1 contradicted, 1 within noise, 1 not run" in lines and "11 of 14 runs finished" in lines
 
 
 def test_command_prints_table_and_places_and_turns_mistakes_into_one_line(out, capsys, tmp_path):
