@@ -10,6 +10,7 @@ from rich.table import Table
 from experiments import catalogue
 from experiments.verdicts import VERDICTS
 from flexmemory.cli.flags import Parser
+from flexmemory.cli.main import piped
 from flexmemory.errors import UserError
 
 
@@ -48,4 +49,4 @@ def last_verdicts(folders: list[Path]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

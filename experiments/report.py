@@ -23,6 +23,7 @@ from experiments.chart import family_of
 from experiments.plots import STYLES
 from experiments.sweeps import variant_of
 from experiments.verdicts import VERDICTS
+from flexmemory.cli.main import piped
 from flexmemory.errors import UserError
 from flexmemory.files import write_text
 from flexmemory.train.run import read_metrics
@@ -303,4 +304,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

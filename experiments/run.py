@@ -12,6 +12,7 @@ from pathlib import Path
 from experiments import catalogue
 from experiments import plan as plans
 from flexmemory.cli.flags import Parser
+from flexmemory.cli.main import piped
 from flexmemory.errors import UserError, nearest
 from flexmemory.train.run import read_metrics
 
@@ -203,4 +204,4 @@ def here(out: Path, plan: plans.Plan, args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

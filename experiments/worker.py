@@ -137,13 +137,14 @@ def do(out: Path, run: dict) -> None:
 
 
 def trained_run(out: Path, run: dict, plan: str | None = None) -> tuple[Config, dict | None, dict, float]:
-    """(config, what the budget chose, final_result, seconds of training) of one run, trained or found trained. plan: of sharding, in place of the config's."""
+    """(config, what the budget chose, final_result, seconds of training) of one run, trained or found trained. plan: of sharding, in place of the
+    config's, for several processes that share the run."""
     from flexmemory.train.loop import train
 
     cfg, budget = config_of(out, run)
     if plan:
         cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, plan=plan))
-    with asked_to_stop((signal.SIGINT, signal.SIGTERM)) as asked:
+    with asked_to_stop(() if plan else (signal.SIGINT, signal.SIGTERM)) as asked:  # of several processes JAX hears SIGTERM, for all of them
         final = train(cfg, out / run["name"], stop=lambda: bool(asked))
     if asked:  # in the last evaluation, which training finishes
         raise KeyboardInterrupt

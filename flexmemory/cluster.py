@@ -12,6 +12,8 @@ from jax.experimental import multihost_utils
 
 from flexmemory.errors import UserError
 
+GO = "go"  # what process 0 says when all are there; anything else says why it ends
+
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int = 300) -> None:
     """Joins this process to the run, before anything touches a device. All None: JAX finds the others itself, under SLURM, Open MPI, on a TPU pod, or in
@@ -43,8 +45,8 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
     Raises UserError naming those that have not come within ``timeout`` seconds.
     """
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--coordinator: {coordinator!r} is not HOST:PORT")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UserError(f"--coordinator: {coordinator!r} is not HOST:PORT with a port from 1 to 65535")
     end = time.monotonic() + timeout
     if process == 0:
         try:
@@ -54,35 +56,48 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
             raise UserError(f"--coordinator: process 0 cannot listen on {coordinator} ({error.strerror}); give a free port of its own host") from None
         with contextlib.ExitStack() as closing:
             closing.enter_context(listening)
-            came = {0: None}
+            came, callers = {0}, []
+
+            def answer(word: str) -> None:
+                for caller in callers:
+                    with contextlib.suppress(OSError):  # gone
+                        caller.sendall(word.encode())
+
+            def refuse(why: str):
+                answer(why)
+                raise UserError(why)
+
             while len(came) < processes:
                 listening.settimeout(max(end - time.monotonic(), 0.001))
                 try:
                     caller = closing.enter_context(listening.accept()[0])
                 except TimeoutError:
                     missing = ", ".join(str(i) for i in range(processes) if i not in came)
-                    raise UserError(f"process {missing} of {processes} did not come to {coordinator} within {timeout} s; see that it runs and can reach "
-                                    "it, or give a longer --start_timeout") from None
+                    refuse(f"process {missing} of {processes} did not come to {coordinator} within {timeout} s; see that it runs and can reach it, or give "
+                           "a longer --start_timeout")
                 try:
                     caller.settimeout(5)
                     number, theirs = map(int, caller.recv(32).split(b"/"))
                 except (ValueError, OSError):  # not one of ours
                     continue
+                callers.append(caller)
                 if theirs != processes:
-                    raise UserError(f"--processes: {processes} on process 0, {theirs} on process {number}; start all processes with the same")
+                    refuse(f"--processes: {processes} on process 0, {theirs} on process {number}; start all processes with the same")
                 if number in came:
-                    raise UserError(f"--process: {number} was given to two processes; number them 0 to {processes - 1}")
-                came[number] = caller
-            for caller in filter(None, came.values()):
-                caller.sendall(b"go")
+                    refuse(f"--process: {number} was given to two processes; number them 0 to {processes - 1}")
+                came.add(number)
+            answer(GO)
     else:
         while True:
             try:
                 with socket.create_connection((host, int(port)), timeout=max(end - time.monotonic(), 0.001)) as caller:
                     caller.sendall(f"{process}/{processes}".encode())
                     caller.settimeout(max(end - time.monotonic(), 0.001))
-                    if caller.recv(2) == b"go":
-                        return
+                    word = caller.recv(1024).decode()
+                if word == GO:
+                    return
+                if word:
+                    raise UserError(word)
             except OSError:
                 pass
             if time.monotonic() > end:

@@ -41,6 +41,16 @@ class ModelConfig:
     remat: bool = False  # keep only the inputs of each repeating unit for the backward pass, and
     remat_keep: str = ""  # tensors kept beside them, e.g. "attention gate up"; see models/memory.py
 
+    @property
+    def head_width(self) -> int:
+        """H"""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """K"""
+        return self.n_kv_heads or self.n_heads
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -190,13 +200,12 @@ def check_model(model: ModelConfig) -> None:
 
     if not model.head_dim and model.d_model % model.n_heads:
         raise UserError(f"config model.n_heads: {model.n_heads} does not divide d_model {model.d_model}; set model.head_dim or another count")
-    if model.n_heads % (model.n_kv_heads or model.n_heads):
+    if model.n_heads % model.kv_heads:
         raise UserError(f"config model.n_kv_heads: {model.n_kv_heads} does not divide n_heads {model.n_heads}")
-    head_dim = model.head_dim or model.d_model // model.n_heads
-    if head_dim % 2:
-        raise UserError(f"config model.head_dim: {head_dim} is odd; RoPE needs an even width")
-    if model.attention == "cudnn" and (head_dim % 8 or model.compute_dtype != "bfloat16"):
-        raise UserError(f"config model.attention: cudnn needs bfloat16 and a head width that is a multiple of 8, not {head_dim} in "
+    if model.head_width % 2:
+        raise UserError(f"config model.head_dim: {model.head_width} is odd; RoPE needs an even width")
+    if model.attention == "cudnn" and (model.head_width % 8 or model.compute_dtype != "bfloat16"):
+        raise UserError(f"config model.attention: cudnn needs bfloat16 and a head width that is a multiple of 8, not {model.head_width} in "
                         f"{model.compute_dtype}; use auto")
     for name in model.remat_keep.split():
         if name not in KEEPABLE:

@@ -187,7 +187,7 @@ def padded(spec: P, ndim: int) -> P:
 def param_specs(plan: Plan, params: dict) -> dict:
     """A tree of specs shaped like ``params``."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec(plan, jax.tree_util.keystr(path, simple=True, separator="."), leaf.ndim), params)
+        lambda path, leaf: spec(plan, path_name(path), leaf.ndim), params)
 
 
 def state_specs(plan: Plan, state: dict) -> dict:
@@ -212,7 +212,12 @@ def state_specs(plan: Plan, state: dict) -> dict:
 
 def is_table(path, leaf) -> bool:
     """Is a leaf of a train state or of parameters a table [L, V, W], or a moment of that size?"""
-    return leaf.ndim == 3 and bool(re.search(r"\bmemory\..*\.table$", ".".join(keys(path))))
+    return leaf.ndim == 3 and bool(re.search(r"\bmemory\..*\.table$", path_name(path)))
+
+
+def path_name(path) -> str:
+    """Dotted name of a key path, e.g. blocks.s0.u0.attn.q"""
+    return ".".join(keys(path))
 
 
 def keys(path) -> tuple[str, ...]:
@@ -249,7 +254,7 @@ def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
         raise UserError(f"config data.batch_size: {batch} in {accum} micro-batches makes {batch // accum} sequences, which data*fsdp={pieces} does not "
                         f"divide; set {mend}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = ".".join(keys(path))
+        name = path_name(path)
         for axis, entry in enumerate(spec(plan_of(cfg), name, leaf.ndim)):
             count = math.prod(sizes[a] for a in names(entry))
             if leaf.shape[axis] % count:

@@ -37,7 +37,7 @@ def llama(cfg: Config, params: dict, device: str) -> transformers.LlamaForCausal
     m = cfg.model
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=m.vocab_size, hidden_size=m.d_model, intermediate_size=m.d_ff, num_hidden_layers=len(layer_specs(m)),
-        num_attention_heads=m.n_heads, num_key_value_heads=m.n_kv_heads or m.n_heads, head_dim=m.head_dim or m.d_model // m.n_heads,
+        num_attention_heads=m.n_heads, num_key_value_heads=m.kv_heads, head_dim=m.head_width,
         max_position_embeddings=cfg.data.seq_len, rms_norm_eps=m.norm_eps, rope_theta=m.rope_base, tie_word_embeddings=m.tied_head,
         attn_implementation="sdpa", use_cache=False, dtype=torch.float32))
     weights = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]["scale"]}

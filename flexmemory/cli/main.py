@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from flexmemory.errors import UserError, nearest
@@ -50,9 +51,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
             os._exit(130)  # a reader's thread may still wait for a server, and a normal exit would wait for it
         return 130
-    except BrokenPipeError:  # the reader of our output has enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        return unread()
 
 
 def interrupt(number: int, frame) -> None:
@@ -61,6 +61,22 @@ def interrupt(number: int, frame) -> None:
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
     else:
         raise KeyboardInterrupt
+
+
+def piped(main: Callable[[], int]) -> int:
+    """main(), whose output may go to `| head`."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return unread()
+
+
+def unread() -> int:
+    """The exit code where the reader of our output has enough, as in `| head`; what is still to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def start_process() -> None:

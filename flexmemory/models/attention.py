@@ -79,8 +79,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-        d, n = cfg.d_model, cfg.n_heads
-        k, h = cfg.n_kv_heads or n, cfg.head_dim or d // n
+        d, n, k, h = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.head_width
         init = nnx.initializers.normal(cfg.init_std)
         self.q = nnx.Param(init(rngs.params(), (d, n, h), jnp.float32))
         self.k = nnx.Param(init(rngs.params(), (d, k, h), jnp.float32))

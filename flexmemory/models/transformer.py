@@ -115,8 +115,7 @@ def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
     most 128, no document mask), else xla."""
     if cfg.attention != "auto":
         return cfg.attention
-    head_dim = cfg.head_dim or cfg.d_model // cfg.n_heads
-    can = cfg.compute_dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128 and not masked
+    can = cfg.compute_dtype == "bfloat16" and cfg.head_width % 8 == 0 and cfg.head_width <= 128 and not masked
     return {"cpu": "cpu", "gpu": "cudnn" if can else "xla"}.get(jax.default_backend(), "xla")
 
 
@@ -145,8 +144,7 @@ def single_layers(specs) -> tuple:
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> dict:
     """KV cache of a served model for ``batch`` sequences of up to ``length`` tokens: {"s<layer>": {"u0": {"k", "v"}}}, each [1, B, S, K, H]."""
-    n = cfg.n_kv_heads or cfg.n_heads
-    shape = (1, batch, length, n, cfg.head_dim or cfg.d_model // cfg.n_heads)
+    shape = (1, batch, length, cfg.kv_heads, cfg.head_width)
     return {f"s{i}": {"u0": {name: jnp.zeros(shape, cfg.compute_dtype) for name in ("k", "v")}} for i in range(len(layer_specs(cfg)))}
 
 

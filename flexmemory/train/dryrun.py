@@ -73,7 +73,7 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     parallel.check(cfg, state["params"], sizes)
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
         state, batch = abstract_step(cfg, mesh, rows)
-        arrays = [{"name": ".".join(parallel.keys(path)), "shape": leaf.shape, "bytes": _own_bytes(leaf), "spec": str(leaf.sharding.spec)}
+        arrays = [{"name": parallel.path_name(path), "shape": leaf.shape, "bytes": _own_bytes(leaf), "spec": str(leaf.sharding.spec)}
                   for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
         traced = make_train_step(cfg).trace(state, batch)
     parts = dict.fromkeys((*PARTS, HOST), 0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from flexmemory.config import OptimizerConfig
+from flexmemory.parallel import path_name
 
 # first match wins; a parameter that matches nothing raises
 LABELS = (
@@ -19,11 +20,6 @@ LABELS = (
     ("memory", r"^memory\..*\.(gate|up|down)$"),
     ("ffn", r"^blocks\..*\.(gate|up|down)$"),
 )
-
-
-def path_name(path) -> str:
-    """Dotted name of a key path, e.g. blocks.s0.u0.attn.q"""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def label_params(params: dict) -> dict:

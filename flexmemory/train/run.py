@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
+import os
 import secrets
 import subprocess
 from pathlib import Path
@@ -41,14 +42,16 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
             check_same(workdir, cfg, data_fingerprint)
         elif known:
             raise UserError(f"--workdir {workdir}: not empty and not a run folder; give a new folder")
-        lock = open(workdir / LOCK, "w")
+        lock = open(workdir / LOCK, "a")  # not "w": what the holder of the lock wrote stays
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
             raise UserError(f"--workdir {workdir}: another process trains there; wait for it or give another folder") from None
+        lock.truncate(0)
         lock.write(secrets.token_hex(8))
         lock.flush()
+        os.fsync(lock.fileno())  # other hosts read it while it is open
         write_text(workdir / "config.json", to_json(cfg))
         tokenizer.save(workdir)
         if (workdir / "final_result.json").exists() and (workdir / "run.json").exists():

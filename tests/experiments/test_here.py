@@ -3,10 +3,15 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from experiments import plan, worker
+from flexmemory.config import Config
+from flexmemory.train import loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,3 +51,19 @@ def test_two_processes_train_every_run_together_and_one_measures(tmp_path):
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert made.returncode == 0 and "2 of 2 runs finished" in made.stdout, made.stdout + made.stderr
     assert (out / "memoryllm-s0" / "final_result.json").stat().st_mtime_ns == kept, "what was trained is not trained again"
+
+
+def test_processes_that_share_a_run_leave_sigterm_to_jax_which_stops_them_together(tmp_path, monkeypatch):
+    heard = []
+
+    def train(cfg, workdir, stop):
+        heard.append(signal.getsignal(signal.SIGTERM))
+        return {"seconds": {"total": 0.0}}
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(worker, "config_of", lambda out, run: (Config(), None))
+    made = plan.claim(tmp_path / "x", plan.make(["e4"], "smoke"))
+    before = signal.getsignal(signal.SIGTERM)
+    for shared in ("fsdp", None):
+        worker.trained_run(tmp_path / "x", plan.run_of(made, "memoryllm-s0"), plan=shared)
+    assert heard[0] is before and heard[1] is not before

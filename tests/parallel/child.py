@@ -58,7 +58,7 @@ def run(cfg: Config, devices=None):
 
 
 def named(tree) -> dict:
-    return {".".join(parallel.keys(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {parallel.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def equality(pattern, plan, mesh, table_optimizer, accum, tied):

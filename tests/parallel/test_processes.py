@@ -15,11 +15,12 @@ import pytest
 
 from configs import stem
 from flexmemory.cluster import meet
-from flexmemory.config import from_dict
+from flexmemory.config import from_dict, load_json
+from flexmemory.data import tokenizer as tokenizers
 from flexmemory.errors import UserError
 from flexmemory.train.checkpoint import complete_steps
 from flexmemory.train.loop import train
-from flexmemory.train.run import read_metrics
+from flexmemory.train.run import claim, read_metrics, started
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
@@ -154,9 +155,27 @@ def test_a_number_given_twice_is_named():
     at = f"127.0.0.1:{free_port()}"
     with ThreadPoolExecutor(3) as pool:
         first, *others = [pool.submit(meet, at, 3, number, 2) for number in (0, 1, 1)]
-        with pytest.raises(UserError, match="--process: 1 was given to two processes; number them 0 to 2"):
-            first.result()
-        assert all(isinstance(other.exception(), UserError) for other in others)
+        for each in (first, *others):  # process 0 tells the others why
+            with pytest.raises(UserError, match="--process: 1 was given to two processes; number them 0 to 2"):
+                each.result()
+
+
+@pytest.mark.parametrize("at", ["127.0.0.1", ":80", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:http"])
+def test_a_place_that_is_none_is_named(at):
+    with pytest.raises(UserError, match="--coordinator: .* is not HOST:PORT with a port from 1 to 65535"):
+        meet(at, 2, 0, 2)
+
+
+def test_one_that_is_kept_out_leaves_the_folder_as_it_is(one_process, tiny_data):
+    cfg = load_json(one_process / "config.json")
+    tokenizer, fingerprint = tokenizers.load(tiny_data), json.loads((one_process / "run.json").read_text())["data_fingerprint"]
+    with claim(one_process, cfg, fingerprint, tokenizer):
+        token = started(one_process)
+        with pytest.raises(UserError, match="another process trains there"):
+            claim(one_process, cfg, fingerprint, tokenizer)
+        assert started(one_process) == token and token
+    with claim(one_process, cfg, fingerprint, tokenizer):
+        assert started(one_process) not in (token, "")
 
 
 def test_a_stranger_at_the_meeting_place_does_not_disturb():

@@ -17,7 +17,7 @@ from flexmemory.exchange import dense_gradient, lookup, touched
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.transformer import abstract_params
 from flexmemory.train.loop import resolve
-from flexmemory.train.optimizer import path_name
+from flexmemory.parallel import path_name
 from flexmemory.train.step import ADDRESSED, init_optimizer, init_state, make_gradients, make_train_step, merge, split
 
 GOLDEN = Path(__file__).parent / "golden_first_step.json"
