@@ -1,6 +1,6 @@
 """A small model for two CPU cores: about half a minute of training on text from `flexmemory prepare`.
 
-    flexmemory train --config=configs/quickstart.py:pattern=memoryllm*4 --workdir=runs/x --config.data.path=data/demo
+    flexmemory train '--config=configs/quickstart.py:pattern=memoryllm*4' --workdir=runs/x --config.data.path=data/demo
 
 Bare word: smoke (seconds). Options: pattern=..., beta=... .
 """

@@ -1,4 +1,4 @@
-"""Runs experiments: python -m experiments.run e1 e2 --scale=cpu [--out=runs/cpu] [--launcher=local|slurm] [--dry_run]
+"""Runs experiments: python -m experiments.run e1 e2 --scale=cpu [--out=runs/cpu] [--launcher=local|slurm|here] [--dry_run]
 
 Experiments that need the same run share it. Finished runs are kept, broken ones resumed; a failed one is shown and the others go on. The same command
 again continues, and ends with the report.
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m experiments.run", __doc__)
     parser.add_argument("experiments", nargs="*", help="names or ids; python -m experiments.list shows them")
     parser.add_argument("--all", action="store_true", help="every experiment of the catalogue that has the scale")
-    parser.add_argument("--scale", required=True, help="smoke, cpu, gpu or paper")
+    parser.add_argument("--scale", required=True, help="smoke, cpu, gpu or paper; cm_ratio also quickstart")
     parser.add_argument("--out", type=Path, help="folder of the runs, continued where it exists; default runs/SCALE")
     parser.add_argument("--source", help="other text than the scale's, as for flexmemory prepare")
     parser.add_argument("--seeds", help="in place of the scale's, e.g. 0 or 0,1,2,3,4,5")

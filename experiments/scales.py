@@ -3,7 +3,7 @@
 Experiments that ask for the same run at the same scale get the same name and the same overrides, so that it is trained once.
 
     smoke   seconds; in the test suite
-    cpu     about a minute a run on two cores
+    cpu     one to two minutes a run on one core
     gpu     about ten minutes a run on one device (estimated, never run)
     paper   the paper's own configuration, for a cluster (planned, never run)
 """

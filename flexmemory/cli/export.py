@@ -18,8 +18,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--rank_error", type=float, help="low rank: of every layer the smallest rank with at most this relative error, such as 0.05")
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the latest)")
     parser.add_argument("--block_rows", type=int, help="tokens in one shard file, a power of two (default: about 32 MiB of rows)")
-    parser.add_argument("--host", type=int, help="number of this process where several share the export, from 0 (default: JAX's)")
-    parser.add_argument("--hosts", type=int, help="how many processes share the export (default: JAX's)")
+    parser.add_argument("--host", type=int, help="number of this process where several share the export, from 0")
+    parser.add_argument("--hosts", type=int, help="how many processes share the export")
     parser.add_argument("--overwrite", action="store_true", help="replace another store at --out")
     args = parser.parse_args(argv)
 

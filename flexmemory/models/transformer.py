@@ -45,7 +45,7 @@ class Transformer(nnx.Module):
     def rows(self, ids_R: jax.Array | None) -> Rows:
         """Live rows of the addresses ids_R, int32: {group: rows_LRW in compute dtype}; {} for a model without memory.
 
-        ids_R None: embedding and tables hold the rows of the R addresses alone, in their order (:func:`addressed`).
+        ids_R None: embedding and tables hold the rows of the R addresses alone, in their order (``train.step.ADDRESSED``).
         """
         return {} if self.memory is None else self.memory(ids_R, take_rows(self.embed[...], ids_R))
 

@@ -24,7 +24,7 @@ from flexmemory.tkv.location import Location
 from flexmemory.tkv.reader import allocate
 
 FILE_BYTES = 512 << 20  # one file is in memory while it is written
-READ_BYTES, READERS = 4 << 20, 4  # of a file at a time, each of the readers; papers/offload.md: a disk wants several requests
+READ_BYTES, READERS = 4 << 20, 4  # of a file at a time, each of the readers; a disk wants several requests
 LAYERS = "layers."  # begins the names of tensors that belong to one layer
 
 

@@ -28,7 +28,7 @@ from flexmemory.tkv.encoding import Layout
 VERSION = 2
 MANIFEST, TOKENIZER, BASIS, COUNTS = "tkv.json", "tokenizer.json", "basis.safetensors", "counts.npy"
 COPY_MARK = "tkv.partial.copy.json"  # of an unfinished copy
-SHARD_BYTES = 32 << 20  # of the widest group; papers/offload.md 3.3: 32-64 MiB, size hardly matters once indexes are cached
+SHARD_BYTES = 32 << 20  # of the widest group; 32-64 MiB: the size hardly matters once indexes are cached
 FOLD_ROWS = 1024  # largest number of addresses in one call of the fold
 INDEX_ENTRY_BYTES, INDEX_CRC_BYTES = 16, 4
 BACKBONE_NAME = re.compile(r"backbone/model-\d{5}-of-\d{5}\.safetensors")

@@ -1,6 +1,6 @@
 """Reading the bundles of one group: local shard files as fast as the disk gives them, anything else through TensorStore.
 
-A local batch goes one of these ways (papers/offload.md 3.2 has what each is worth):
+A local batch goes one of these ways (`flexmemory bench read` says what each is worth):
 
     page cache   preadv of each bundle that the page cache holds; nothing else comes near a memory copy
     preadv       one O_DIRECT preadv, for a single bundle: no hand-over to wait for
@@ -33,7 +33,7 @@ from flexmemory.tkv.uring import CacheStat, Ring
 
 METHODS = ("auto", "uring", "threads", "buffered", "tensorstore")
 PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
-THREADS = 16  # papers/offload.md 3.2: 8 are too few, 32 gain nothing
+THREADS = 16  # measured: 8 are too few, 32 gain nothing
 STAGING_BYTES = 8 << 20
 PROBES = 4  # bundles of a batch that are looked up in the page cache to judge the batch
 PROBE_EVERY = 8  # bundles, reached by doubling from 1: a question of 5 us before each single read of 100 us would cost more than a late answer

@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 
-ENTRIES = 256  # requests in flight: papers/offload.md 3.1, disks want 64 or more
+ENTRIES = 256  # requests in flight: disks want 64 or more
 _SETUP, _ENTER, _CACHESTAT = 425, 426, 451  # the same numbers on every machine that Linux runs JAX on
 _GETEVENTS, _READ, _SINGLE_MMAP, _SQES = 1, 22, 1, 0x10000000
 _BLOCK = 4096  # a read that stopped short goes on from a multiple of this, as O_DIRECT demands
