@@ -300,8 +300,11 @@ def like(x: jax.Array, spec: P) -> jax.Array:
 
 def sum_over_batch(grad: jax.Array, spec: P) -> jax.Array:
     """Inside :func:`local`: the sum over all sections of the batch of a weight's gradient, of which this device keeps the part that ``spec`` gives it."""
-    for axis in () if get_abstract_mesh().empty else BATCH:
-        place = next((i for i, entry in enumerate(spec) if axis in names(entry)), None)
+    if get_abstract_mesh().empty:
+        return grad
+    places = {axis: next((i for i, entry in enumerate(spec) if axis in names(entry)), None) for axis in BATCH}
+    for axis in sorted(BATCH, key=lambda axis: places[axis] is None):  # cut first: what the other axes sum is then a part
+        place = places[axis]
         grad = jax.lax.psum(grad, axis) if place is None else jax.lax.psum_scatter(grad, axis, scatter_dimension=place, tiled=True)
     return grad
 

@@ -1,5 +1,6 @@
 """`flexmemory plan`: its bytes are those of arithmetic, its collectives those of the compiled step, its refusals one line."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -42,6 +43,9 @@ def test_what_is_sent_is_what_the_compiled_step_sends(sixteen):
     sent = {(row["kind"], row["shape"].count("[")) for row in sixteen["collectives"]}
     assert {kind for kind, _ in sent} >= {"all-to-all", "all-gather", "all-reduce"}
     assert sixteen["sent"] == sum(row["bytes"] * row["count"] for row in sixteen["collectives"])
+    # a weight's gradient is never summed whole: each device gets the sum of its part alone
+    whole = {"f32[32,500]", "f32[32,48]", "f32[48,32]", "f32[32,16]", "f32[16,32]"}  # of the head, the FFN and attention, cut over tensor
+    assert not [row for row in sixteen["collectives"] if row["kind"] == "all-reduce" and whole & set(row["shape"].split())]
     page = text(sixteen)
     assert "16 devices, data 2, fsdp 4, tensor 2, plan fsdp_tp" in page and "all-reduce" in page and "  fits " in page
 
@@ -79,3 +83,19 @@ def test_thousands_of_devices_need_no_compiler():
 def test_a_bad_plan_is_one_line(arguments, line):
     done = plan(*arguments, "--nocompile")
     assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler")
+def test_the_tpus_compiler_plans_too():
+    done = plan(*STEM, "--mesh=fsdp=8", "--topology=v5e:2x4", "--config.optimizer.table_optimizer=lazy_adam", "--config.parallel.table_memory=host", "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["compiler"] == "v5e:2x4" and made["bytes"]["tables"] == 0 < made["bytes"]["temporaries"]
+    wrong = plan(*STEM, "--mesh=fsdp=4", "--topology=v5e:2x4")
+    assert wrong.returncode == 2 and "--topology: v5e:2x4 has 8 devices, --mesh has 4; give a mesh of 8" in wrong.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_the_tpus_compiler_its_plan_is_refused():
+    done = plan(*STEM, "--mesh=fsdp=8", "--topology=v5e:2x4")
+    assert done.returncode == 2 and done.stderr.strip() == "error: --topology: needs the TPU compiler; 'pip install jax[tpu]', a TPU is not needed"
