@@ -14,7 +14,7 @@ from experiments import list as listing
 from experiments.verdicts import VERDICTS
 
 ROOT = Path(__file__).parents[2]
-KNOWN = ("not implemented", "no such block", "flexmemory bench decode", "well above chance", "the text is too short")  # why a claim is not run at smoke scale
+KNOWN = ("not implemented", "no such block", "flexmemory bench decode", "well above chance", "the text is too short", "a person must read", "of its active parameters")  # why a claim is not run at smoke scale
 
 
 @pytest.mark.parametrize(
