@@ -4,7 +4,7 @@ Two ways to move the ratio C/M at equal total parameters: beta = 0..3 of every l
 near the input, the rest memoryllm near the output. Ends: dense (all C) and attn_only (no FFN at all, so fewer parameters: what memoryllm is without
 its rows). stem stands beside them, its width solved for equal totals. Every run is also folded, proved equal to its store, and decoded from disk.
 
-    python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo        # make demo: eight minutes on two cores
+    python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo        # make demo: six minutes on two cores
 
 The paper's claim at equal totals (Table 2, Figure 9): loss rises from dense over flex beta 3, 2, 1 to memoryllm; E2 judges it, with more seeds. The second
 way is not in the paper and is judged here.
