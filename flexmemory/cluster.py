@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from flexmemory.errors import UserError
 
-GO = "go"  # what process 0 says when all are there; anything else says why it ends
+GO, NO = "go", "no: "  # what process 0 says: all are there; the start is refused, and why
 
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int = 300) -> None:
@@ -64,7 +64,7 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
                         caller.sendall(word.encode())
 
             def refuse(why: str):
-                answer(why)
+                answer(NO + why)
                 raise UserError(why)
 
             while len(came) < processes:
@@ -93,11 +93,11 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
                 with socket.create_connection((host, int(port)), timeout=max(end - time.monotonic(), 0.001)) as caller:
                     caller.sendall(f"{process}/{processes}".encode())
                     caller.settimeout(max(end - time.monotonic(), 0.001))
-                    word = caller.recv(1024).decode()
+                    word = caller.recv(1024).decode(errors="replace")
                 if word == GO:
                     return
-                if word:
-                    raise UserError(word)
+                if word.startswith(NO):
+                    raise UserError(word.removeprefix(NO))
             except OSError:
                 pass
             if time.monotonic() > end:

@@ -17,6 +17,8 @@ from jax.sharding import get_abstract_mesh
 
 from flexmemory.parallel import BATCH, local, names, sections, sharding, spec_of
 
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
 
 def lookup(tables, ids_R: jax.Array):
     """rows [.., R, W] of every table; an id equal to V gets the last row. On a mesh ids_R is cut into sections, and so are the rows."""
@@ -75,14 +77,15 @@ def take_whole(table: jax.Array, ids_C: jax.Array) -> jax.Array:
     cut = sharding(P(*(None,) * (table.ndim - 1), spec_of(table)[-1]))
     if not in_host_memory(table):
         return _rows_at(table, ids_C).get(mode="clip", out_sharding=cut)
-    rows = _on_host(lambda flat_XW, ids_X: flat_XW.at[ids_X].get(mode="clip", out_sharding=sharding(spec_of(flat_XW))), jax.memory.Space.Device, table, ids_C)
+    rows = _on_host(lambda flat_XW, ids_X: flat_XW.at[ids_X].get(mode="clip", out_sharding=sharding(spec_of(flat_XW))), DEVICE, table, ids_C)
     return rows.reshape(*table.shape[:-2], len(ids_C), table.shape[-1])
 
 
 def put_whole(table: jax.Array, ids_C: jax.Array, rows: jax.Array) -> jax.Array:
     """The table in the host's memory with ``rows``, as :func:`take_whole` gives them, in the place of the rows ids_C; an id equal to V is no row."""
-    flat_XW = jax.device_put(rows.reshape(-1, rows.shape[-1]), jax.memory.Space.Host)
-    return _on_host(lambda flat, ids_X, rows_XW: flat.at[ids_X].set(rows_XW, mode="drop", unique_indices=True), jax.memory.Space.Host, table, ids_C, flat_XW).reshape(table.shape)
+    flat_XW = jax.device_put(rows.reshape(-1, rows.shape[-1]), HOST)
+    return _on_host(lambda flat, ids_X, rows_XW: flat.at[ids_X].set(rows_XW, mode="drop", unique_indices=True), HOST, table, ids_C,
+                    flat_XW).reshape(table.shape)
 
 
 def _on_host(f: Callable, out: jax.memory.Space, table, ids_C, *others):
@@ -92,12 +95,12 @@ def _on_host(f: Callable, out: jax.memory.Space, table, ids_C, *others):
     if layers * vocab >= 1 << 31:
         raise ValueError(f"table of {layers} layers and {vocab} rows: their product must be below 2^31 in the host's memory")
     ids_X = jnp.where(ids_C == vocab, layers * vocab, ids_C + vocab * jnp.arange(layers, dtype=jnp.int32)[:, None]).ravel()
-    args = table.reshape(layers * vocab, -1), jax.device_put(ids_X, jax.memory.Space.Host), *others
+    args = table.reshape(layers * vocab, -1), jax.device_put(ids_X, HOST), *others
     return compute_on(f, compute_type="device_host", out_memory_spaces=out)(*args)
 
 
 def in_host_memory(a: jax.Array) -> bool:
-    return jax.typeof(a).memory_space == jax.memory.Space.Host
+    return jax.typeof(a).memory_space == HOST
 
 
 def touched(unique_R: jax.Array, inverse: jax.Array, vocab_size: int) -> jax.Array:

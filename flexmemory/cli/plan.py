@@ -41,6 +41,8 @@ def run(argv: list[str]) -> int:
     if not cfg.model.vocab_size:
         raise UserError("config model.vocab_size: 0; give the vocabulary that the data will have (--config.model.vocab_size=)")
     sizes = parallel.mesh_sizes(cfg.parallel)
+    if values.topology and not values.compile:
+        raise UserError("--topology: needs the compiler that --nocompile leaves out; give one of the two")
     if values.topology and cfg.model.attention == "auto":  # which would choose for the machine at hand
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="xla"))
     if not values.compile:
@@ -51,11 +53,11 @@ def run(argv: list[str]) -> int:
     try:
         made = dry_run(cfg, mesh, rows, values.compile)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not values.topology or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"--mesh {cfg.parallel.mesh}: does not fit a device of {values.topology} ({str(error).partition('\n')[0]}); give more devices, "
                         "more train.accum_steps or model.remat") from error
-    made |= {"changed": changed, "compiler": values.compile and (values.topology or "cpu"), "device_memory": int(values.memory * 1e9)}
+    made |= {"changed": changed, "compiler": (values.topology or "cpu") if values.compile else None, "device_memory": int(values.memory * 1e9)}
     print(json.dumps(made, indent=1) if values.json else text(made))
     return 0
 
@@ -92,7 +94,8 @@ def tpu_slice(topology: str, sizes: dict[str, int]):
 def text(made: dict) -> str:
     """The numbers as aligned text."""
     limit = made["device_memory"]
-    lines = [f"{made['devices']:,} devices, {', '.join(f'{axis} {size}' for axis, size in made['mesh'].items())}, plan {made['plan']}"]
+    lines = [f"{made['devices']:,} devices, {', '.join(f'{axis} {size}' for axis, size in made['mesh'].items())}, plan {made['plan']}"
+             + (f", compiled for {made['compiler']}" if made["compiler"] else "")]
     lines += [f"changed for this mesh: {', '.join(made['changed'])}"] if made["changed"] else []
     lines += ["", f"{'bytes of one device':<28}{'GB':>10}"]
     parts = made["bytes"]
