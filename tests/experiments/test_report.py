@@ -9,7 +9,7 @@ import pytest
 
 from experiments import plots, report, report_page, tables
 from experiments.figure import Figure, Series
-from experiments.verdicts import Claim
+from experiments.verdicts import OURS, Claim
 from flexmemory.errors import UserError
 
 OUTPUTS = ("results.json", "report.html", "report.md", "report.tex")
@@ -64,6 +64,17 @@ def test_results_say_of_each_experiment_what_ran_and_what_it_means(out):
     assert results["verdicts"] == {"reproduced": 1, "contradicted": 1, "within noise": 1, "not run": 1}
     assert results["environment"]["versions"] == {"jax": "0.11.1", "flax": "0.12.8"}
     assert experiment(results, "e9_curves")["figures"][3]["series"][0]["points"] == [[1.0, None], [None, 1.0]]
+
+
+def test_seeds_that_a_verdict_lacks_are_named_and_our_questions_are_counted_apart(out):
+    few = [Claim("Of one seed", "2.35 ppl", "+0.1 nat", "within noise", 1, "one seed"), Claim("Of both", OURS, "+0.1 nat", "reproduced", 2, "± 0.1")]
+    module = fabricated.module("Whose?", IDS=("E1",), analyse=lambda runs: {}, claims=lambda runs: few)
+    results = write(out, e1_loss_order=module)
+    assert [claim["detail"] for claim in experiment(results, "e1_loss_order")["claims"]] == ["one seed; 1 of 2 planned seeds (1 runs failed)", "± 0.1"]
+    said = report.headline(results).splitlines()
+    assert "claims of the papers: 0 reproduced, 0 contradicted, 1 within noise, 1 not run" in said
+    assert "questions of ours: 1 reproduced, 0 contradicted, 0 within noise, 0 not run" in said
+    assert "1 of 2 planned seeds" in (out / "report.tex").read_text()
 
 
 def test_experiment_sees_its_finished_runs_in_the_plans_order(out):

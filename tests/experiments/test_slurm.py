@@ -263,7 +263,9 @@ def test_an_experiment_through_the_command_with_real_runs(node, out):
     command = [sys.executable, "-m", "experiments.run", "e4", "--scale=smoke", f"--out={out}", "--launcher=slurm", "--slurm.partition=main", "--slurm.time=10"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert made.returncode == 0, made.stderr
+    missing = " ".join(line for line in made.stdout.splitlines() if line.startswith("missing"))  # waiting, or begun already
     assert "2 runs submitted" in made.stdout and "0 of 2 runs finished" in made.stdout
+    assert "memoryllm-s0" in missing and "memoryllm-shared-norm-s0" in missing
     wait_until(out, ["memoryllm-s0", "memoryllm-shared-norm-s0"], "finished", seconds=180)
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert made.returncode == 0 and "2 of 2 runs finished" in made.stdout and "submitted" not in made.stdout, made.stdout + made.stderr

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from experiments.catalogue import cm_ratio
 from experiments.verdicts import (
     Claim,
     Difference,
@@ -14,6 +15,7 @@ from experiments.verdicts import (
     limit_claim,
     minus,
     order_claim,
+    shown,
     sign_claim,
     steps_claim,
     within,
@@ -65,6 +67,28 @@ def test_within_noise_says_how_much_more_would_decide():
     assert claim.detail == f"about {seeds} seeds would decide it, {seeds / 4:.1f} times the compute"
     assert "at least three" in judge("", "", Difference("a", "b", (0.5,), (0,)), 1, needs="").detail
     assert "not decided by 1,000" in judge("", "", Difference("a", "b", (1.0, -1.0001), (0, 1)), 1, needs="").detail
+
+
+@pytest.mark.parametrize(
+    ("values", "detail"), [((1.0, 1.0, 1.0), "the same on every seed: no spread to judge by"), ((0.0, 0.0), "equal on every seed")]
+)
+def test_a_difference_without_a_spread_decides_nothing(values, detail):
+    found = Difference("a", "b", values, tuple(range(len(values))))
+    claim = judge("", "", found, 1, needs="")
+    assert found.sign() == 0 and found.seeds_to_decide() is None and (claim.verdict, claim.detail) == ("within noise", detail)
+
+
+def test_numbers_show_two_digits_of_their_spread():
+    assert shown(Difference("a", "b", (0.00001, 0.00003), (0, 1)), "nat") == "+0.000020 ± 0.000014 nat"
+    assert shown(Difference("a", "b", (-80.0, -140.0), (0, 1)), "bits") == "−110 ± 42 bits"
+    assert shown(Difference("a", "b", (0.0234,), (0,)), "") == "+0.023"
+
+
+@pytest.mark.parametrize("there", [("layers-c1", "memoryllm"), ("dense", "layers-c5", "layers-c1", "memoryllm"), ("dense", "memoryllm")])
+def test_an_order_is_judged_over_every_planned_variant_or_not_at_all(there):
+    made = runs(**{variant: [2.0 + i, 2.1 + i, 2.3 + i] for i, variant in enumerate(there)})
+    order = cm_ratio.claims([run | {"account": {"ffn_widths": [(128, 0)] * 6}} for run in made])[0]
+    assert order.verdict == "not run" and "layers-c3" in order.detail
 
 
 def test_order_needs_every_step_and_one_decided_step_down_contradicts():
