@@ -84,7 +84,7 @@ def tpu_slice(topology: str, sizes: dict[str, int]):
         os.environ.setdefault(name, value)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # whatever libtpu calls it
+    except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology: {topology!r}: {str(error).partition('\n')[0]}; write for example v5e:16x16 or v5p:4x4x4") from error
     if len(found) != math.prod(sizes.values()):
         raise UserError(f"--topology: {topology} has {len(found)} devices, --mesh has {math.prod(sizes.values())}; give a mesh of {len(found)}")

@@ -93,6 +93,10 @@ def test_the_tpus_compiler_plans_too():
     assert made["compiler"] == "v5e:2x4" and made["bytes"]["tables"] == 0 < made["bytes"]["temporaries"]
     wrong = plan(*STEM, "--mesh=fsdp=4", "--topology=v5e:2x4")
     assert wrong.returncode == 2 and "--topology: v5e:2x4 has 8 devices, --mesh has 4; give a mesh of 8" in wrong.stderr
+    wrong = plan(*STEM, "--mesh=fsdp=4", "--topology=v9z:2x2")
+    assert wrong.returncode == 2 and "error: --topology: 'v9z:2x2': INVALID_ARGUMENT: Invalid TPU external name" in wrong.stderr
+    large = plan(*STEM, "--mesh=fsdp=8", "--topology=v5e:2x4", "--config.model.vocab_size=40000000", "--config.optimizer.table_optimizer=lazy_adam", "--rows=64")
+    assert large.returncode == 2 and "error: --mesh fsdp=8: does not fit a device of v5e:2x4 (RESOURCE_EXHAUSTED" in large.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
