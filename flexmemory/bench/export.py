@@ -1,5 +1,7 @@
 """`flexmemory bench export`: the export of a table against its two ceilings, the fold's compute and the disk, measured in the same run."""
 
+import contextlib
+import mmap
 import os
 import shutil
 import statistics
@@ -10,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from flexmemory import files
 from flexmemory.bench.machine import facts
 from flexmemory.config import Config, ModelConfig
 from flexmemory.data import tokenizer as tokenizers
@@ -33,7 +36,8 @@ def measure(scratch: Path, scale: str, *, rounds: int = 3) -> dict:
 
 def measure_model(scratch: Path, pattern: str, d: int, d_ff: int, v: int, *, dtype: str = "float32", rounds: int = 3) -> dict:
     """Every round takes, in this order: the fold alone (folded and encoded on the device, nothing fetched), one file of the same bytes written
-    and synced, the export. Medians. "share" is the time of the slower ceiling over the export's; 1.0 would be perfect overlap.
+    and synced, the same past the page cache ("direct", the disk's own speed and no work for a processor), the export. Medians. "share" is the
+    time of the slower of fold and write over the export's, "share_of_direct" that of the slower of fold and direct (None without direct writes).
     """
     config = Config(model=ModelConfig(pattern=pattern, vocab_size=v, d_model=d, n_heads=8, d_ff=d_ff))
     tokenizer = tokenizers.build("byte", lambda: iter(()))
@@ -43,26 +47,28 @@ def measure_model(scratch: Path, pattern: str, d: int, d_ff: int, v: int, *, dty
     table_bytes = sum(group.bytes for group in groups)
     call = dict(cfg=config.model, layouts=fold.layouts_of(groups), fold_rows=min(shard_rows, format.FOLD_ROWS))
     bases = {group.name: () for group in groups}
-    seconds = {"fold": [], "write": [], "export": []}
+    seconds = {"fold": [], "write": [], "direct": [], "export": []}
     loads = []
     with tempfile.TemporaryDirectory(dir=scratch) as place:
         jax.block_until_ready(fold.start_block(params, bases, 0, min(shard_rows, v), **call))  # compiles
         for _ in range(rounds):
             loads.append(os.getloadavg()[0])
             seconds["fold"].append(_timed(lambda: _fold(params, bases, v, shard_rows, call)))
-            seconds["write"].append(_timed(lambda: _write(Path(place) / "file", table_bytes)))
-            os.remove(Path(place) / "file")
-            os.sync()
+            for method, flag in (("write", 0), ("direct", files.DIRECT)):
+                with contextlib.suppress(_Refused):
+                    seconds[method].append(_write(Path(place) / "file", table_bytes, flag))
+                os.remove(Path(place) / "file")
+                os.sync()
             out = Path(place) / "store"
             seconds["export"].append(_timed(lambda: export_params(config, params, tokenizer, out, run="bench", step=0, dtype=dtype, progress=False)))
             shutil.rmtree(out)
             os.sync()
-    median = {name: statistics.median(found) for name, found in seconds.items()}
-    ceiling = max(median["fold"], median["write"])
+    median = {name: statistics.median(found) if found else None for name, found in seconds.items()}
     return {"dtype": dtype, "pattern": pattern, "d_model": d, "d_ff": d_ff, "vocab_size": v, "table_bytes": table_bytes,
             "shard_rows": shard_rows, "load": loads, "seconds": seconds,
             "median_seconds": median, "export_mb_per_s": table_bytes / median["export"] / 1e6, "write_mb_per_s": table_bytes / median["write"] / 1e6,
-            "share": ceiling / median["export"]}
+            "share": max(median["fold"], median["write"]) / median["export"],
+            "share_of_direct": median["direct"] and max(median["fold"], median["direct"]) / median["export"]}
 
 
 def _timed(work) -> float:
@@ -76,9 +82,25 @@ def _fold(params: dict, bases: dict, v: int, shard_rows: int, call: dict) -> Non
         jax.block_until_ready(fold.start_block(params, bases, start, min(start + shard_rows, v), **call))
 
 
-def _write(path: Path, size: int) -> None:
-    block = np.random.default_rng(0).bytes(32 << 20)
-    with open(path, "wb", buffering=0) as file:
-        for start in range(0, size, len(block)):
-            file.write(memoryview(block)[: min(len(block), size - start)])
-        os.fsync(file.fileno())
+class _Refused(Exception):
+    """The file system has no such writes."""
+
+
+def _write(path: Path, size: int, flag: int) -> float:
+    """Seconds in which a file of ``size`` bytes is written and synced, 32 MiB at a time; ``flag``: O_DIRECT or 0."""
+    memory = mmap.mmap(-1, 32 << 20)  # page-aligned
+    memory.write(np.random.default_rng(0).bytes(len(memory)))
+    began = time.perf_counter()
+    path.touch()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | flag)
+    except OSError as error:
+        raise _Refused from error
+    try:
+        at = 0
+        while at < size:
+            at += os.write(descriptor, memoryview(memory)[: min(len(memory), size - at)])
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return time.perf_counter() - began

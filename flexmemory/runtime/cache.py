@@ -55,8 +55,11 @@ class SlotCache:
         self._slot_V = np.full(addresses, -1, np.int32)
         self._id_K = np.full(self.slots, -1, np.int64)  # -1: free
         self._score_V = np.zeros(addresses)
+        self._slot_of, self._score_of = self._slot_V.data, self._score_V.data  # the same memory, quicker for single numbers
         self._clock = 0.0  # ids looked up so far
-        self._step_ids = np.empty(0, np.int64)  # of the latest lookup
+        self._half_life = HALF_LIFE * self.slots
+        self._rescale_at = RESCALE * self._half_life
+        self._step_ids: np.ndarray | list[int] = []  # of the latest lookup
         self._steps: deque = deque()  # window: (clock before the step, its ids) of the last steps
         self._pinned_K = np.zeros(self.slots, bool)  # all False between calls
         self._free_K = np.arange(self.slots - 1, -1, -1, dtype=np.int32)  # a stack, its top is the end
@@ -98,6 +101,26 @@ class SlotCache:
                 self._expire()
         return slots_U
 
+    def found(self, ids: list[int]) -> list[int] | None:
+        """:meth:`lookup` of a few ascending ids, in a quarter of its time; None, and no trace, where that has more to do: an id is absent."""
+        slot_of, policy = self._slot_of, self.policy
+        slots = [slot_of[i] for i in ids]
+        if -1 in slots or not ids or ids[0] < 0 or policy == "window" or self._clock > self._rescale_at:
+            return None
+        self._step_ids, self.absent, count = ids, 0, len(ids)
+        self.hits += count
+        self._clock = time = self._clock + count
+        score_of = self._score_of
+        if policy == "lru":
+            for i in ids:
+                score_of[i] = time
+                time -= 1
+        elif policy == "lfu":
+            for i in ids:
+                score_of[i] += math.exp2(min(time / self._half_life, 1000))
+                time -= 1
+        return slots
+
     def admit(self, ids_M: np.ndarray, pinned_slots: np.ndarray | Sequence[int] = ()) -> np.ndarray:
         """slots_M int32 in which the rows of different ids now belong, -1 where not kept; present ones stay where they are.
 
@@ -107,7 +130,7 @@ class SlotCache:
         ids_M = np.asarray(ids_M, np.int64)
         if len(np.unique(ids_M)) != len(ids_M):
             raise ValueError("admit: an id occurs twice")
-        slots_M = self.peek(ids_M)
+        slots_M, step_ids = self.peek(ids_M), np.asarray(self._step_ids, np.int64)
         new = np.flatnonzero(slots_M < 0)
         if not len(new) or not self.slots:
             return slots_M
@@ -116,10 +139,10 @@ class SlotCache:
         elif self.policy == "window":
             new = new[self._score_V[ids_M[new]] > (self._steps[0][0] if self._steps else np.inf)]
         elif self.policy == "lru":
-            self._use(ids_M[new[~np.isin(ids_M[new], self._step_ids)]])
+            self._use(ids_M[new[~np.isin(ids_M[new], step_ids)]])
         new = new[np.argsort(-self._score_V[ids_M[new]], kind="stable")]
 
-        pins = np.concatenate([self._slot_V[self._step_ids], slots_M, np.asarray(pinned_slots, np.int32)])
+        pins = np.concatenate([self._slot_V[step_ids], slots_M, np.asarray(pinned_slots, np.int32)])
         pins = pins[pins >= 0]
         self._pinned_K[pins] = True
         free = self._take_free(len(new), len(pins))
@@ -158,8 +181,8 @@ class SlotCache:
         if self.policy in ("lru", "window"):
             self._score_V[ids_U] = times_U
         elif self.policy == "lfu" and self.slots:  # a growing worth of new uses is a fading worth of old ones
-            half_life = HALF_LIFE * self.slots
-            if before > RESCALE * half_life:
+            half_life = self._half_life
+            if before > self._rescale_at:
                 halvings = int(before // half_life)
                 self._score_V *= 0.5**halvings
                 self._ceiling *= 0.5**halvings

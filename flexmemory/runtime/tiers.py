@@ -15,6 +15,7 @@ from flexmemory.tkv.fold import layouts_of
 from flexmemory.tkv.reader import allocate
 from flexmemory.tkv.store import Store
 
+FEW = 16  # ids of a step that are looked up one by one: up to so many, arrays cost more than they save
 STEP_SIZES = 2  # sizes of buffers that are kept for reuse: of a prompt's chunk and of a decode step
 
 
@@ -24,6 +25,8 @@ class Buffers:
     def __init__(self, layouts, size: int):
         self.size, self.bundles = size, {name: allocate(size, layout.bundle_bytes) for name, layout in layouts}
         self.stored = views(layouts, self.bundles)
+        self.places = np.arange(size, dtype=np.int32)
+        self.first = [(name, bundles[:1].reshape(-1).data, bundles.shape[1]) for name, bundles in self.bundles.items()]
 
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
         return {name: bundles[start:stop] for name, bundles in self.bundles.items()}
@@ -41,7 +44,7 @@ class TieredTicket(Ticket):
 
     def __init__(self, source: "TieredRows", ids_U: np.ndarray, buffers: Buffers):
         self.source, self.ids_U, self.buffers, self.stored = source, ids_U, buffers, buffers.stored
-        self.places_U = np.arange(len(ids_U), dtype=np.int32)
+        self.places_U = buffers.places if len(ids_U) == buffers.size else buffers.places[: len(ids_U)]
 
     def collect(self) -> dict:
         if self.late_ids is not None:
@@ -81,6 +84,7 @@ class TieredRows:
             counts_V[self.hot.preload_ids()] = 0
         self.ram = self._cache("ram", budgets.ram, budgets.ram_policy, counts_V)
         self._slab = {name: allocate(self.ram.slots, layout.bundle_bytes) for name, layout in self.layouts}
+        self._flat = {name: slab.reshape(-1).data for name, slab in self._slab.items()}
         self._tables = {name: empty_table(layout, self.hot.slots) for name, layout in self.layouts} if self.hot.slots else {}
         self._outstanding: set[Ticket] = set()
         self._ahead: tuple[np.ndarray, dict, Future] | None = None  # ids, buffers, read
@@ -112,11 +116,15 @@ class TieredRows:
             rest = np.flatnonzero(ticket.hot_slot_U < 0)
             self._place(ticket, rest, self.ram.lookup(ids_U[rest]))
         else:
-            ram_slot_U = self.ram.lookup(ids_U)
-            if self.ram.absent:
-                self._place(ticket, np.arange(len(ids_U)), ram_slot_U)
-            else:  # the whole step is in RAM: nothing to sort, and nothing but the copy takes time
-                self._copy_warm(ram_slot_U, ticket.buffers)
+            # the whole step is in RAM: nothing to sort, and nothing but the copy takes time
+            if len(ids_U) <= FEW and (slots := self.ram.found(ids_U.tolist())) is not None:
+                self._copy_warm(slots, ticket.buffers)
+            else:
+                ram_slot_U = self.ram.lookup(ids_U)
+                if self.ram.absent:
+                    self._place(ticket, np.arange(len(ids_U)), ram_slot_U)
+                else:
+                    self._copy_warm(ram_slot_U, ticket.buffers)
         self._outstanding.add(ticket)
         return ticket
 
@@ -145,8 +153,13 @@ class TieredRows:
             ticket.fresh_place_U = places_U
 
     def _copy_warm(self, slots: np.ndarray, buffers: Buffers) -> None:
-        for name, slab in self._slab.items():
-            slab.take(slots, 0, buffers.bundles[name][: len(slots)], "clip")  # other modes copy twice
+        if len(slots) == 1:  # NumPy would take half as long to begin as to copy
+            for name, out, size in buffers.first:
+                start = slots[0] * size
+                out[:] = self._flat[name][start : start + size]
+        else:
+            for name, slab in self._slab.items():
+                slab.take(slots, 0, buffers.bundles[name][: len(slots)], "clip")  # other modes copy twice
 
     def _arrive(self, ticket: TieredTicket) -> None:
         """Waits for the rows of a step that no tier has, and keeps of them in RAM what its policy says."""
@@ -162,11 +175,12 @@ class TieredRows:
 
     def _end(self, ticket: TieredTicket) -> None:
         """Gives a step's buffers back, once. Those of the few sizes that steps have are kept; those of a rarer size go when a new size comes."""
-        if ticket not in self._outstanding:
+        try:
+            self._outstanding.remove(ticket)
+        except KeyError:
             return
         if self._tables:
             jax.block_until_ready(ticket.stored)  # a device that shares memory with the host reads the buffers themselves
-        self._outstanding.discard(ticket)
         free = self._free.get(ticket.buffers.size)
         if free is None:
             free = self._free[ticket.buffers.size] = []

@@ -5,7 +5,6 @@
 
 import json
 import math
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -18,7 +17,7 @@ from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.transformer import abstract_params, per_layer, stack_layers
-from flexmemory.tkv.crc import combined
+from flexmemory.tkv.crc import combined, crc32
 from flexmemory.tkv.format import MEND, File
 from flexmemory.tkv.location import Location
 from flexmemory.tkv.reader import allocate
@@ -78,7 +77,7 @@ def save_tensors(location: Location, name: str, content: dict[str, object]) -> F
     """Writes one safetensors file of float32 arrays."""
     data = safetensors.save({k: np.ascontiguousarray(v, np.float32) for k, v in content.items()})
     location.write(name, data)
-    return File(name, len(data), zlib.crc32(data))
+    return File(name, len(data), crc32(data))
 
 
 def load(location: Location, files: tuple[File, ...], cfg: ModelConfig, *, stacked: bool = True, dtype: str = "float32") -> dict:
@@ -119,7 +118,7 @@ def load_tensors(location: Location, file: File, dtype: str = "float32", served:
         raise UserError(f"{location.url}/{file.name}: {found} bytes, the manifest says {file.bytes}; {MEND}")
     try:
         head, entries = _header(location, file)
-        made, crc = {}, zlib.crc32(head)
+        made, crc = {}, crc32(head)
         with ThreadPoolExecutor(READERS) as pool:
             try:
                 for name, shape, start in entries:
@@ -170,7 +169,7 @@ def _start_tensor(pool: ThreadPoolExecutor, location: Location, file: File, star
     def read(first: int, last: int) -> tuple[int, int]:
         data = read_exactly(location, file, start + 4 * first, start + 4 * last)
         host[first:last] = np.frombuffer(data, np.float32)
-        return zlib.crc32(data), len(data)
+        return crc32(data), len(data)
 
     step = READ_BYTES // 4
     return host.reshape(shape), [pool.submit(read, first, min(first + step, count)) for first in range(0, count, step)]
@@ -194,5 +193,5 @@ def damaged(location: Location, file: File) -> UserError:
 def _whole_crc32(location: Location, file: File) -> int:
     crc = 0
     for start in range(0, file.bytes, READ_BYTES):
-        crc = zlib.crc32(read_exactly(location, file, start, min(start + READ_BYTES, file.bytes)), crc)
+        crc = crc32(read_exactly(location, file, start, min(start + READ_BYTES, file.bytes)), crc)
     return crc

@@ -9,7 +9,6 @@ import json
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,6 +17,7 @@ from flexmemory.errors import UserError
 from flexmemory.files import SCRATCH
 from flexmemory.progress import ProgressLine
 from flexmemory.tkv import format, target
+from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.format import COPY_MARK, MANIFEST, File, Manifest
 from flexmemory.tkv.location import DamagedFile, Location, LocalLocation, open_location
 from flexmemory.tkv.manifest import from_json, read_manifest
@@ -80,7 +80,7 @@ def _entries(source: Location, manifest: Manifest) -> list[File]:
             data = _read(source, name)
             if data is None:
                 raise DamagedFile(f"{source.url}/{name}: missing; {MEND}")
-            entries.append(File(name, len(data), zlib.crc32(data)))
+            entries.append(File(name, len(data), crc32(data)))
     found = source.sizes([entry.name for entry in entries])
     for entry in entries:
         if entry.name not in found:
@@ -184,19 +184,19 @@ def _is_whole(location: Location, entry: File, count) -> bool:
 
 def _checked(location: Location, entry: File, count) -> Iterator[bytes]:
     """The file's parts; ``count`` hears of the bytes of each. Raises DamagedFile at the end when size or CRC-32 are not the manifest's."""
-    size = crc32 = 0
+    size = crc = 0
     try:
         while True:
             last = entry.bytes - size <= PART_BYTES
             part = location.read(entry.name, size, None if last else size + PART_BYTES)  # the last to the end, wherever that is
-            size, crc32 = size + len(part), zlib.crc32(part, crc32)
+            size, crc = size + len(part), crc32(part, crc)
             count(len(part))
             yield part
             if last:
                 break
     except FileNotFoundError:
         raise DamagedFile(f"{location.url}/{entry.name}: missing; {MEND}") from None
-    if size != entry.bytes or crc32 != entry.crc32:
+    if size != entry.bytes or crc != entry.crc32:
         what = f"{size} bytes, {entry.bytes} expected" if size != entry.bytes else "its checksum is wrong"
         raise DamagedFile(f"{location.url}/{entry.name}: {what}, it was changed or damaged; {MEND}")
 

@@ -9,7 +9,6 @@ import dataclasses
 import io
 import shutil
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from flexmemory.data.tokenizer import load as load_tokenizer
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
 from flexmemory.tkv import arrays, backbone, fold, format, lowrank, target
-from flexmemory.tkv.crc import combined, combined_rows, crc32_of
+from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.encoding import CODE_LIMIT, DTYPES, FLOATS
 from flexmemory.tkv.format import File, Group, LayerError, Manifest, Source, TokenizerInfo
 from flexmemory.tkv.location import Location, open_location
@@ -78,7 +77,7 @@ def export_params(config: Config, params: dict, tokenizer: Tokenizer, out: str |
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"tokenizer: {tokenizer.vocab_size} ids, the model has {model.vocab_size}; give the tokenizer of the run's data")
     on_device, params = jax.device_put(params), jax.tree.map(np.asarray, params)
-    manifest = plan(config, rows, TokenizerInfo(tokenizer.fingerprint, tokenizer.eos_id, tokenizer.vocab_size), run, step, params_crc32(params))
+    manifest = plan(config, rows, TokenizerInfo(tokenizer.fingerprint, tokenizer.eos_id, tokenizer.vocab_size), run, step, crc32_of(params))
     location = open_location(out)
     needed = manifest.table_bytes // hosts + sum(array.nbytes for array in backbone.tensors(params, model).values())
     with _clear_errors(location), target.held(location, host):
@@ -129,7 +128,7 @@ def read_counts(config: Config) -> np.ndarray | None:
     return counts_V if counts_V.shape == (config.model.vocab_size,) else None
 
 
-def plan(config: Config, rows: Rows, tokenizer: TokenizerInfo, run: str, step: int, crc32: int) -> Manifest:
+def plan(config: Config, rows: Rows, tokenizer: TokenizerInfo, run: str, step: int, params_crc32: int) -> Manifest:
     """The manifest as far as it is known before any row is: without files and errors, and without ranks that an error budget will choose."""
     model = config.model
     shard_rows = rows.block_rows or format.default_shard_rows(model, rows.dtype)
@@ -138,7 +137,7 @@ def plan(config: Config, rows: Rows, tokenizer: TokenizerInfo, run: str, step: i
         raise UserError("--rank: the model has no memory layer; leave it out")
     return Manifest(
         model=model, dtype=rows.dtype, shard_rows=shard_rows, fold_rows=min(shard_rows, format.FOLD_ROWS), tokenizer=tokenizer,
-        source=Source(run, step, config_hash(config), crc32), scale_group=rows.scale_group,
+        source=Source(run, step, config_hash(config), params_crc32), scale_group=rows.scale_group,
         ranks=None if rows.rank is None else lowrank.uniform_ranks(groups, rows.rank), rank_error=rows.rank_error)
 
 
@@ -190,7 +189,7 @@ def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: f
             if ahead is not None:
                 bundles, sums = fold.fetch_block(ahead[1], groups)
                 finish(WRITING - 1)
-                writes = [pool.submit(_write_shard, location, manifest, group, ahead[0], bundles[group.name], tails[group.name].result())
+                writes = [pool.submit(_write_shard, location, manifest, group, ahead[0], bundles[group.name], tails[group.name])
                           for group in groups]
                 pending.append((ahead[0], writes, sums))
                 del bundles
@@ -198,14 +197,21 @@ def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: f
         finish(0)
 
 
-def _write_shard(location: Location, manifest: Manifest, group: Group, block: int, parts: list[np.ndarray], tails: tuple[bytes, bytes]) -> list[File]:
+def _write_shard(location: Location, manifest: Manifest, group: Group, block: int, parts: list[np.ndarray], tails: Future) -> list[File]:
     """Writes one shard and its checksums; both are on the disk when it returns."""
-    name, tail = format.shard_file(group, block), tails[block == manifest.blocks - 1]
-    crc32_R = np.concatenate([format.bundle_crc32(part_RB) for part_RB in parts])
-    location.write_parts(name, [*(part_RB.data for part_RB in parts), tail])
-    whole = combined(combined_rows(crc32_R, group.bundle_bytes), zlib.crc32(tail), len(tail))
-    crc32_S = np.zeros(manifest.shard_rows, "<u4")
-    crc32_S[: len(crc32_R)] = crc32_R
+    name, crc32_S, at, whole = format.shard_file(group, block), np.zeros(manifest.shard_rows, "<u4"), 0, 0
+
+    def pieces() -> Iterator[memoryview]:
+        nonlocal at, whole
+        for part_RB in parts:
+            yield part_RB.data
+            crc32_S[at : at + len(part_RB)] = format.bundle_crc32(part_RB)
+            at, whole = at + len(part_RB), crc32(part_RB, whole)
+        tail = tails.result()[block == manifest.blocks - 1]
+        whole = crc32(tail, whole)
+        yield tail
+
+    location.write_parts(name, pieces())
     return [File(name, format.shard_bytes(manifest, group, block), whole), _write(location, format.checksum_file(group, block), crc32_S.tobytes())]
 
 
@@ -232,7 +238,7 @@ def _publish(location: Location, manifest: Manifest, record: target.Record, bloc
 
 def _write(location: Location, name: str, data: bytes) -> File:
     location.write(name, data)
-    return File(name, len(data), zlib.crc32(data))
+    return File(name, len(data), crc32(data))
 
 
 def _errors(manifest: Manifest, blocks: dict[int, target.Block]) -> tuple[LayerError, ...] | None:
@@ -270,10 +276,12 @@ def sizes(manifest: Manifest) -> dict:
             "layers": sorted(layers, key=lambda layer: layer["layer"])}
 
 
-def params_crc32(params: dict) -> int:
+def crc32_of(params: dict) -> int:
     """CRC-32 over names and bytes of all parameters, in order of their names."""
-    named = sorted(backbone.flatten(params))
-    return crc32_of(part for name, array in named for part in (name.encode(), np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    crc = 0
+    for name, array in sorted(backbone.flatten(params)):
+        crc = crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc32(name.encode(), crc))
+    return crc
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

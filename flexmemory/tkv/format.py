@@ -16,13 +16,13 @@ import dataclasses
 import importlib.metadata
 import math
 import re
-import zlib
 
 import numpy as np
 
 from flexmemory.config import ModelConfig
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.memory import row_groups
+from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.encoding import Layout
 
 VERSION = 2
@@ -261,4 +261,4 @@ def _spec(kvstore: dict, metadata: dict) -> dict:
 
 def bundle_crc32(bundles_RB: np.ndarray) -> np.ndarray:
     """CRC-32 (zlib) of each token's bundle as stored. bundles: uint8 [R, B], C order. uint32 [R]."""
-    return np.fromiter((zlib.crc32(bundle) for bundle in bundles_RB), np.uint32, len(bundles_RB))
+    return np.fromiter((crc32(bundle) for bundle in bundles_RB), np.uint32, len(bundles_RB))

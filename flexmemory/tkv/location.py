@@ -77,22 +77,11 @@ class LocalLocation:
     def write_parts(self, name: str, parts: Iterable) -> None:
         """Writes the parts one after another, none kept. Where the iterator raises, nothing is left."""
         path = self.local / checked(name)
-        scratch = path.with_name(path.name + files.SCRATCH)
         try:
             _make_directory(path.parent)
-            with open(scratch, "wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-            files.sync_directory(path.parent)
-        except BaseException as error:
-            with contextlib.suppress(OSError):  # on a full disk its bytes are wanted elsewhere
-                scratch.unlink()
-            if isinstance(error, OSError):
-                raise _local_error(path, "written", error) from error
-            raise
+            files.write_parts(path, parts)
+        except OSError as error:
+            raise _local_error(path, "written", error) from error
 
     def delete(self, name: str) -> None:
         """No error when there is no such file. Directories that become empty go too: as in an object store they are parts of names."""

@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import json
-import zlib
 
 from flexmemory.config import Config, from_dict
 from flexmemory.errors import UserError
 from flexmemory.tkv import format
+from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.encoding import DTYPES, FLOATS
 from flexmemory.tkv.format import BACKBONE_NAME, COPY_MARK, COUNTS, MANIFEST, TOKENIZER, VERSION, File, LayerError, Manifest, Source, TokenizerInfo
 from flexmemory.tkv.location import Location
@@ -155,7 +155,7 @@ def unfinished(location: Location) -> str | None:
 
 def json_crc32(body: dict) -> int:
     """CRC-32 of the JSON with sorted keys, no white space, non-ASCII escaped."""
-    return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    return crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
 def config_hash(config: Config) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import io
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.data.tokenizer import parse as parse_tokenizer
 from flexmemory.errors import UserError
 from flexmemory.tkv import backbone, encoding, format
+from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.encoding import Basis
 from flexmemory.tkv.format import BASIS, COUNTS, MEND, TOKENIZER, File, Group, Manifest
 from flexmemory.tkv.location import Location, open_location
@@ -150,7 +150,7 @@ def read_checksums(location: Location, manifest: Manifest, group: Group) -> np.n
     whole = np.zeros((group.shards, manifest.shard_rows), "<u4")  # as in the files: unused places of the last are 0
     whole.reshape(-1)[: len(crc32_V)] = crc32_V
     for block in range(group.shards if manifest.version > 1 else 0):
-        if zlib.crc32(whole[block]) != (file := files[format.checksum_file(group, block)]).crc32:
+        if crc32(whole[block]) != (file := files[format.checksum_file(group, block)]).crc32:
             raise backbone.damaged(location, file)
     return crc32_V
 
@@ -185,7 +185,7 @@ def _result(location: Location, wrong: str, future: ts.Future):
 
 def _read_checked(location: Location, file: File) -> bytes:
     data = backbone.read_exactly(location, file, 0, file.bytes)
-    if zlib.crc32(data) != file.crc32:
+    if crc32(data) != file.crc32:
         raise backbone.damaged(location, file)
     return data
 

@@ -1,7 +1,6 @@
 """Verify: does a store hold what the run's weights fold to, and does the model run from disk as it does from the weights?"""
 
 import itertools
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
 from flexmemory.tkv import format
+from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.fold import fold_table
 from flexmemory.tkv.format import Group, Manifest
 from flexmemory.tkv.location import Location, open_location
@@ -126,14 +126,14 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
 
     def check(name: str) -> tuple[str | None, int]:
         """(what is wrong, bundles read)"""
-        size, crc32 = known[name]
+        size, wanted = known[name]
         try:
             if name in shards:
-                return _check_shard(location, manifest, *shards[name], crc32, *known[format.checksum_file(*shards[name])])
+                return _check_shard(location, manifest, *shards[name], wanted, *known[format.checksum_file(*shards[name])])
             found, crc = location.sizes([name]).get(name, 0), 0
             for start in range(0, size if found in (None, size) else 0, READ_BYTES):
-                crc = zlib.crc32(location.read(name, start, min(start + READ_BYTES, size)), crc)
-            return _wrong(size if found is None else found, size, crc, crc32), 0
+                crc = crc32(location.read(name, start, min(start + READ_BYTES, size)), crc)
+            return _wrong(size if found is None else found, size, crc, wanted), 0
         except OSError as error:
             return f"cannot be read ({error.strerror or 'missing'})", 0
         except UserError as error:  # a remote location's own words
@@ -154,25 +154,25 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
     return {"files": len(known), "bytes": total, "bundles": bundles, "damaged": damaged, "ok": not damaged}
 
 
-def _check_shard(location: Location, manifest: Manifest, group: Group, block: int, crc32: int | None, sums_bytes: int,
-                 sums_crc32: int | None) -> tuple[str | None, int]:
+def _check_shard(location: Location, manifest: Manifest, group: Group, block: int, wanted: int | None, sums_bytes: int,
+                 sums_wanted: int | None) -> tuple[str | None, int]:
     data = location.read(format.shard_file(group, block))
-    if wrong := _wrong(len(data), format.shard_bytes(manifest, group, block), zlib.crc32(data), crc32):
+    if wrong := _wrong(len(data), format.shard_bytes(manifest, group, block), crc32(data), wanted):
         return wrong, 0
     start = block * manifest.shard_rows
     rows = min(manifest.shard_rows, manifest.vocab_size - start)
     bundles_RB = np.frombuffer(data, np.uint8, rows * group.bundle_bytes).reshape(rows, group.bundle_bytes)
     sums = location.read(format.checksum_file(group, block))
-    if _wrong(len(sums), sums_bytes, zlib.crc32(sums), sums_crc32):
+    if _wrong(len(sums), sums_bytes, crc32(sums), sums_wanted):
         return None, 0  # damaged itself, and named as such
     bad = np.flatnonzero(format.bundle_crc32(bundles_RB) != np.frombuffer(sums, "<u4", rows))
     return f"{len(bad)} bundles, the first of token {start + bad[0]}, fail their checksum" if len(bad) else None, rows
 
 
-def _wrong(size: int, wanted_size: int, crc32: int, wanted_crc32: int | None) -> str | None:
+def _wrong(size: int, wanted_size: int, crc: int, wanted_crc: int | None) -> str | None:
     if size != wanted_size:
         return f"{size} bytes, {wanted_size} expected"
-    return None if wanted_crc32 in (None, crc32) else "its checksum is wrong"
+    return None if wanted_crc in (None, crc) else "its checksum is wrong"
 
 
 def _worst(a: float, b: float) -> float:

@@ -97,12 +97,21 @@ class AgainstModel(RuleBasedStateMachine):
             else:
                 assert slot == -1
 
-    @rule(ids=ids_lists, in_flight=st.booleans())
-    def one_step(self, ids, in_flight):
+    @rule(ids=ids_lists, in_flight=st.booleans(), few=st.booleans())
+    def one_step(self, ids, in_flight, few):
         """A step; its rows may stay in use during the next ones."""
-        asked = np.asarray(ids, np.int64)
-        got = self.cache.lookup(asked)
-        asked[:] = 0  # the caller's to use again
+        got = None
+        if few:
+            ids = sorted(ids)
+            got = self.cache.found(ids)
+            assert got is None or len(got) == len(ids) > 0 and self.policy != "window"
+            if got is None and self.policy != "window" and cache_module.RESCALE > 1:
+                assert not ids or any(i not in self.slot_of for i in ids)
+        if got is None:
+            asked = np.asarray(ids, np.int64)
+            got = self.cache.lookup(asked)
+            asked[:] = 0  # the caller's to use again
+        got = np.asarray(got, np.int32) if few else got
         assert got.dtype == np.int32
         assert got.tolist() == [self.slot_of.get(i, -1) for i in ids]
         assert self.slab[got[got >= 0]].tolist() == [i for i, slot in zip(ids, got) if slot >= 0]
