@@ -128,7 +128,7 @@ def read_counts(config: Config) -> np.ndarray | None:
     return counts_V if counts_V.shape == (config.model.vocab_size,) else None
 
 
-def plan(config: Config, rows: Rows, tokenizer: TokenizerInfo, run: str, step: int, params_crc32: int) -> Manifest:
+def plan(config: Config, rows: Rows, tokenizer: TokenizerInfo, run: str, step: int, crc32: int) -> Manifest:
     """The manifest as far as it is known before any row is: without files and errors, and without ranks that an error budget will choose."""
     model = config.model
     shard_rows = rows.block_rows or format.default_shard_rows(model, rows.dtype)
@@ -137,7 +137,7 @@ def plan(config: Config, rows: Rows, tokenizer: TokenizerInfo, run: str, step: i
         raise UserError("--rank: the model has no memory layer; leave it out")
     return Manifest(
         model=model, dtype=rows.dtype, shard_rows=shard_rows, fold_rows=min(shard_rows, format.FOLD_ROWS), tokenizer=tokenizer,
-        source=Source(run, step, config_hash(config), params_crc32), scale_group=rows.scale_group,
+        source=Source(run, step, config_hash(config), crc32), scale_group=rows.scale_group,
         ranks=None if rows.rank is None else lowrank.uniform_ranks(groups, rows.rank), rank_error=rows.rank_error)
 
 
