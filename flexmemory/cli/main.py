@@ -1,6 +1,7 @@
 """The ``flexmemory`` command: finds the subcommand, turns a user's mistake into one line and exit code 2."""
 
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -85,6 +86,7 @@ def start_process() -> None:
     import absl.logging
     import jax
 
+    gc.set_threshold(200_000, 50, 100)  # tracing makes millions of small objects that live on: looking through them takes a tenth of the time
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax reports every save
     # after a damaged checkpoint Orbax leaves its other reads behind, which would be reported one by one at exit
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

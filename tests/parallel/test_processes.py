@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -130,6 +131,16 @@ def test_different_configs_are_named_before_the_first_step(tiny_data, tmp_path):
     for code, said in ended(pair(tiny_data, tmp_path / "run", sets=({}, {"optimizer.lr": 0.02}))):
         assert code == 2
         assert "error: config optimizer.lr: 0.001 on process 0, 0.02 on process 1; start all processes with the same" in said.splitlines()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_different_data_are_named_before_the_first_step(tiny_data, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    index = json.loads((tmp_path / "data" / "index.json").read_text())
+    (tmp_path / "data" / "index.json").write_text(json.dumps(index | {"fingerprint": "another"}))
+    for code, said in ended(pair(tiny_data, tmp_path / "run", sets=({}, {"data.path": str(tmp_path / "data")}))):
+        assert code == 2
+        assert f"error: data fingerprint: {index['fingerprint']!r} on process 0, 'another' on process 1; start all processes with the same" in said.splitlines()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
