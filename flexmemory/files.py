@@ -23,7 +23,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_parts(path: Path, parts: Iterable) -> None:
     """Writes the parts (bytes or other buffers) one after another under another name, syncs, renames, syncs the directory: on the disk when it
-    returns. Where something raises, nothing is left.
+    returns. Where something raises before the file has its name, nothing is left.
 
     None of the parts is kept, and whole pieces go past the page cache where the file system lets them: a table is not read again soon, and
     the copies into the cache cost more of the processor than the disk takes time.
@@ -48,7 +48,7 @@ def _write(descriptor: int, parts: Iterable) -> None:
     memory = mmap.mmap(-1, PIECE_BYTES)  # page-aligned, as direct writes demand
     piece, held, direct = np.frombuffer(memory, np.uint8), 0, DIRECT
     for part in parts:
-        data = np.frombuffer(part, np.uint8) if len(part) else piece[:0]
+        data = np.frombuffer(part, np.uint8)
         while len(data):
             count = min(len(data), len(piece) - held)
             piece[held : held + count] = data[:count]
@@ -66,7 +66,7 @@ def _write_whole(descriptor: int, data: np.ndarray, direct: int) -> int:
             fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | direct)
             data = data[os.write(descriptor, data) :]
         except OSError as error:
-            if error.errno != errno.EINVAL or not direct:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not direct:
                 raise
             direct = 0  # no such writes here, or what a short one left begins inside a block
     return direct

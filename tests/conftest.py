@@ -4,7 +4,7 @@ import gc
 import os
 import tempfile
 
-gc.set_threshold(200_000, 50, 100)  # tracing makes millions of small objects that live on: looking through them takes a tenth of the time
+gc.set_threshold(200_000, 10, 10)  # tracing makes millions of small objects that live on: looking through them takes a tenth of the time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # programs that several tests or their child processes compile are compiled once
 CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.TemporaryDirectory(prefix="flexmemory-tests-")

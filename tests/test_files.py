@@ -50,7 +50,8 @@ def test_the_rest_goes_through_the_page_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda descriptor, data: calls.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & files.DIRECT)) or write(
         descriptor, data))
     files.write_parts(tmp_path / "f", [bytes(2 * files.PIECE_BYTES + 5)])
-    assert calls in ([True, True, False], [False, False, False])  # some file systems of temporary folders refuse direct writes
+    # file systems of temporary folders may refuse direct writes, at once or when they are tried
+    assert calls in ([True, True, False], [False, False, False], [True, False, False, False])
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):

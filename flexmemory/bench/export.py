@@ -1,6 +1,7 @@
 """`flexmemory bench export`: the export of a table against its two ceilings, the fold's compute and the disk, measured in the same run."""
 
 import contextlib
+import errno
 import mmap
 import os
 import shutil
@@ -54,7 +55,7 @@ def measure_model(scratch: Path, pattern: str, d: int, d_ff: int, v: int, *, dty
         for _ in range(rounds):
             loads.append(os.getloadavg()[0])
             seconds["fold"].append(_timed(lambda: _fold(params, bases, v, shard_rows, call)))
-            for method, flag in (("write", 0), ("direct", files.DIRECT)):
+            for method, flag in (("write", 0), *((("direct", files.DIRECT),) if files.DIRECT else ())):
                 with contextlib.suppress(_Refused):
                     seconds[method].append(_write(Path(place) / "file", table_bytes, flag))
                 os.remove(Path(place) / "file")
@@ -94,13 +95,15 @@ def _write(path: Path, size: int, flag: int) -> float:
     path.touch()
     try:
         descriptor = os.open(path, os.O_WRONLY | flag)
+        try:
+            at = 0
+            while at < size:
+                at += os.write(descriptor, memoryview(memory)[: min(len(memory), size - at)])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        raise _Refused from error
-    try:
-        at = 0
-        while at < size:
-            at += os.write(descriptor, memoryview(memory)[: min(len(memory), size - at)])
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if flag and error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise _Refused from error
+        raise
     return time.perf_counter() - began

@@ -86,7 +86,7 @@ def start_process() -> None:
     import absl.logging
     import jax
 
-    gc.set_threshold(200_000, 50, 100)  # tracing makes millions of small objects that live on: looking through them takes a tenth of the time
+    gc.set_threshold(200_000, 10, 10)  # tracing makes millions of small objects that live on: looking through them takes a tenth of the time
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax reports every save
     # after a damaged checkpoint Orbax leaves its other reads behind, which would be reported one by one at exit
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

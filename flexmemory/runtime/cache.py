@@ -102,10 +102,11 @@ class SlotCache:
         return slots_U
 
     def found(self, ids: list[int]) -> list[int] | None:
-        """:meth:`lookup` of a few ascending ids, in a quarter of its time; None, and no trace, where that has more to do: an id is absent."""
+        """:meth:`lookup` of a few ascending ids, in a quarter of its time; None, and no trace, where that has more to do: an id is absent, steps leave
+        the window, lfu scores want to be brought back. The list is kept until the next step."""
         slot_of, policy = self._slot_of, self.policy
         slots = [slot_of[i] for i in ids]
-        if -1 in slots or not ids or ids[0] < 0 or policy == "window" or self._clock > self._rescale_at:
+        if -1 in slots or not ids or ids[0] < 0 or policy == "window" or policy == "lfu" and self._clock > self._rescale_at:
             return None
         self._step_ids, self.absent, count = ids, 0, len(ids)
         self.hits += count

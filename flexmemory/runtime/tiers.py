@@ -26,6 +26,7 @@ class Buffers:
         self.size, self.bundles = size, {name: allocate(size, layout.bundle_bytes) for name, layout in layouts}
         self.stored = views(layouts, self.bundles)
         self.places = np.arange(size, dtype=np.int32)
+        self.places.flags.writeable = False  # shared by the tickets of all steps
         self.first = [(name, bundles[:1].reshape(-1).data, bundles.shape[1]) for name, bundles in self.bundles.items()]
 
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -152,10 +153,10 @@ class TieredRows:
         else:  # rows are put together on the device in the order of the ids
             ticket.fresh_place_U = places_U
 
-    def _copy_warm(self, slots: np.ndarray, buffers: Buffers) -> None:
+    def _copy_warm(self, slots: np.ndarray | list[int], buffers: Buffers) -> None:
         if len(slots) == 1:  # NumPy would take half as long to begin as to copy
             for name, out, size in buffers.first:
-                start = slots[0] * size
+                start = int(slots[0]) * size  # beyond 2 GiB an int32 would wrap
                 out[:] = self._flat[name][start : start + size]
         else:
             for name, slab in self._slab.items():

@@ -39,7 +39,7 @@ def fold_call(params: dict, bases: Bases, ids_R: jax.Array, count, *, cfg: Model
         exact_LRW = rows[name].astype(jnp.float32)
         stored[name] = encode(layout, jnp.swapaxes(exact_LRW, 0, 1), bases[name])
         again_LRW = decode(layout, stored[name], bases[name])
-        figures[name] = {"finite": jnp.isfinite(again_LRW).all(1).all(1)}
+        figures[name] = {"finite": jnp.isfinite(again_LRW).all((1, 2))}
         if layout != Layout(layout.layers, layout.width, "float32"):
             error_LRW = jnp.where(real_R1, again_LRW - exact_LRW, 0)
             error_L, squares_L = (error_LRW**2).sum((1, 2)), (jnp.where(real_R1, exact_LRW, 0) ** 2).sum((1, 2))

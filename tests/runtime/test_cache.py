@@ -105,7 +105,7 @@ class AgainstModel(RuleBasedStateMachine):
             ids = sorted(ids)
             got = self.cache.found(ids)
             assert got is None or len(got) == len(ids) > 0 and self.policy != "window"
-            if got is None and self.policy != "window" and cache_module.RESCALE > 1:
+            if got is None and (self.policy in ("lru", "static") or self.policy == "lfu" and cache_module.RESCALE > 1):
                 assert not ids or any(i not in self.slot_of for i in ids)
         if got is None:
             asked = np.asarray(ids, np.int64)

@@ -144,6 +144,22 @@ def test_buffers_are_used_again():
     assert first.collect()["w3"].ctypes.data != second.collect()["w3"].ctypes.data
 
 
+@pytest.mark.parametrize("policy", ["lru", "window"])
+def test_rows_beyond_2_gib_of_ram(policy):
+    """Of the RAM only what is used is touched: the slots are given out from the last one down."""
+    store, width, count = FakeStore(), 1 << 18, 2100
+    store.groups = (SimpleNamespace(name="w3", layout=Layout(1, width, "float32"), bundle_bytes=4 * width),)
+    store.manifest = SimpleNamespace(bundle_bytes=4 * width, vocab_size=count)
+    store.read_bundles = lambda ids_U, out: out["w3"].view(np.float32).__setitem__(slice(None), ids_U[:, None])
+    source = TieredRows(store, Budgets(ram=4 * width * count, ram_policy=policy))
+    source.ram._free_K[:] = source.ram._free_K[::-1].copy()
+    for ids in ([5, 9], [5], [9], [5, 9], [5, 7], [7]):
+        ticket = source.request(np.asarray(ids), 2)
+        assert (rows_of(ticket)[:, 0] == np.asarray(ids)[:, None]).all()
+        ticket.release()
+    assert source.stats()["ram"]["hits"] == 6 and source.ram.peek(np.asarray([5, 7, 9])).min() > (1 << 31) // (4 * width)
+
+
 def test_budgets():
     source = TieredRows(FakeStore(), Budgets(ram=10**9, hot=2 * BUNDLE + 7))
     assert source.stats()["ram"]["slots"] == V and source.stats()["ram"]["bytes"] == V * BUNDLE
