@@ -54,7 +54,7 @@ def test_the_rest_goes_through_the_page_cache(tmp_path, monkeypatch):
     assert calls in ([True, True, False], [False, False, False], [True, False, False, False])
 
 
-def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failure_leaves_nothing(tmp_path):
     (tmp_path / "f").write_bytes(b"before")
 
     def parts():
