@@ -27,7 +27,8 @@ class Plan:
     """Where each kind of tensor lies; letters as in docs/architecture.md, axes in front of them (layers, accumulation steps) are never cut."""
 
     batch_BT: P = P(BATCH, None)  # ids, targets, inverse, segments, weights of tokens
-    ids_R: P = P(BATCH)  # unique ids: a section for every section of the batch
+    ids_R: P = P(BATCH)  # unique ids and their places: a section for every section of the batch
+    ids_C: P = P(None)  # those of all sections
     embed_VD: P = P(None, None)
     head_DV: P = P(None, None)
     q_DNH: P = P(None, None, None)  # also k and v
@@ -140,7 +141,11 @@ def putter() -> Callable[[dict], dict]:
     def put(batch: dict) -> dict:
         made = {}
         for name, spec in batch_specs(batch).items():
-            axis, local = spec.index(BATCH), batch[name]
+            local = batch[name]
+            if BATCH not in spec:
+                made[name] = jax.make_array_from_callback(local.shape, NamedSharding(mesh, spec), local.__getitem__)
+                continue
+            axis = spec.index(BATCH)
             size = local.shape[axis] // len(place_of)  # of a section
             whole = (*local.shape[:axis], count * size, *local.shape[axis + 1 :])
 
@@ -211,8 +216,8 @@ def state_specs(plan: Plan, state: dict) -> dict:
 
 
 def is_table(path, leaf) -> bool:
-    """Is a leaf of a train state or of parameters a table [L, V, W], or a moment of that size?"""
-    return leaf.ndim == 3 and bool(re.search(r"\bmemory\..*\.table$", path_name(path)))
+    """Is a leaf of a train state or of parameters a table [L, V, W], or a moment or a number of each of its rows?"""
+    return leaf.ndim > 0 and bool(re.search(r"\bmemory\..*\.table$", path_name(path)))
 
 
 def path_name(path) -> str:
@@ -226,7 +231,8 @@ def keys(path) -> tuple[str, ...]:
 
 def batch_specs(batch: dict) -> dict:
     """Specs of a batch as data/pipeline.py makes it, the same in every plan."""
-    return {name: padded(Plan.ids_R if name == "unique_ids" else Plan.batch_BT, np.ndim(leaf)) for name, leaf in batch.items()}
+    of = {"unique_ids": Plan.ids_R, "places": Plan.ids_R, "table_ids": Plan.ids_C}
+    return {name: padded(of.get(name, Plan.batch_BT), np.ndim(leaf)) for name, leaf in batch.items()}
 
 
 def placed(cfg: Config, state):

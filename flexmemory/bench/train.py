@@ -134,7 +134,8 @@ class Variant:
         if not self.naive:
             return batch
         ids = batch["ids"]
-        return batch | {"unique_ids": ids.reshape(-1), "inverse": np.arange(ids.size, dtype=np.int32).reshape(ids.shape)}
+        places = np.arange(ids.size, dtype=np.int32)
+        return batch | {"unique_ids": ids.reshape(-1), "inverse": places.reshape(ids.shape), "table_ids": ids.reshape(-1), "places": places}
 
 
 def check_names(kinds: str) -> list[str]:

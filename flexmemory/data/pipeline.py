@@ -1,6 +1,7 @@
 """Batches from token shards: batch k is a pure function of (seed, k), with its unique ids ready for the memory layers.
 
-Letters: A accumulation steps, b rows of this host per accumulation step, T tokens, R unique ids of a section of the batch (padded).
+Letters: A accumulation steps, b rows of this host per accumulation step, T tokens, R unique ids of a section of the batch (padded), C unique ids of
+the whole batch (padded).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from flexmemory.data.shards import TokenShards
 from flexmemory.errors import UserError
 
 Batch = dict[str, np.ndarray]
-SAMPLES = 32  # batches that row_sizes looks at
+SAMPLES = 32  # batches that measured_sizes looks at
 
 
 class Batches:
@@ -25,14 +26,17 @@ class Batches:
       targets    int32 [A, b, T], the next tokens
       unique_ids int32 [R] for each section of this host, one after another: its ids over all accumulation steps, ascending, then padded with id 0
       inverse    int32 [A, b, T], places within the section's unique_ids, unique_ids[inverse] == ids; never refers to padding
+      table_ids  int32 [C], the ids of all sections together, ascending, and V, which is no row, in the places that are left
+      places     int32 [R] for each section of this host: the place of each of unique_ids among table_ids, and C of those that no token has
       segments   int32 [A, b, T], number of the document within the row; only when asked for
 
     A section is the rows that one device computes: the rows of each accumulation step are cut into `sections` equal parts. The rows themselves do
     not depend on the cut. R is one of `row_sizes`, the smallest that holds every section of the batch, so that a compiled step meets few shapes and all
-    hosts the same ones. Where R >= V, unique_ids is 0..V-1.
+    hosts the same ones. Where R >= V, unique_ids is 0..V-1. So C is one of `table_sizes`, where there are several sections; of one it is R.
 
     Attributes:
       row_sizes: the possible R, ascending.
+      table_sizes: the possible C of several sections, ascending, if all sections together have not fewer places than that.
       steps_per_epoch: whole batches in one pass over the split, at least 1.
     """
 
@@ -47,6 +51,7 @@ class Batches:
         self._order = (order.shuffle() if shuffle else order).repeat(None)
         self.steps_per_epoch = max(1, n_windows // self.batch_size)
         self.row_sizes: tuple[int, ...] = (min(shards.vocab_size, self._accum * self._rows * seq_len),)
+        self.table_sizes: tuple[int, ...] = (min(shards.vocab_size, self._sections * self.row_sizes[-1]),)
 
     def window_numbers(self, k: int) -> np.ndarray:
         """Windows of global batch k, int64 [A, B]."""
@@ -62,16 +67,16 @@ class Batches:
         tokens_ABT = self._tokens(numbers_AB)
         own = places_of(self._own, self._rows)
         batch = {"ids": tokens_ABT[:, own, :-1], "targets": tokens_ABT[:, own, 1:]}
-        batch |= unique_rows(tokens_ABT[..., :-1], self._shards.vocab_size, self.row_sizes, self._sections, self._own)
+        batch |= unique_rows(tokens_ABT[..., :-1], self._shards.vocab_size, self.row_sizes, self._sections, self._own, self.table_sizes)
         if self._segments:
             rows = [[self._shards.segments(int(i), self._seq_len)[:-1] for i in row] for row in numbers_AB[:, own]]
             batch["segments"] = np.array(rows, np.int32)
         return batch
 
-    def unique_count(self, k: int) -> int:
-        """Number of different ids in global batch k, in the section that has most."""
-        ids_ABT = self._tokens(self.window_numbers(k))[..., :-1]
-        return max(_count_unique(part, self._shards.vocab_size) for part in np.split(ids_ABT, self._sections, axis=1))
+    def unique_counts(self, k: int) -> tuple[int, int]:
+        """Number of different ids in global batch k: in the section that has most, and in all."""
+        seen_SV = _seen(self._tokens(self.window_numbers(k))[..., :-1], self._shards.vocab_size, self._sections)
+        return int(seen_SV.sum(1).max()), int(seen_SV.any(0).sum())
 
     def _tokens(self, numbers_AB: np.ndarray) -> np.ndarray:
         tokens = np.empty((*numbers_AB.shape, self._seq_len + 1), np.int32)
@@ -98,7 +103,8 @@ def make_batches(
     Args:
       sections: into how many parts devices cut the rows of an accumulation step.
       own: the sections of this host, ascending; None for all.
-      row_sizes: the padded sizes R to choose from; measured by `measure_row_sizes` where None. A size that always suffices is appended.
+      row_sizes: the padded sizes R to choose from; these and `table_sizes` are measured by `measured_sizes` where None. A size that always suffices is
+        appended.
 
     Raises:
       UserError: sizes that do not fit each other or the shards, a seed outside 0..2^32-1.
@@ -115,45 +121,56 @@ def make_batches(
         raise UserError(f"batch_size={batch_size} is not divisible by accum*sections={accum}*{sections}; use a multiple of {accum * sections}")
     shape = (accum, sections, batch_size // (accum * sections))
     batches = Batches(shards, seq_len, shape, own, seed, segments, shuffle)
+    table_sizes = ()
     if row_sizes is None:
-        row_sizes = measure_row_sizes(batches)
+        row_sizes, table_sizes = measured_sizes(batches)
     if any(size < 1 for size in row_sizes):
         raise UserError(f"row_sizes={row_sizes} must be at least 1")
     batches.row_sizes = _with_enough(row_sizes, enough=batches.row_sizes[-1])
+    batches.table_sizes = _with_enough(table_sizes, enough=batches.table_sizes[-1])
     return batches
 
 
-def measure_row_sizes(batches: Batches, samples: int = SAMPLES) -> tuple[int, ...]:
-    """Padded sizes R for `batches`, ascending: the largest of the sampled batches, that with a tenth of room for the few that are larger still, and what
-    always suffices; before them the median where it is a tenth less. Small batches have but the last two. A pure function of the batches' arguments."""
-    enough = batches.row_sizes[-1]
+def measured_sizes(batches: Batches, samples: int = SAMPLES) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(padded sizes R, padded sizes C) for `batches`, each ascending. Of R: the largest of the sampled batches, that with a tenth of room for the few
+    that are larger still; before them the median where it is a tenth less. Of a small R, and of C, the one with room alone. A pure function of the batches' arguments."""
     last = batches.steps_per_epoch
     # Spread over the epoch; a bigger sample would cost more than the rare overflow it avoids.
     steps = sorted({i * last // samples for i in range(samples)})
-    counts = sorted(batches.unique_count(k) for k in steps)
+    sampled = [batches.unique_counts(k) for k in steps]
+    counts, table_sizes = sorted(count for count, _ in sampled), (padded_rows(max(count for _, count in sampled)),)
     median, largest, room = _round_up(counts[len(counts) // 2]), _round_up(counts[-1]), padded_rows(counts[-1])
     if largest < 512:  # a compilation costs more than some rows
-        return _with_enough((room,), enough)
-    return _with_enough((*((median,) if median <= 0.9 * largest else ()), largest, room), enough)
+        return (room,), table_sizes
+    return (*((median,) if median <= 0.9 * largest else ()), largest, room), table_sizes
 
 
 def unique_rows(ids: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...], sections: int = 1,
-                own: tuple[int, ...] | None = None) -> Batch:
-    """unique_ids and inverse, as in `Batches`, of the sections `own` (None: all) of ids int32 [..., B, T]; R from `row_sizes`."""
+                own: tuple[int, ...] | None = None, table_sizes: tuple[int, ...] = ()) -> Batch:
+    """unique_ids, inverse, table_ids and places, as in `Batches`, of the sections `own` (None: all) of ids int32 [..., B, T]; R from `row_sizes`, C from
+    `table_sizes`, or as much as may be needed."""
     parts, own = np.split(ids, sections, axis=-2), tuple(range(sections)) if own is None else own
-    seen_SV = np.zeros((sections, vocab_size), bool)
-    for seen_V, part in zip(seen_SV, parts, strict=True):
-        seen_V[part.ravel()] = True
-    size = next(size for size in row_sizes if size >= seen_SV.sum(1).max())
-    if size >= vocab_size:
-        return {"unique_ids": np.tile(np.arange(vocab_size, dtype=np.int32), len(own)), "inverse": np.concatenate([parts[s] for s in own], axis=-2)}
-    unique_SR, inverse = np.zeros((len(own), size), np.int32), []
-    for unique_R, s in zip(unique_SR, own, strict=True):
+    seen_SV = _seen(ids, vocab_size, sections)
+    seen_V = seen_SV.any(0)
+    size = min(next(size for size in row_sizes if size >= seen_SV.sum(1).max()), vocab_size)
+    count = min(next((count for count in table_sizes if count >= seen_V.sum()), vocab_size), sections * size)
+    if count == vocab_size:
+        place_V = np.arange(vocab_size, dtype=np.int32)
+        table_ids = np.where(seen_V, place_V, vocab_size).astype(np.int32)
+    else:
+        place_V = np.cumsum(seen_V, dtype=np.int32) - 1  # of an id among those seen
+        table_ids = np.full(count, vocab_size, np.int32)
+        table_ids[: seen_V.sum()] = np.flatnonzero(seen_V)
+    unique_SR, places_SR, inverse = np.zeros((len(own), size), np.int32), np.full((len(own), size), count, np.int32), []
+    for unique_R, places_R, s in zip(unique_SR, places_SR, own, strict=True):
         found = np.flatnonzero(seen_SV[s])
-        unique_R[: len(found)] = found
-        place_V = np.cumsum(seen_SV[s], dtype=np.int32) - 1  # place of an id among those seen
-        inverse.append(place_V[parts[s]])
-    return {"unique_ids": unique_SR.ravel(), "inverse": np.concatenate(inverse, axis=-2)}
+        if size == vocab_size:
+            unique_R[:], places_R[found] = np.arange(vocab_size), place_V[found]
+            inverse.append(parts[s])
+        else:
+            unique_R[: len(found)], places_R[: len(found)] = found, place_V[found]
+            inverse.append((np.cumsum(seen_SV[s], dtype=np.int32) - 1)[parts[s]])
+    return {"unique_ids": unique_SR.ravel(), "inverse": np.concatenate(inverse, axis=-2), "table_ids": table_ids, "places": places_SR.ravel()}
 
 
 def places_of(own: tuple[int, ...], rows: int) -> np.ndarray:
@@ -199,8 +216,7 @@ def _eval_batches(shards, spans, seq_len, batch_size, segments, sections, own, r
     groups = [spans[i : i + batch_size] for i in range(0, len(spans), batch_size)]
     if row_sizes is None:
         sample = [groups[i * len(groups) // SAMPLES] for i in range(SAMPLES)] if len(groups) > SAMPLES else groups
-        typical = max(_count_unique(part, shards.vocab_size) for group in sample
-                      for part in np.split(_eval_rows(shards, group, seq_len, batch_size)[0][:, :-1], sections))
+        typical = max(int(_seen(_eval_rows(shards, group, seq_len, batch_size)[0][:, :-1], shards.vocab_size, sections).sum(1).max()) for group in sample)
         row_sizes = (_round_up(typical), padded_rows(typical))
     row_sizes = _with_enough(row_sizes, enough)
     for group in groups:
@@ -235,10 +251,12 @@ def _eval_rows(shards, group, seq_len: int, batch_size: int, segments: bool = Fa
     return tokens_bT, weight_bT, segments_bT
 
 
-def _count_unique(tokens: np.ndarray, vocab_size: int) -> int:
-    seen = np.zeros(vocab_size, bool)
-    seen[tokens.ravel()] = True
-    return int(seen.sum())
+def _seen(ids: np.ndarray, vocab_size: int, sections: int) -> np.ndarray:
+    """Which ids the sections of ids int32 [..., B, T] have, bool [S, V]."""
+    seen_SV = np.zeros((sections, vocab_size), bool)
+    for seen_V, part in zip(seen_SV, np.split(ids, sections, axis=-2), strict=True):
+        seen_V[part.ravel()] = True
+    return seen_SV
 
 
 def padded_rows(count: int) -> int:

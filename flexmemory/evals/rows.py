@@ -13,14 +13,14 @@ from flexmemory.models.memory import Rows
 from flexmemory.models.transformer import build
 from flexmemory.tkv import encoding
 from flexmemory.tkv.store import Store
-from flexmemory.train.step import ADDRESSED, merge, split
+from flexmemory.train.step import ADDRESSED, merge, rows_at, split
 
 RowsOf = Callable[[np.ndarray], Rows]
 
 
 def live_rows(cfg: ModelConfig, params: dict) -> RowsOf:
     """Rows computed from the weights."""
-    return functools.partial(_live, params, cfg=cfg)
+    return functools.partial(live, params, cfg=cfg)
 
 
 def stored_rows(store: Store) -> RowsOf:
@@ -38,9 +38,10 @@ def stored_rows(store: Store) -> RowsOf:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _live(params: dict, ids_R: jax.Array, *, cfg: ModelConfig) -> Rows:
+def live(params: dict, ids_R: jax.Array, places_R: jax.Array | None = None, *, cfg: ModelConfig) -> Rows:
+    """Rows computed from the weights. places_R: see :func:`step.rows_at`."""
     addressed, rest = split(params, ADDRESSED)
-    return build(cfg)(merge(lookup(addressed, ids_R), rest)).rows(None)
+    return build(cfg)(merge(rows_at(addressed, ids_R, places_R), rest)).rows(None)
 
 
 def make_hidden(cfg: ModelConfig):

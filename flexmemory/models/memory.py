@@ -64,9 +64,9 @@ class TableRows(nnx.Module):
 
     stacking = "vmap"  # tables lie side by side, [L, V, W]; scanning would copy whole ones
 
-    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs, draw: Callable = jax.random.normal):
         std = cfg.table_init_std or (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
-        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (cfg.vocab_size, layer.row_width), jnp.float32))
+        self.table = nnx.Param(std * draw(rngs.params(), (cfg.vocab_size, layer.row_width), jnp.float32))
 
     def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
         return take_rows(self.table[...], ids_R).astype(e_RD.dtype)

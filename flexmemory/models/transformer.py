@@ -5,17 +5,20 @@ first one out and hands in rows read from a TKV store.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P
+from jax.sharding import auto_axes, get_abstract_mesh
 
 from flexmemory.config import ModelConfig
 from flexmemory.models.attention import Context
 from flexmemory.models.blocks import KINDS, layer_specs
 from flexmemory.models.ffn import RMSNorm, contract, matching
-from flexmemory.models.memory import Rows, TokenMemory, apply_stack, gather_rows, remat, row_groups, rows_by_unit, take_rows
+from flexmemory.models.memory import Rows, TableRows, TokenMemory, apply_stack, gather_rows, remat, row_groups, rows_by_unit, take_rows
 from flexmemory.models.patterns import segments
 from flexmemory.parallel import like, spec_of
 
@@ -26,9 +29,10 @@ class Transformer(nnx.Module):
     Parameters: embed [V, D]; head [D, V] unless tied; norm; blocks.s<i>.u<j>.* stacked over the repeats of segment i;
     memory.* (only with ``with_memory``): everything that a fold makes superfluous. With ``stacked`` False every layer is a
     segment of its own: the form that is served, in which a step reads each weight where it lies and the cache is updated in place.
+    ``draw(key, shape, dtype)`` makes the first values of a learned table.
     """
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, with_memory: bool = True, stacked: bool = True):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, with_memory: bool = True, stacked: bool = True, draw: Callable = jax.random.normal):
         init = nnx.initializers.normal(cfg.init_std)
         self.specs = layer_specs(cfg)
         self.cuts = segments(self.specs) if stacked else single_layers(self.specs)
@@ -40,7 +44,8 @@ class Transformer(nnx.Module):
             f"s{i}": nnx.Dict({f"u{j}": jax.vmap(lambda key, spec=spec: KINDS[spec.kind](cfg, spec, key))(rngs.split(repeats))
                                for j, spec in enumerate(unit)})
             for i, (unit, repeats) in enumerate(self.cuts)})
-        self.memory = TokenMemory(cfg, self.specs, {kind: block.source for kind, block in KINDS.items()}, rngs) if with_memory and row_groups(self.specs) else None
+        sources = {kind: functools.partial(TableRows, draw=draw) if block.source is TableRows else block.source for kind, block in KINDS.items()}
+        self.memory = TokenMemory(cfg, self.specs, sources, rngs) if with_memory and row_groups(self.specs) else None
 
     def rows(self, ids_R: jax.Array | None) -> Rows:
         """Live rows of the addresses ids_R, int32: {group: rows_LRW in compute dtype}; {} for a model without memory.
@@ -121,9 +126,21 @@ def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
 
 def init_params(cfg: ModelConfig, seed: int, places=None) -> dict:
     """Fresh parameters as a nested dict of float32 arrays, a pure function of (cfg, seed). ``places``: a tree of their shardings."""
+    return initialiser(cfg, seed, lambda params: params, places)()
+
+
+def initialiser(cfg: ModelConfig, seed: int, pick: Callable, places=None, draw: Callable = jax.random.normal) -> Callable:
+    """The jitted function ``f(*arguments) -> pick(parameters)`` of fresh ones, of which no more are made than is picked. ``places``: shardings of
+    the result; ``draw(*arguments, key, shape, dtype)``: the first values of a learned table."""
+
+    def fresh(*args):
+        return pick(nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed), draw=functools.partial(draw, *args)))))
+
+    if not get_abstract_mesh().empty:  # in explicit mode every device would draw all numbers, so it drew the whole of every table
+        fresh = auto_axes(fresh, out_sharding=jax.tree.map(lambda place: place.spec, places))
     # it runs once: on a CPU the compiler's optimiser takes 14 s over the random draws of a mixed stack, without it 2 s
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed)))), out_shardings=places, compiler_options=quick)()
+    return jax.jit(fresh, out_shardings=places, compiler_options=quick)
 
 
 def abstract_params(cfg: ModelConfig, with_memory: bool = True) -> dict:

@@ -15,7 +15,7 @@ PEAK_FLOPS = (
     ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("TPU v6", 918e12), ("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12),
     ("TPU v5", 459e12), ("TPU v4", 275e12), ("TPU v3", 61.5e12),
 )
-PARTS = ("setup", "compile", "step", "data_wait", "eval", "checkpoint", "profile")
+PARTS = ("setup", "compile", "step", "data_wait", "rows_wait", "eval", "checkpoint", "profile")
 
 
 def peak_flops() -> float | None:
@@ -45,9 +45,9 @@ class Clock:
         return dict(self._seconds)
 
     def working(self) -> float:
-        """Seconds of the training loop proper, with its waiting for data; compilation, evaluation, checkpoints and the like left out."""
+        """Seconds of the training loop proper, with its waiting for data and for rows; compilation, evaluation, checkpoints and the like left out."""
         seconds = self.seconds()
-        return seconds["step"] + seconds["data_wait"]
+        return seconds["step"] + seconds["data_wait"] + seconds["rows_wait"]
 
     def _turn(self, part: str) -> str:
         """Ends the part under way, which it returns, and begins another."""

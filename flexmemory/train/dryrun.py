@@ -14,6 +14,7 @@ from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.models.blocks import layer_specs
 from flexmemory.train.collectives import collectives, traffic
 from flexmemory.train.compiled import memory
+from flexmemory.train.host_tables import IN_FLIGHT, on_devices, with_rows
 from flexmemory.train.step import abstract_state, make_train_step
 
 PARTS = ("weights", "weight moments", "tables", "table moments", "batch")
@@ -39,15 +40,18 @@ def on_mesh(cfg: Config, mesh: str) -> tuple[Config, list[str]]:
 
 def abstract_step(cfg: Config, mesh, rows: int) -> tuple[dict, dict]:
     """(state, batch) of shapes with shardings on a mesh, for :func:`make_train_step`; ``rows``: unique ids of a section."""
+    sections = parallel.sections_of(mesh.shape)
+    count = min(max(rows, expected_rows(cfg, 1)), sections * rows, cfg.model.vocab_size)
     state = abstract_state(cfg)
+    if cfg.parallel.table_memory == "host":
+        cfg, state = on_devices(cfg), with_rows(state, count)
     places = parallel.placed(cfg, state)
     shape = (cfg.train.accum_steps, cfg.data.batch_size // cfg.train.accum_steps, cfg.data.seq_len)
     names = ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ()))
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
-    batch["unique_ids"] = jax.ShapeDtypeStruct((rows * parallel.sections_of(mesh.shape),), np.int32)
+    batch |= {name: jax.ShapeDtypeStruct((size,), np.int32) for name, size in (("unique_ids", sections * rows), ("places", sections * rows), ("table_ids", count))}
     specs = parallel.batch_specs(batch)
-    at = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)  # noqa: E731
-    return jax.tree.map(at, state, places), {name: at(leaf, jax.NamedSharding(mesh, specs[name])) for name, leaf in batch.items()}
+    return jax.tree.map(_at, state, places), {name: _at(leaf, jax.NamedSharding(mesh, specs[name])) for name, leaf in batch.items()}
 
 
 def expected_rows(cfg: Config, sections: int) -> int:
@@ -64,7 +68,7 @@ def expected_rows(cfg: Config, sections: int) -> int:
 def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     """What a step of ``cfg`` needs on every device of ``mesh``, which may be abstract where nothing is to be compiled.
 
-    {"devices", "mesh", "plan", "rows_per_section", "bytes": per device by PARTS, HOST and, compiled, "temporaries" and "peak" (of the device); "arrays": per device, the largest
+    {"devices", "mesh", "plan", "rows_per_section", "bytes": per device by PARTS (of tables in the host's memory the rows of three batches), HOST and, compiled, "temporaries" and "peak" (of the device); "arrays": per device, the largest
     first, [{"name", "shape", "bytes", "spec"}]; "flops": of a step on each device; "collectives": see collectives.py, and "sent": their bytes;
     None where not compiled}. Raises UserError where the mesh does not divide the model or the batch.
     """
@@ -72,15 +76,16 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     state = abstract_state(cfg)
     parallel.check(cfg, state["params"], sizes)
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
-        state, batch = abstract_step(cfg, mesh, rows)
+        state = jax.tree.map(_at, state, parallel.placed(cfg, state))
         arrays = [{"name": parallel.path_name(path), "shape": leaf.shape, "bytes": _own_bytes(leaf), "spec": str(leaf.sharding.spec)}
                   for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
-        traced = make_train_step(cfg).trace(state, batch)
-    parts = dict.fromkeys((*PARTS, HOST), 0)
-    for (path, leaf), array in zip(jax.tree_util.tree_leaves_with_path(state), arrays, strict=True):
-        kind = "table" if array["name"].endswith(".table") else "weight"
-        part = f"{kind}s" if array["name"].startswith("params.") else f"{kind} moments"
-        parts[HOST if parallel.is_table(path, leaf) and cfg.parallel.table_memory == "host" else part] += array["bytes"]
+        given, batch = abstract_step(cfg, mesh, rows)
+        traced = make_train_step(cfg).trace(given, batch)
+    parts, on_host = dict.fromkeys((*PARTS, HOST), 0), cfg.parallel.table_memory == "host"
+    for (path, leaf), array, there in zip(jax.tree_util.tree_leaves_with_path(state), arrays, jax.tree.leaves(given), strict=True):
+        kind, mine = "table" if array["name"].endswith(".table") else "weight", on_host and parallel.is_table(path, leaf)
+        parts[f"{kind}s" if array["name"].startswith("params.") else f"{kind} moments"] += IN_FLIGHT * _own_bytes(there) if mine else array["bytes"]
+        parts[HOST] += array["bytes"] if mine else 0
     parts["batch"] = sum(_own_bytes(leaf) for leaf in batch.values())
     numbers, tokens = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
     sections = parallel.sections_of(sizes)
@@ -91,8 +96,12 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
         program = traced.lower().compile()
         sent, need = collectives(program.as_text()), memory(program)
         made |= {"collectives": sent, "sent": traffic(sent)}
-        parts |= {"temporaries": need["temporaries"], "peak": need["peak"]}
+        parts |= {"temporaries": need["temporaries"], "peak": need["peak"] + (parts["tables"] + parts["table moments"]) * (IN_FLIGHT - 1) // IN_FLIGHT * on_host}
     return made
+
+
+def _at(a, place) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
 
 
 def _own_bytes(leaf) -> int:

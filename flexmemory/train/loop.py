@@ -29,6 +29,7 @@ from flexmemory.progress import ProgressLine
 from flexmemory.train import checkpoint, trace
 from flexmemory.train.clock import Clock, Work, flops
 from flexmemory.train.compiled import compile_step
+from flexmemory.train.host_tables import HostTables
 from flexmemory.train.run import Writer, claim, leaves, started, summary_writer
 from flexmemory.train.step import init_state, make_train_step
 
@@ -92,8 +93,12 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
         if start == cfg.train.steps and (workdir / "final_result.json").exists():
             return json.loads((workdir / "final_result.json").read_bytes())
         counts = {name: float(value) for name, value in state.pop("data").items()} if state else {}
+        tables = None
+        if cfg.parallel.table_memory == "host":
+            tables = closing.enter_context(contextlib.closing(HostTables(cfg, state)))
+            state = tables.state
         state = state or init_state(cfg)
-        run = closing.enter_context(contextlib.closing(Run(cfg, workdir, clock, checkpoints, progress and cluster.is_first(), start, counts)))
+        run = closing.enter_context(contextlib.closing(Run(cfg, workdir, clock, checkpoints, progress and cluster.is_first(), start, counts, tables)))
         traced = profile_steps if profile_steps and cluster.is_first() else range(0)
         tracing = closing.enter_context(trace.Trace(workdir / "profile", traced, clock))
         closing = closing.pop_all()
@@ -110,11 +115,12 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
 class Run:
     """One call of :func:`train`: what the loop carries besides the train state."""
 
-    def __init__(self, cfg: Config, workdir: Path, clock: Clock, checkpoints, progress: bool, start: int, counts: dict[str, float]):
-        self.cfg, self.workdir, self.clock, self.checkpoints = cfg, workdir, clock, checkpoints
+    def __init__(self, cfg: Config, workdir: Path, clock: Clock, checkpoints, progress: bool, start: int, counts: dict[str, float],
+                 tables: HostTables | None):
+        self.cfg, self.workdir, self.clock, self.checkpoints, self.tables = cfg, workdir, clock, checkpoints, tables
         self.progress, self.start, self.saved = progress, start, start
         self.step_fn, self.eval_step = make_train_step(cfg), make_eval_step(cfg)
-        self.compiled = {}  # R: (compiled step, its facts)
+        self.compiled = {}  # (R of all sections, C): (compiled step, its facts)
         self.writer = Writer(workdir, start, cfg.train.tensorboard) if cluster.is_first() else None
         self.account, self.tokens_per_step = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
         self.work = Work(clock, self.account, self.tokens_per_step, counts)
@@ -131,19 +137,25 @@ class Run:
         """Trains from ``start`` to the end and returns the state."""
         cfg, pending = self.cfg, None
         with ProgressLine("train", cfg.train.steps, "steps", self.progress, start=self.start) as line, \
-                prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as stream:
+                prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as made:
+            stream = self.tables.ahead(made) if self.tables else made
             for step in range(self.start + 1, cfg.train.steps + 1):
                 with self.clock.span("data_wait"):
                     batch = next(stream)
-                rows = batch["unique_ids"].size  # of all sections
+                rows = batch["unique_ids"].size, batch["table_ids"].size
                 if pending and (rows not in self.compiled or tracing.begins(step)):
                     self._log(line, *pending)  # so that no step's time passes for the compiler's or the profiler's
                     pending = None
+                if self.tables:
+                    with self.clock.span("rows_wait"):
+                        state = self.tables.rows_in(state)
                 if rows not in self.compiled:
                     self._compile(line, rows, state, batch)
                 run_step, _ = self.compiled[rows]
                 with tracing.step(step):
                     state, metrics = run_step(state, batch)
+                if self.tables:
+                    self.tables.rows_out(state)
                 if pending:
                     self._log(line, *pending)
                 pending = (step, metrics, rows)
@@ -178,7 +190,7 @@ class Run:
             self.checkpoints.wait()
         result = self._evaluate(state, steps, val_shards)
         with self.clock.span("eval"):
-            answers = answer_accuracy(cfg, state["params"], tokenizer, questions)
+            answers = answer_accuracy(cfg, state["params"], tokenizer, questions, rows_of=self._rows_of(state))
         seconds = self.clock.seconds()
         final = {
             "step": steps, "tokens": steps * self.tokens_per_step, **result, **answers, **self.work.totals(steps),
@@ -192,21 +204,24 @@ class Run:
     def _due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0 and step < self.cfg.train.steps
 
-    def _compile(self, line: ProgressLine, rows: int, state: dict, batch: dict) -> None:
-        """Compiles the step for the batch's R, which takes one of a few static sizes, and writes what is known of all of them to compile.json."""
+    def _rows_of(self, state: dict):
+        return self.tables.rows_of(state) if self.tables else None
+
+    def _compile(self, line: ProgressLine, rows: tuple[int, int], state: dict, batch: dict) -> None:
+        """Compiles the step for the batch's R and C, which take a few static sizes, and writes what is known of all of them to compile.json."""
         text = line.text
-        line.update(line.done, f"compiling for {rows:,} rows")
+        line.update(line.done, f"compiling for {rows[0]:,} rows")
         with self.clock.span("compile"):
             self.compiled[rows] = compile_step(self.step_fn, state, batch)
-            steps = [{"rows": rows, "rows_per_token": rows / self.tokens_per_step, **facts,
+            steps = [{"rows": rows, "table_rows": table_rows, "rows_per_token": rows / self.tokens_per_step, **facts,
                       "flops": flops(self.account, self.tokens_per_step, rows / self.tokens_per_step, facts["xla_flops"])}
-                     for rows, (_, facts) in self.compiled.items()]
+                     for (rows, table_rows), (_, facts) in self.compiled.items()]
             if cluster.is_first():
                 write_json(self.workdir / "compile.json", {"device": jax.devices()[0].device_kind, "steps": steps})
         line.update(line.done, text)
         self.work.interrupt()
 
-    def _log(self, line: ProgressLine, step: int, metrics: dict, rows: int) -> None:
+    def _log(self, line: ProgressLine, step: int, metrics: dict, rows: tuple[int, int]) -> None:
         """Reads one step's metrics (this waits for that step only), checks them, and writes every log_every-th."""
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if bad := [f"{name} {numbers[name]}" for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(numbers[name])]:
@@ -214,7 +229,7 @@ class Run:
             good = checkpoint.complete_steps(self.workdir)
             raise TrainingDiverged(f"step {step}: {', '.join(bad)}; last good checkpoint: "
                                    f"{self.workdir / 'checkpoints' / str(good[-1]) if good else 'none yet'}")
-        self.work.count(step, rows, self.compiled[rows][1]["xla_flops"])
+        self.work.count(step, rows[0], self.compiled[rows][1]["xla_flops"])
         if step % self.cfg.train.log_every and step != self.cfg.train.steps:
             line.update(step)
             return
@@ -227,12 +242,12 @@ class Run:
 
     def _evaluate(self, state: dict, step: int, val_shards: TokenShards) -> dict:
         with self.clock.span("eval"):
-            result = perplexity(self.cfg, state["params"], val_shards, self.eval_step)
+            result = perplexity(self.cfg, state["params"], val_shards, self.eval_step, rows_of=self._rows_of(state))
         result = {f"val_{name}": value for name, value in result.items()}
         self.write(step, result)
         return result
 
     def _save(self, state: dict, step: int) -> None:
         with self.clock.span("checkpoint"):
-            checkpoint.save(self.checkpoints, step, state, self.work.counts)
+            checkpoint.save(self.checkpoints, step, self.tables.whole(state) if self.tables else state, self.work.counts)
         self.saved = step

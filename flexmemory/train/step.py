@@ -9,17 +9,18 @@ import optax
 from flax import traverse_util
 
 from flexmemory.config import Config
-from flexmemory.exchange import combine, dense_gradient, lookup, touched
+from flexmemory.exchange import combine, dense_gradient, lookup
 from flexmemory.models.transformer import abstract_params, build, init_params
 from flexmemory.parallel import placed
 from flexmemory.train.loss import mean_loss
 from flexmemory.train.optimizer import clip, group_norms, label_params, make_optimizer, schedule
-from flexmemory.train.tables import apply_rows, make_table_optimizer, update_in_host_memory
+from flexmemory.train.tables import apply_rows, make_table_optimizer
 
 
 def init_state(cfg: Config) -> dict:
-    """{"params", "optimizer", "step"}: plain arrays, a pure function of the config; on a mesh each lies where the plan says."""
-    if cfg.parallel.plan == "single" and cfg.parallel.table_memory == "device":
+    """{"params", "optimizer", "step"}: plain arrays, a pure function of the config; on a mesh each lies where the plan says. (Of tables in the host's
+    memory see train/host_tables.py.)"""
+    if cfg.parallel.plan == "single":
         params = init_params(cfg.model, cfg.train.seed)
         return {"params": params, "optimizer": init_optimizer(cfg, params), "step": jnp.zeros((), jnp.int32)}
     places = placed(cfg, abstract_state(cfg))
@@ -62,6 +63,14 @@ def merge(one: dict, other: dict) -> dict:
     return traverse_util.unflatten_dict(traverse_util.flatten_dict(one) | traverse_util.flatten_dict(other))
 
 
+def rows_at(addressed: dict, ids_R: jax.Array, places_R: jax.Array | None = None) -> dict:
+    """:func:`exchange.lookup` of parameters with ADDRESSED labels. places_R: where the ids' rows are in tables that do not hold all of them."""
+    if places_R is None:
+        return lookup(addressed, ids_R)
+    tables, others = split(addressed, ("table",))
+    return merge(lookup(tables, places_R), lookup(others, ids_R))
+
+
 def make_gradients(cfg: Config):
     """Returns ``gradients(rows, weights, batch) -> ((row_grads, grads), (loss, z))``, to be jitted: float32, loss and mean logsumexp^2 in nats per token.
 
@@ -80,7 +89,7 @@ def make_gradients(cfg: Config):
         return mean_loss(x_BTD, model.head_DV, micro["targets"], tokens, cfg.train.z_loss)
 
     def gradients(rows, weights, batch):
-        micros, tokens = {name: leaf for name, leaf in batch.items() if name != "unique_ids"}, batch["targets"].size
+        micros, tokens = {name: leaf for name, leaf in batch.items() if name in ("inverse", "targets", "segments")}, batch["targets"].size
         params = merge(rows, weights)
         backbone = {name: leaf for name, leaf in params.items() if name != "memory"}
         sources = {name: params[name] for name in ("memory", "embed") if "memory" in params}
@@ -105,26 +114,29 @@ def make_gradients(cfg: Config):
 
 
 def make_train_step(cfg: Config):
-    """Returns ``step(state, batch) -> (state, metrics)``, jitted, with the state donated.
+    """Returns ``step(state, batch) -> (state, metrics)``, jitted, with the state donated. Where tables lie in the host's memory, those of the state have
+    the C rows of the batch's ``table_ids`` alone.
 
     metrics: loss and z_loss in nats per token, lr, grad_norm, grad_norm/<label>, and param_norm of all that the step may have changed (of
-    row-sparse tables the touched rows); float32 scalars. With a row-sparse table_optimizer nothing of the size of a table is made, read or written, but on a
-    mesh where the ids of all sections together may be the whole vocabulary: there a device goes through its own columns.
+    row-sparse tables the touched rows); float32 scalars. With a row-sparse table_optimizer nothing of the size of a table is made, read or written, unless
+    a batch has the whole vocabulary.
     """
     gradients, optimizer, rate = make_gradients(cfg), make_optimizer(cfg.optimizer, cfg.train.steps), schedule(cfg.optimizer, cfg.train.steps)
-    vocab, labels = cfg.model.vocab_size, sparse_labels(cfg)
+    vocab, labels, compact = cfg.model.vocab_size, sparse_labels(cfg), cfg.parallel.table_memory == "host"
 
     def step(state, batch):
         addressed, weights = split(state["params"], ADDRESSED)
-        rows, unique_ids = lookup(addressed, batch["unique_ids"]), batch["unique_ids"]
-        if cfg.parallel.table_memory == "host":  # what else comes from there sets out when the rows are here, and comes while the device computes
-            rows, unique_ids = jax.lax.optimization_barrier((rows, unique_ids))
+        unique_ids, ids_C, places_R = batch["unique_ids"], batch["table_ids"], batch["places"]
+        rows = rows_at(addressed, unique_ids, places_R if compact else None)
         head = {"head": addressed["embed"].T} if cfg.model.tied_head else {}
         (row_grads, grads), (loss, z) = gradients(rows, weights | head, batch)
         # each table's gradient: of its own size, or of the touched rows
-        ids_R = touched(unique_ids, batch["inverse"], vocab)
+        ids_R = jnp.where(places_R < len(ids_C), unique_ids, vocab)
         (tables, dense), (table_rows, _), (table_grads, dense_grads) = (split(tree, labels) for tree in (addressed, rows, row_grads))
-        table_grads, table_rows, ids_C = combine(table_grads, table_rows, ids_R, tables) if tables else ({}, {}, ids_R)
+        is_row_C = ids_C < vocab
+        if compact:
+            ids_C = jnp.where(is_row_C, jnp.arange(len(ids_C), dtype=jnp.int32), len(ids_C))
+        table_grads, table_rows = combine(table_grads, table_rows, ids_C, places_R, tables) if tables else ({}, {})
         dense_grads = dense_gradient(dense_grads, ids_R, dense)
         if head:
             dense_grads["embed"] += grads.pop("head").T
@@ -135,19 +147,12 @@ def make_train_step(cfg: Config):
         updates, moments = optimizer.update(grads, state["optimizer"]["weights"], weights)
         weights, sparse = optax.apply_updates(weights, updates), state["optimizer"]["tables"]
         if tables:
-            update = make_table_optimizer(cfg.optimizer, cfg.train.steps).update
-            if cfg.parallel.table_memory == "host":
-                tables, sparse, updates = update_in_host_memory(update, tables, sparse, table_grads, table_rows, ids_C)
-            else:
-                updates, sparse = update(table_grads, sparse, table_rows, ids_R=ids_C)
-                tables = apply_rows(tables, updates, ids_C)
-            is_row_C1 = (ids_C < vocab)[:, None]
-            table_rows = jax.tree.map(lambda row, update: jnp.where(is_row_C1, row + update, 0), table_rows, updates)
+            updates, sparse = make_table_optimizer(cfg.optimizer, cfg.train.steps).update(table_grads, sparse, table_rows, ids_R=ids_C)
+            tables = apply_rows(tables, updates, ids_C)
+            table_rows = jax.tree.map(lambda row, update: jnp.where(is_row_C[:, None], row + update, 0), table_rows, updates)
         metrics = {"loss": loss, "z_loss": z, "lr": jnp.asarray(rate(state["step"]), jnp.float32),
                    "grad_norm": jnp.sqrt(sum(n**2 for n in norms.values())), "param_norm": optax.tree.norm((weights, table_rows)),
                    **{f"grad_norm/{label}": norm for label, norm in norms.items()}}
         return {"params": merge(tables, weights), "optimizer": {"weights": moments, "tables": sparse}, "step": state["step"] + 1}, metrics
 
-    # an output stays in the host's memory only where its sharding says so
-    places = (placed(cfg, abstract_state(cfg)), None) if cfg.parallel.table_memory == "host" else None
-    return jax.jit(step, donate_argnums=0, out_shardings=places)
+    return jax.jit(step, donate_argnums=0)

@@ -19,7 +19,6 @@ import optax
 from jax import P
 
 from flexmemory.config import OptimizerConfig
-from flexmemory.exchange import in_host_memory, put_whole, take_whole
 from flexmemory.parallel import sharding, spec_of
 from flexmemory.train.optimizer import schedule
 
@@ -120,22 +119,6 @@ def scale_by_rowwise_adagrad(eps: float) -> optax.GradientTransformationExtraArg
 def apply_rows(tables, updates, ids_R: jax.Array):
     """The tables with update_LRW added to the rows ids_R; all other rows keep their bits."""
     return jax.tree.map(lambda table_LVW, update_LRW: table_LVW.at[_layers(table_LVW), ids_R].add(update_LRW, **SCATTER), tables, updates)
-
-
-def update_in_host_memory(update, tables, state, grads, rows, ids_C: jax.Array):
-    """(tables, state, updates) of the transformation ``update`` for tables and moments [L, V, W] in the host's memory: their rows come to the device, are
-    updated there as if they were whole tables of C rows, and go back."""
-    vocab, count = jax.tree.leaves(tables)[0].shape[1], len(ids_C)
-
-    def take(a):
-        return a if a.ndim < 2 else take_whole(a, ids_C) if in_host_memory(a) else _gather(a, _layers(a), ids_C)
-
-    def put(a, rows):
-        return rows if a.ndim < 2 else put_whole(a, ids_C, rows) if in_host_memory(a) else a.at[_layers(a), ids_C].set(rows, **SCATTER)
-
-    places_C = jnp.where(ids_C < vocab, jnp.arange(count, dtype=jnp.int32), count)
-    updates, moments = update(grads, jax.tree.map(take, state), rows, ids_R=places_C)
-    return jax.tree.map(lambda table, row, update: put_whole(table, ids_C, row + update), tables, rows, updates), jax.tree.map(put, state, moments), updates
 
 
 SCATTER = dict(mode="drop", unique_indices=True)

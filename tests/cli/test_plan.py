@@ -35,7 +35,7 @@ def test_bytes_of_sixteen_devices_that_are_not_there_are_arithmetic(sixteen):
     cut = 4 * (4 * d * d + 3 * d * ff) - d * ff + d * v  # four layers' projections and FFNs, one without its up projection, and the head
     norms = (4 * 2 + 1) * d
     assert parts["weights"] == 4 * (cut // 8 + v * d // 4 + norms)  # the embedding lies over fsdp alone
-    assert parts["batch"] == 4 * (3 * 2 * 32 + 40)
+    assert parts["batch"] == 4 * (3 * 2 * 32 + 2 * 40 + 240)  # 240: ids of all 512 tokens by Zipf's law, padded
     assert parts["peak"] > sum(parts[name] for name in ("weights", "weight moments", "tables", "table moments"))
 
 
@@ -59,7 +59,7 @@ def test_tables_in_the_hosts_memory_are_not_the_devices():
     done = plan(*STEM, "--mesh=fsdp=4", "--config.optimizer.table_optimizer=lazy_adam", "--config.parallel.table_memory=host", "--rows=40", "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert made["bytes"]["tables"] == made["bytes"]["table moments"] == 0
+    assert made["bytes"]["tables"] == 3 * 160 * 96 * 4 // 4 and made["bytes"]["table moments"] == 2 * made["bytes"]["tables"]
     assert made["bytes"]["tables in the host's memory"] == 3 * 1000 * 96 * 4 // 4
     assert "tables in the host's memory" in text(made)
 
@@ -90,7 +90,7 @@ def test_the_tpus_compiler_plans_too():
     done = plan(*STEM, "--mesh=fsdp=8", "--topology=v5e:2x4", "--config.optimizer.table_optimizer=lazy_adam", "--config.parallel.table_memory=host", "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert made["compiler"] == "v5e:2x4" and made["bytes"]["tables"] == 0 < made["bytes"]["temporaries"]
+    assert made["compiler"] == "v5e:2x4" and 0 < made["bytes"]["tables"] < made["bytes"]["tables in the host's memory"] and made["bytes"]["temporaries"] > 0
     wrong = plan(*STEM, "--mesh=fsdp=4", "--topology=v5e:2x4")
     assert wrong.returncode == 2 and "--topology: v5e:2x4 has 8 devices, --mesh has 4; give a mesh of 8" in wrong.stderr
     wrong = plan(*STEM, "--mesh=fsdp=4", "--topology=v9z:2x2")

@@ -46,7 +46,7 @@ def assert_same(a, b):
 
 def test_shapes_and_targets(shards):
     batch = make(shards, accum=2, segments=True)[3]
-    assert {name: (value.shape, value.dtype) for name, value in batch.items() if name != "unique_ids"} == {
+    assert {name: (value.shape, value.dtype) for name, value in batch.items() if name in ("ids", "targets", "inverse", "segments")} == {
         name: ((2, 4, T), np.dtype(np.int32)) for name in ("ids", "targets", "inverse", "segments")
     }
     assert len(batch["unique_ids"]) in make(shards, accum=2).row_sizes and batch["unique_ids"].dtype == np.int32
@@ -103,7 +103,7 @@ def test_unique_ids_are_exact_whatever_the_sizes(shards, row_sizes):
     for k in range(60):
         batch = batches[k]
         check_unique(batch, shards.vocab_size)
-        size, need = len(batch["unique_ids"]), batches.unique_count(k)
+        size, need = len(batch["unique_ids"]), batches.unique_counts(k)[0]
         assert need == len(np.unique(batch["ids"]))
         assert size == min(r for r in batches.row_sizes if r >= need)  # the smallest that holds it
 
@@ -125,7 +125,7 @@ def test_measured_sizes_are_pure_round_and_rarely_overflow(shards):
     assert batches.row_sizes == make(shards).row_sizes and len(batches.row_sizes) == 2
     typical, enough = batches.row_sizes
     assert typical % 8 == 0 and enough == min(shards.vocab_size, 8 * T)
-    counts = [batches.unique_count(k) for k in range(200)]
+    counts = [batches.unique_counts(k)[0] for k in range(200)]
     assert 0.7 * typical < sorted(counts)[100] < typical and sum(count > typical for count in counts) <= 4
     assert [pipeline._round_up(n) for n in (1, 8, 100, 130, 513, 1000)] == [8, 8, 104, 136, 576, 1024]
 
@@ -133,14 +133,14 @@ def test_measured_sizes_are_pure_round_and_rarely_overflow(shards):
 class TwoKinds:
     """Batches of which a quarter holds twice as many ids as the rest."""
 
-    row_sizes, steps_per_epoch = (4000,), 64
+    steps_per_epoch = 64
 
-    def unique_count(self, k):
-        return 1000 + k % 10 if k % 4 else 2000
+    def unique_counts(self, k):
+        return 1000 + k % 10 if k % 4 else 2000, 3000
 
 
 def test_a_size_for_the_median_where_batches_differ_much():
-    assert pipeline.measure_row_sizes(TwoKinds(), samples=64) == (1024, 2048, 2240, 4000)
+    assert pipeline.measured_sizes(TwoKinds(), samples=64) == ((1024, 2048, 2240), (3328,))
 
 
 def test_padding_is_never_referred_to_even_where_id_0_is_used():
@@ -148,6 +148,20 @@ def test_padding_is_never_referred_to_even_where_id_0_is_used():
     found = pipeline.unique_rows(ids, 100, (8, 50))
     assert found["unique_ids"].tolist() == [0, 5, 7, 9, 0, 0, 0, 0]
     assert found["inverse"].tolist() == [[[0, 1, 1, 3]], [[2, 2, 2, 2]]]
+    assert found["table_ids"].tolist() == [0, 5, 7, 9, 100, 100, 100, 100] and found["places"].tolist() == [0, 1, 2, 3, 8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("row_sizes, table_sizes, count", [((5,), (3, 7, 11), 7), ((5,), (), 15), ((5,), (40,), 15), ((20,), (), 20), ((20,), (6,), 6)])
+def test_every_sections_ids_have_their_place_among_those_of_all(row_sizes, table_sizes, count):
+    ids = np.array([[[0, 5], [5, 9], [19, 0]], [[7, 7], [0, 5], [1, 19]]], np.int32)  # three sections of up to four ids, six in all
+    hosts = [pipeline.unique_rows(ids, 20, row_sizes, 3, own, table_sizes) for own in ((0, 2), (1,))]
+    for host, own in zip(hosts, ((0, 2), (1,)), strict=True):
+        np.testing.assert_array_equal(host["table_ids"], hosts[0]["table_ids"])
+        assert len(host["table_ids"]) == count and set(host["table_ids"]) - {20} == {0, 1, 5, 7, 9, 19}
+        for s, unique_R, places_R in zip(own, host["unique_ids"].reshape(len(own), -1), host["places"].reshape(len(own), -1), strict=True):
+            there = places_R < count
+            np.testing.assert_array_equal(host["table_ids"][places_R[there]], unique_R[there])
+            assert sorted(unique_R[there]) == sorted(set(ids[:, s].ravel())) and (places_R[~there] == count).all()
 
 
 def test_hosts_partition_the_global_batch_whatever_the_cut(shards):
@@ -160,7 +174,7 @@ def test_hosts_partition_the_global_batch_whatever_the_cut(shards):
         for name in ("ids", "targets", "segments"):
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1)[:, order], whole[k][name])
         sections = np.concatenate([part["unique_ids"] for part in parts]).reshape(6, -1)[order]
-        assert sections.shape[1] == next(size for size in hosts[0].row_sizes if size >= hosts[0].unique_count(k))
+        assert sections.shape[1] == next(size for size in hosts[0].row_sizes if size >= hosts[0].unique_counts(k)[0])
         inverse = np.concatenate([part["inverse"] for part in parts], axis=1)[:, order]
         for s, unique_R in enumerate(sections):
             mine = {"ids": whole[k]["ids"][:, s : s + 1], "inverse": inverse[:, s : s + 1], "unique_ids": unique_R}
@@ -199,7 +213,7 @@ def test_evaluation_counts_every_target_once(val, seq_len, batch_size):
     expected = [val.tokens(s, 0, n) for s, n in enumerate(val.shard_tokens)]
     pairs = []
     for batch in eval_batches(val, seq_len=seq_len, batch_size=batch_size, segments=True):
-        assert {value.shape for name, value in batch.items() if name != "unique_ids"} == {(batch_size, seq_len)}
+        assert {value.shape for name, value in batch.items() if name in ("ids", "targets", "inverse", "segments")} == {(batch_size, seq_len)}
         assert batch["weight"].dtype == np.float32 and set(np.unique(batch["weight"])) <= {0.0, 1.0}
         check_unique(batch, val.vocab_size)
         counted = batch["weight"] == 1

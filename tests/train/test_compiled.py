@@ -42,7 +42,7 @@ def test_the_step_counts_alike_scanned_and_unrolled_and_near_our_own_count(tiny_
     for scan in (True, False):
         cfg = tiny_config("(flex memoryllm)*3", **{"model.vocab_size": 400, "model.scan_layers": scan, "data.seq_len": 32})
         ids, unique = np.zeros((1, 4, 32), np.int32), np.arange(64, dtype=np.int32)
-        batch = {"ids": ids, "targets": ids, "inverse": ids, "unique_ids": unique}
+        batch = {"ids": ids, "targets": ids, "inverse": ids, "unique_ids": unique, "table_ids": unique, "places": unique}
         traced = make_train_step(cfg).trace(init_state(cfg), batch)
         found[scan] = xla_flops(traced.jaxpr, traced.lower())
     assert found[True] == pytest.approx(found[False], rel=0.01)

@@ -292,7 +292,8 @@ def test_every_second_has_a_name(whole):
     seconds = dict(final["seconds"])
     total = seconds.pop("total")
     assert set(seconds) == set(PARTS) and total == sum(seconds.values())
-    assert min(seconds[part] for part in PARTS if part != "profile") > 0 == seconds["profile"]
+    none = {"profile", "rows_wait"}  # nothing is traced, tables lie on the device
+    assert min(seconds[part] for part in PARTS if part not in none) > 0 == max(seconds[part] for part in none)
     lines = [row for row in read_metrics(workdir) if "loss" in row]
     assert {f"{part}_s" for part in PARTS} <= set(lines[0])
     assert [lines[0]["step_s"], lines[0]["eval_s"]] < [lines[-1]["step_s"], lines[-1]["eval_s"]] and lines[0]["eval_s"] == 0
@@ -367,7 +368,8 @@ def test_a_compilation_in_the_middle_is_no_training_time(tiny_config, tmp_path, 
 
         def __getitem__(self, k):
             ids = np.arange(4 * 96, dtype=np.int32).reshape(1, 4, 96) % 300
-            return {"ids": ids, "targets": ids, "inverse": ids, "unique_ids": np.arange(400 if k < 3 else 384, dtype=np.int32)}
+            unique = np.arange(400 if k < 3 else 384, dtype=np.int32)
+            return {"ids": ids, "targets": ids, "inverse": ids, "unique_ids": unique, "table_ids": unique, "places": unique}
 
     final = train(tiny_config("memoryllm"), tmp_path / "run", progress=False)
     assert sizes == [400, 384] and final["seconds"]["compile"] == 2000 and final["seconds"]["step"] == 6

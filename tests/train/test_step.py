@@ -13,7 +13,7 @@ import pytest
 
 from flexmemory.data.pipeline import make_batches, unique_rows
 from flexmemory.data.shards import TokenShards
-from flexmemory.exchange import dense_gradient, lookup, touched
+from flexmemory.exchange import dense_gradient, lookup
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.transformer import abstract_params
 from flexmemory.train.loop import resolve
@@ -71,7 +71,7 @@ def full_gradients(cfg):
     def call(params, batch):
         addressed, weights = split(params, ADDRESSED)
         (row_grads, grads), sums = gradients(lookup(addressed, batch["unique_ids"]), weights, batch)
-        ids_R = touched(jnp.asarray(batch["unique_ids"]), jnp.asarray(batch["inverse"]), cfg.model.vocab_size)
+        ids_R = jnp.where(batch["places"] < len(batch["table_ids"]), batch["unique_ids"], cfg.model.vocab_size)
         return merge(grads, dense_gradient(row_grads, ids_R, addressed)), sums
 
     return call
@@ -90,7 +90,8 @@ def test_rows_once_per_unique_id_are_rows_once_per_token(kind, tiny_config):
                                    ("whole vocabulary", batch["ids"], (vocab,), vocab)):
         both = {"ids": ids, "targets": batch["targets"]}
         deduplicated = both | unique_rows(ids, vocab, sizes)
-        naive = both | {"unique_ids": ids.ravel(), "inverse": np.arange(count, dtype=np.int32).reshape(ids.shape)}
+        places = np.arange(count, dtype=np.int32)
+        naive = both | {"unique_ids": ids.ravel(), "inverse": places.reshape(ids.shape), "table_ids": ids.ravel(), "places": places}
         assert len(deduplicated["unique_ids"]) == size, case
         (got, (loss, _)), (want, (naive_loss, _)) = gradients(params, deduplicated), gradients(params, naive)
         # a matmul of 8 rows may round otherwise than one of many

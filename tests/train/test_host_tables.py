@@ -1,0 +1,118 @@
+"""Tables in the host's memory: the same run to the bit as with tables on the device, whatever is slow, and its errors are heard."""
+
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from flexmemory.config import ParallelConfig
+from flexmemory.data.pipeline import unique_rows
+from flexmemory.train import host_tables
+from flexmemory.train.checkpoint import load_params
+from flexmemory.train.host_tables import HostTables
+from flexmemory.train.loop import TrainingInterrupted, resolve, train
+from flexmemory.train.run import read_metrics
+from flexmemory.train.step import init_state, make_train_step
+
+PATTERN = "stem dense stem-dagger stem"
+RATES = ("_s", "mfu", "rows_per_token")
+
+
+def on_host(cfg):
+    return dataclasses.replace(cfg, parallel=ParallelConfig(table_memory="host"))
+
+
+def same(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), a, b))
+
+
+@pytest.mark.parametrize("table_optimizer", ["lazy_adam", "rowwise_adagrad"])
+def test_a_run_is_the_same_to_the_bit_and_may_move_in_the_middle(table_optimizer, tiny_config, tmp_path):
+    cfg = tiny_config(PATTERN, **{"optimizer.table_optimizer": table_optimizer, "train.eval_every": 2, "train.checkpoint_every": 3})
+    made = {"device": train(cfg, tmp_path / "device", progress=False), "host": train(on_host(cfg), tmp_path / "host", progress=False)}
+    for first, then, name in ((cfg, on_host(cfg), "to host"), (on_host(cfg), cfg, "to device")):
+        calls = []
+        with pytest.raises(TrainingInterrupted):
+            train(first, tmp_path / name, progress=False, stop=lambda calls=calls: calls.append(1) or len(calls) == 2)
+        made[name] = train(then, tmp_path / name, progress=False)
+    rows = {name: [{key: value for key, value in row.items() if not key.endswith(RATES)} for row in read_metrics(tmp_path / name)] for name in made}
+    params = load_params(tmp_path / "device")[1]
+    for name, final in made.items():
+        assert [row for row in rows[name] if "loss" in row] == [row for row in rows["device"] if "loss" in row], name
+        assert final["val_loss"] == made["device"]["val_loss"] and final["kinds"] == made["device"]["kinds"], name
+        assert same(load_params(tmp_path / name)[1], params), name
+    assert rows["host"] == rows["device"] and made["host"]["seconds"]["rows_wait"] > 0 == made["device"]["seconds"]["rows_wait"]
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 28, 4 * 88 * 130])
+def test_fresh_tables_are_drawn_block_by_block_as_if_whole(block_bytes, tiny_config, monkeypatch):
+    monkeypatch.setattr(host_tables, "BLOCK_BYTES", block_bytes)
+    cfg, _, _ = resolve(tiny_config(PATTERN, **{"optimizer.table_optimizer": "lazy_adam"}))
+    tables = HostTables(on_host(cfg))
+    assert same(tables.whole(tables.state), init_state(cfg))
+    tables.close()
+
+
+def test_numbers_beyond_the_first_four_thousand_million_are_jaxs_too():
+    """Rows on both sides of place 2^32, against JAX's bits of 64-bit places and its way from bits to normal numbers."""
+    from jax.extend.random import threefry2x32_p
+
+    key, width, start = jax.random.key(7), 1 << 20, (1 << 12) - 1
+    first = start * width
+    drawn = host_tables._draw_rows(2, np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF), key, (1 << 13, width), np.float32)
+    for row, high, low in ((0, 0, first), (1, 1, 0)):
+        one, other = threefry2x32_p.bind(*jax.random.key_data(key), np.full(width, high, np.uint32), np.arange(low, low + width, dtype=np.uint64).astype(np.uint32))
+        lowest = np.nextafter(np.float32(-1), np.float32(0))
+        uniform = (np.asarray((one ^ other) >> 9 | np.uint32(0x3F800000)).view(np.float32) - 1) * (1 - lowest) + lowest
+        np.testing.assert_allclose(np.asarray(drawn[row]), np.sqrt(2) * jax.scipy.special.erfinv(uniform), rtol=1e-5, atol=1e-5)
+
+
+def batches(cfg, count):
+    """Every second one has the whole vocabulary's room; ids return from step to step, and some do not."""
+    rng, vocab = np.random.default_rng(0), cfg.model.vocab_size
+    for k in range(count):
+        tokens = np.minimum(rng.zipf(1.5, (1, 4, 33)) - 1, vocab - 1).astype(np.int32)
+        yield {"ids": tokens[..., :-1], "targets": tokens[..., 1:], **unique_rows(tokens[..., :-1], vocab, (128, vocab) if k % 2 else (vocab,))}
+
+
+def test_the_next_rows_are_there_before_the_last_ones_are_back(tiny_config, monkeypatch):
+    cfg, _, _ = resolve(tiny_config(PATTERN, **{"optimizer.table_optimizer": "lazy_adam"}))
+    step, state = make_train_step(cfg), init_state(cfg)
+    for batch in batches(cfg, 6):
+        state, _ = step(state, batch)
+    tables, put_back, may_go, gone = HostTables(on_host(cfg)), HostTables._put_back, threading.Semaphore(0), []
+
+    def slow(self, *args):
+        may_go.acquire()
+        put_back(self, *args)
+        gone.append(1)
+
+    monkeypatch.setattr(HostTables, "_put_back", slow)
+    other, step = tables.state, make_train_step(on_host(cfg))
+    for k, batch in enumerate(tables.ahead(map(jax.device_put, batches(cfg, 6)))):
+        assert len(gone) <= max(k - 1, 0)  # of step k - 1 nothing is back, and yet its rows come to step k
+        other, _ = step(tables.rows_in(other), batch)
+        tables.rows_out(other)
+        if k:
+            may_go.release()
+    may_go.release()
+    assert same(tables.whole(other), state)
+    tables.close()
+
+
+@pytest.mark.parametrize("part", ["_read", "_put_back"])
+def test_an_error_in_the_background_ends_the_run(part, tiny_config, tmp_path, monkeypatch):
+    calls, real = [], getattr(HostTables, part)
+
+    def fails(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no room for rows")
+        return real(self, *args)
+
+    monkeypatch.setattr(HostTables, part, fails)
+    with pytest.raises(MemoryError, match="no room for rows"):
+        train(on_host(tiny_config(PATTERN, **{"optimizer.table_optimizer": "lazy_adam"})), tmp_path / "run", progress=False)
+    assert not any(thread.name.startswith(("tables", "rows")) for thread in threading.enumerate())
