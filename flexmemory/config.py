@@ -96,7 +96,7 @@ class OptimizerConfig:
 class ParallelConfig:
     plan: str = "single"  # single (one device) | dp | fsdp | fsdp_tp; see docs/scaling.md
     mesh: str = ""  # sizes of the axes, e.g. "data=8,fsdp=4,tensor=2"; "" gives all devices to fsdp, or in plan dp to data
-    table_memory: str = "device"  # of tables trained by touched rows, and their moments: device | host (rows go in, updates come out)
+    table_memory: str = "device"  # of tables trained by touched rows, and their moments: device | host (rows go in, rows come out)
 
 
 @dataclasses.dataclass(frozen=True)
