@@ -1,4 +1,4 @@
-"""zarr encodings as TensorStore makes them: taken once from a store in memory, so that whole files can be written without its driver."""
+"""zarr encodings as TensorStore makes them: taken from small arrays in memory, so that whole files can be written without its driver."""
 
 import numpy as np
 import tensorstore as ts
@@ -17,25 +17,15 @@ def zarr_metadata(manifest: Manifest, group: Group) -> dict[str, bytes]:
 
 def shard_tails(manifest: Manifest, group: Group) -> tuple[bytes, bytes]:
     """What follows the bundles (index and its crc32c) in every full shard of a group, and in its last shard."""
-    array = _create(format.rows_spec(MEMORY, manifest, group))
-    full = _tail(array, manifest, group, 0)
-    last = full if manifest.vocab_size % manifest.shard_rows == 0 or group.shards == 1 else _tail(array, manifest, group, group.shards - 1)
-    return full, last
+    array = _create(format.index_spec(MEMORY, manifest))
 
+    def tail(rows: int) -> bytes:
+        index_S2 = np.full(array.shape, 2**64 - 1, np.uint64)  # of a place without a bundle
+        index_S2[:rows, 0], index_S2[:rows, 1] = np.arange(rows) * group.bundle_bytes, group.bundle_bytes
+        array.write(index_S2).result()
+        return array.kvstore.read("c/0/0").result().value
 
-def _tail(array: ts.TensorStore, manifest: Manifest, group: Group, block: int) -> bytes:
-    start, size = block * manifest.shard_rows, format.shard_bytes(manifest, group, block)
-    rows = min(manifest.shard_rows, manifest.vocab_size - start)
-    zeros = np.zeros((), array.dtype.numpy_dtype)
-    array[start : start + rows].write(np.broadcast_to(zeros, (rows, *array.shape[1:]))).result()
-    key = format.shard_key(group, block)
-    data = array.kvstore.read(key).result().value
-    array.kvstore.write(key, None).result()  # frees it
-    tail = data[rows * group.bundle_bytes :]
-    offsets = np.frombuffer(tail, "<u8", 2 * rows).reshape(rows, 2)[:, 0]
-    if len(data) != size or (offsets != np.arange(rows, dtype=np.uint64) * group.bundle_bytes).any():
-        raise RuntimeError("this version of TensorStore lays the bundles of a shard out in another order than docs/formats.md says")
-    return tail
+    return tail(manifest.shard_rows), tail(manifest.vocab_size - (group.shards - 1) * manifest.shard_rows)
 
 
 def _create(spec: dict) -> ts.TensorStore:

@@ -30,6 +30,8 @@ MANIFEST, TOKENIZER, BASIS, COUNTS = "tkv.json", "tokenizer.json", "basis.safete
 COPY_MARK = "tkv.partial.copy.json"  # of an unfinished copy
 SHARD_BYTES = 32 << 20  # of the widest group; 32-64 MiB: the size hardly matters once indexes are cached
 FOLD_ROWS = 1024  # largest number of addresses in one call of the fold
+LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}  # zarr's codec
+INDEX_CODECS = [LITTLE, {"name": "crc32c"}]
 INDEX_ENTRY_BYTES, INDEX_CRC_BYTES = 16, 4
 BACKBONE_NAME = re.compile(r"backbone/model-\d{5}-of-\d{5}\.safetensors")
 MEND = "copy the store again or export the run again"
@@ -170,7 +172,12 @@ def model_layers(model: ModelConfig) -> list[dict]:
 def default_shard_rows(model: ModelConfig, dtype: str) -> int:
     """The largest power of two whose shard of the widest group at full rank stays within 32 MiB, at most the first that holds all V."""
     bundle = max((group.bundle_bytes for group in model_groups(model, dtype, 1)), default=1)
-    return min(1 << max(0, int(math.log2(SHARD_BYTES / bundle))), next_power(model.vocab_size))
+    return min(floor_power(SHARD_BYTES // bundle), next_power(model.vocab_size))
+
+
+def floor_power(n: int) -> int:
+    """The last power of two that is at most n; 1 for 0."""
+    return 1 << max(0, n.bit_length() - 1)
 
 
 def next_power(n: int) -> int:
@@ -222,11 +229,10 @@ def rows_spec(kvstore: dict, manifest: Manifest, group: Group) -> dict:
     against the manifest."""
     layout = group.layout
     inner, names = ((layout.layers, layout.width), ("layer", "width")) if layout.plain else ((layout.bundle_bytes,), ("byte",))
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "chunk_shape": [1, *inner],
-        "codecs": [little if layout.plain else {"name": "bytes"}],
-        "index_codecs": [little, {"name": "crc32c"}],
+        "codecs": [LITTLE if layout.plain else {"name": "bytes"}],
+        "index_codecs": INDEX_CODECS,
         "index_location": "end",
     }
     return _spec(kvstore, {
@@ -244,8 +250,15 @@ def checksums_spec(kvstore: dict, manifest: Manifest) -> dict:
         "data_type": "uint32",
         "dimension_names": ["token"],
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [manifest.shard_rows]}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "codecs": [LITTLE],
     })
+
+
+def index_spec(kvstore: dict, manifest: Manifest) -> dict:
+    """A shard's index as an array of its own, encoded as it is in the shard: (offset, length) of each bundle."""
+    shape = [manifest.shard_rows, 2]
+    return _spec(kvstore, {"shape": shape, "data_type": "uint64", "codecs": INDEX_CODECS,
+                           "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}}})
 
 
 def _spec(kvstore: dict, metadata: dict) -> dict:
@@ -261,4 +274,4 @@ def _spec(kvstore: dict, metadata: dict) -> dict:
 
 def bundle_crc32(bundles_RB: np.ndarray) -> np.ndarray:
     """CRC-32 (zlib) of each token's bundle as stored. bundles: uint8 [R, B], C order. uint32 [R]."""
-    return np.fromiter((crc32(bundle) for bundle in bundles_RB), np.uint32, len(bundles_RB))
+    return np.fromiter(map(crc32, bundles_RB), np.uint32, len(bundles_RB))
