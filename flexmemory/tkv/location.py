@@ -102,8 +102,10 @@ class LocalLocation:
         folder = self.local / prefix.rpartition("/")[0]
         found = []
         try:
-            for place, _, here in os.walk(folder, onerror=_raise):
-                found += [(Path(place) / name).relative_to(self.local).as_posix() for name in here]
+            for place, folders, here in os.walk(folder, onerror=_raise):
+                inside = "".join(f"{part}/" for part in Path(place).relative_to(self.local).parts)
+                found += [inside + name for name in here]
+                folders[:] = [name for name in folders if prefix.startswith(inside + name) or (inside + name).startswith(prefix)]
         except (FileNotFoundError, NotADirectoryError):
             pass  # nothing there, or removed meanwhile
         except OSError as error:
@@ -160,8 +162,11 @@ class RemoteLocation:
         self._wait(name, "written", self.kvstore.write(checked(name), bytes(data)))
 
     def write_parts(self, name: str, parts: Iterable) -> None:
-        """As of a local location, but all parts are in memory at once: an object is sent whole."""
-        self.write(name, b"".join(parts))
+        """As of a local location, but the whole is in memory at once: so an object is sent."""
+        content = bytearray()
+        for part in parts:
+            content.extend(part)
+        self.write(name, content)
 
     def claim(self, name: str, data) -> bool:
         """Writes ``name`` unless another process has written it since this one first claimed it; False when that happened.

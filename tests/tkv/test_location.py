@@ -3,6 +3,7 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 import tensorstore as ts
 
@@ -29,6 +30,7 @@ def check_contract(location):
     assert location.names() == ["rows/w8/c/0", "rows/w8/c/10", "rowsy", "tkv.json"]
     assert location.names("rows/") == location.names("rows/w8/c/") == ["rows/w8/c/0", "rows/w8/c/10"]
     assert location.names("rows/w8/c/1") == ["rows/w8/c/10"] and location.names("no/") == []
+    assert location.names("ro") == ["rows/w8/c/0", "rows/w8/c/10", "rowsy"] and location.names("tkv.") == ["tkv.json"]
     found = location.sizes(["rowsy", "rows/w8", "nothing", "rows/w8/c/0", "tkv.json/x"])
     assert found in ({"rowsy": 0, "rows/w8/c/0": 10}, {"rowsy": None, "rows/w8/c/0": None})
     location.write("rowsy", b"new")
@@ -37,6 +39,17 @@ def check_contract(location):
     kvstore = ts.KvStore.open(location.spec("rows/w8")).result()
     assert kvstore.read("c/10").result().value == b"ab"
     assert ts.KvStore.open(location.spec()).result().read("rowsy").result().value == b"new"
+
+    again = bytearray(3)
+
+    def in_the_same_memory():
+        for value in b"abc":
+            again[:] = bytes([value]) * 3
+            yield np.frombuffer(again, np.uint8).reshape(1, 3)
+
+    location.write_parts("rowsy", in_the_same_memory())
+    assert location.read("rowsy") == b"aaabbbccc"
+    location.write("rowsy", b"new")
 
     def broken():
         yield b"half"
