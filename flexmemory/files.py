@@ -49,6 +49,8 @@ def _write(descriptor: int, parts: Iterable) -> None:
     piece, held, direct = np.frombuffer(memory, np.uint8), 0, DIRECT
     for part in parts:
         data = np.frombuffer(part, np.uint8)
+        if not held and len(data) >= len(piece) // 2 and (data.ctypes.data | len(data)) % mmap.PAGESIZE == 0:  # can be written as it lies
+            direct, data = _write_whole(descriptor, data, direct), data[:0]
         while len(data):
             count = min(len(data), len(piece) - held)
             piece[held : held + count] = data[:count]

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import mmap
 import os
 
 import numpy as np
@@ -52,6 +53,24 @@ def test_the_rest_goes_through_the_page_cache(tmp_path, monkeypatch):
     files.write_parts(tmp_path / "f", [bytes(2 * files.PIECE_BYTES + 5)])
     # file systems of temporary folders may refuse direct writes, at once or when they are tried
     assert calls in ([True, True, False], [False, False, False], [True, False, False, False])
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_aligned_memory_is_written_as_it_lies_and_may_be_used_again(before, disk, tmp_path):
+    size = files.PIECE_BYTES // 2
+    memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+
+    def parts():
+        yield bytes(before)  # after which every part begins inside a page
+        for value in range(5):
+            memory[:] = value
+            yield memory
+
+    files.write_parts(tmp_path / "f", parts())
+    assert (tmp_path / "f").read_bytes() == bytes(before) + b"".join(bytes([value]) * size for value in range(5))
+    kind, calls = disk
+    if kind == "as it is":
+        assert all((count == size) != bool(before) for count, _ in calls[:2])
 
 
 def test_a_failure_leaves_nothing(tmp_path):
