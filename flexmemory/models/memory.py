@@ -4,6 +4,7 @@
 weights (training), from a fold over every address (export) or from a TKV store (serving); the blocks cannot tell.
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -115,6 +116,18 @@ def row_groups(specs: tuple[LayerSpec, ...]) -> dict[str, list[int]]:
     return groups
 
 
+def row_stacks(specs: tuple[LayerSpec, ...]) -> dict[str, list[tuple[str, list[int]]]]:
+    """Group name -> [(name of a stack of parameters, indices of the memory layers whose rows it makes)]. Layers with equal specs share a stack."""
+    places: dict[tuple[str, LayerSpec], list[int]] = {}
+    for name, layers in row_groups(specs).items():
+        for index in layers:
+            places.setdefault((name, specs[index]), []).append(index)
+    stacks: dict[str, list[tuple[str, list[int]]]] = {}
+    for number, ((name, _), layers) in enumerate(places.items()):
+        stacks.setdefault(name, []).append((f"stack{number}", layers))
+    return stacks
+
+
 def rows_by_unit(rows: Rows, cuts) -> list[dict[str, jax.Array]]:
     """Deals the rows out to the scanned stack: for each (unit, repeats) of ``patterns.segments`` {"u<j>": rows [repeats, R, W]}."""
     taken, made = dict.fromkeys(rows, 0), []
@@ -132,7 +145,7 @@ def rows_by_unit(rows: Rows, cuts) -> list[dict[str, jax.Array]]:
 
 
 class TokenMemory(nnx.Module):
-    """The row sources of all memory layers. Layers with equal specs share one stack of parameters [n, ...].
+    """The row sources of all memory layers, stacks of parameters [n, ...] as :func:`row_stacks` has them.
 
     ``sources`` maps a layer kind to the class that makes its rows: built as ``source(cfg, layer, rngs)``, called as
     ``source(ids_R, e_RD) -> rows_RW``.
@@ -143,15 +156,11 @@ class TokenMemory(nnx.Module):
         self.norm = x0_norm(cfg) if cfg.x0_norm_shared and uses_e else None
         self.detach, self.scan, self.dtype = cfg.detach_x0, cfg.scan_layers, jnp.dtype(cfg.compute_dtype)
         self.remat, self.keep = cfg.remat, cfg.remat_keep
-        groups, stacks, places = row_groups(specs), {}, {}
-        for name, layers in groups.items():
-            for index in layers:
-                places.setdefault((name, specs[index]), []).append(index)
-        order: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in groups}
-        for number, ((name, spec), layers) in enumerate(places.items()):
+        groups, order, stacks = row_groups(specs), row_stacks(specs), {}
+        for stack, layers in itertools.chain(*order.values()):
+            spec = specs[layers[0]]
             source = sources[spec.kind]
-            stacks[f"stack{number}"] = jax.vmap(lambda key: source(cfg, spec, key))(rngs.split(len(layers)))
-            order[name].append((f"stack{number}", layers))
+            stacks[stack] = jax.vmap(lambda key: source(cfg, spec, key))(rngs.split(len(layers)))
         self.stacks = nnx.Dict(stacks)
         # static: which stack fills which places of a group's layer axis
         self.order = tuple((name, tuple((stack, tuple(groups[name].index(i) for i in layers)) for stack, layers in parts))

@@ -32,6 +32,11 @@ class Layout:
         return self.dtype in FLOATS and self.ranks is None
 
     @property
+    def exact(self) -> bool:
+        """Stored as they are, in float32: nothing is lost."""
+        return self.plain and self.dtype == "float32"
+
+    @property
     def row_dtype(self) -> str:
         """Float dtype that holds a decoded row without loss."""
         return self.dtype if self.plain else "float32"

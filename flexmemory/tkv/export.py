@@ -8,9 +8,10 @@ import contextlib
 import dataclasses
 import io
 import shutil
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def export_params(config: Config, params: dict, tokenizer: Tokenizer, out: str |
                   host: int | None = None, hosts: int | None = None, overwrite: bool = False, progress: bool = True, **rows) -> dict:
     """:func:`export` of parameters already loaded (as ``init_params`` gives them); ``run`` and ``step`` name their source.
 
-    Returns {store, seconds, rows_per_s, resumed_rows, complete_before, and the figures of :func:`sizes`}; a host above 0 has no errors yet.
+    Returns {store, seconds, rows_per_s, resumed_rows, complete_before, backbone_bytes, and the figures of :func:`sizes`}; a host above 0 has
+    no errors yet.
     """
     rows, model, began = Rows(**rows), config.model, time.perf_counter()
     check_options(rows, host, hosts)
@@ -79,26 +81,28 @@ def export_params(config: Config, params: dict, tokenizer: Tokenizer, out: str |
     on_device, params = jax.device_put(params), jax.tree.map(np.asarray, params)
     manifest = plan(config, rows, TokenizerInfo(tokenizer.fingerprint, tokenizer.eos_id, tokenizer.vocab_size), run, step, crc32_of(params))
     location = open_location(out)
-    needed = manifest.table_bytes // hosts + sum(array.nbytes for array in backbone.tensors(params, model).values())
-    with _clear_errors(location), target.held(location, host):
-        _check_space(location, needed - target.bytes_there(location))  # what is there is gone on with, or cleared
+    backbone_bytes = sum(array.nbytes for array in backbone.tensors(params, model).values())
+    with _clear_errors(location), target.held(location, host), ThreadPoolExecutor(1) as aside:
+        # what is there is gone on with, or cleared
+        _check_space(location, manifest.table_bytes // hosts + backbone_bytes - target.bytes_there(location))
         resume = target.prepare(location, manifest, host, overwrite, lambda: _prepared(location, manifest, on_device, progress), progress)
         if resume is None:
             manifest = read_manifest(location)
             return {"store": location.url, "seconds": 0.0, "rows_per_s": 0.0, "resumed_rows": model.vocab_size, "complete_before": True,
-                    **sizes(manifest)}
+                    "backbone_bytes": backbone_bytes, **sizes(manifest)}
         record, done = resume
         manifest, bases = _with_bases(location, manifest, record.prepared)
+        rest = aside.submit(_write_rest, location, manifest, params, tokenizer, counts_V) if host == 0 else None
         mine = range(host, manifest.blocks, hosts)
         todo = [block for block in mine if block not in done]
-        _write_blocks(location, manifest, on_device, bases, todo, record, progress)
+        _write_blocks(location, manifest, on_device, params, bases, todo, record, progress)
         resumed, written = (sum(_block_rows(manifest, block) for block in blocks) for blocks in (set(mine) & done.keys(), todo))
         if host == 0:
             blocks = target.wait_for_hosts(location, manifest, record, progress)
-            manifest = _publish(location, manifest, record, blocks, params, tokenizer, counts_V)
+            manifest = _publish(location, manifest, record, blocks, rest.result())
     seconds = time.perf_counter() - began
     return {"store": location.url, "seconds": seconds, "rows_per_s": written / seconds, "resumed_rows": resumed, "complete_before": False,
-            **sizes(manifest)}
+            "backbone_bytes": backbone_bytes, **sizes(manifest)}
 
 
 def check_options(rows: Rows, host: int | None = None, hosts: int | None = None) -> None:
@@ -160,10 +164,13 @@ def _with_bases(location: Location, manifest: Manifest, prepared: list[File]) ->
     return manifest, load_bases(location, manifest.groups, file)
 
 
-def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: fold.Bases, todo: list[int], record: target.Record,
-                  progress: bool) -> None:
-    """Folds and writes ``todo``: the device computes the next block while the last ones are checked and written by threads."""
-    layouts, groups = fold.layouts_of(manifest.groups), manifest.groups
+def _write_blocks(location: Location, manifest: Manifest, on_device: dict, params: dict, bases: fold.Bases, todo: list[int],
+                  record: target.Record, progress: bool) -> None:
+    """Folds and writes ``todo``: the device computes the next block while the last ones are checked and written by threads, which copy learned
+    rows themselves. on_device, params: the same parameters there and on the host."""
+    groups, tables = manifest.groups, fold.learned_tables(params, manifest.model, manifest.groups)
+    computed = tuple(group for group in groups if group.name not in tables)
+    layouts = fold.layouts_of(computed)
     total, began = sum(_block_rows(manifest, block) for block in todo), time.perf_counter()
     pending: deque[tuple[int, list[Future], dict]] = deque()
     written = 0
@@ -178,18 +185,19 @@ def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: f
             line.update(written, f"{written * manifest.bundle_bytes / (time.perf_counter() - began) / 1e6:,.0f} MB/s")
 
     with ProgressLine("export", total, "rows", enabled=progress) as line, ThreadPoolExecutor(WRITING) as pool, record:
-        tails = {group.name: pool.submit(arrays.shard_tails, manifest, group) for group in manifest.groups if todo}
+        tails, turn = {group.name: arrays.shard_tails(manifest, group) for group in groups}, threading.Lock()
         ahead = None
         for block in [*todo, None]:
             parts = None
             if block is not None:
-                start = block * manifest.shard_rows
-                parts = fold.start_block(params, bases, start, start + _block_rows(manifest, block), cfg=manifest.model, layouts=layouts,
-                                         fold_rows=manifest.fold_rows)
+                start, stop = _block_range(manifest, block)
+                parts = fold.start_block(on_device, bases, start, stop, cfg=manifest.model, layouts=layouts, fold_rows=manifest.fold_rows)
             if ahead is not None:
-                bundles, sums = fold.fetch_block(ahead[1], groups)
+                bundles, sums = fold.fetch_block(ahead[1], computed)
+                bundles |= {group.name: fold.copy_block(tables[group.name], group, *_block_range(manifest, ahead[0]), manifest.fold_rows)
+                            for group in groups if group.name in tables}
                 finish(WRITING - 1)
-                writes = [pool.submit(_write_shard, location, manifest, group, ahead[0], bundles[group.name], tails[group.name])
+                writes = [pool.submit(_write_shard, location, manifest, group, ahead[0], bundles[group.name], tails[group.name], turn)
                           for group in groups]
                 pending.append((ahead[0], writes, sums))
                 del bundles
@@ -197,40 +205,53 @@ def _write_blocks(location: Location, manifest: Manifest, params: dict, bases: f
         finish(0)
 
 
-def _write_shard(location: Location, manifest: Manifest, group: Group, block: int, parts: list[np.ndarray], tails: Future) -> list[File]:
+def _write_shard(location: Location, manifest: Manifest, group: Group, block: int, parts: Iterable[np.ndarray],
+                 tails: tuple[bytes, bytes], turn: threading.Lock) -> list[File]:
     """Writes one shard and its checksums; both are on the disk when it returns."""
     name, crc32_S, at, whole = format.shard_file(group, block), np.zeros(manifest.shard_rows, "<u4"), 0, 0
 
     def pieces() -> Iterator[memoryview]:
         nonlocal at, whole
         for part_RB in parts:
-            yield part_RB.data
             crc32_S[at : at + len(part_RB)] = format.bundle_crc32(part_RB)
             at, whole = at + len(part_RB), crc32(part_RB, whole)
-        tail = tails.result()[block == manifest.blocks - 1]
+            yield part_RB.data
+        tail = tails[block == manifest.blocks - 1]
         whole = crc32(tail, whole)
         yield tail
 
-    location.write_parts(name, pieces())
+    location.write_parts(name, _in_turn(pieces(), turn))
     return [File(name, format.shard_bytes(manifest, group, block), whole), _write(location, format.checksum_file(group, block), crc32_S.tobytes())]
 
 
-def _publish(location: Location, manifest: Manifest, record: target.Record, blocks: dict[int, target.Block], params: dict, tokenizer: Tokenizer,
-             counts_V: np.ndarray | None) -> Manifest:
-    """Writes what is left, checks that every file is whole, and makes it a store by writing tkv.json."""
-    made = [*record.prepared, *(file for block in blocks.values() for file in block.files)]
+def _in_turn(pieces: Iterator[memoryview], turn: threading.Lock) -> Iterator[memoryview]:
+    """The pieces, each copied and checked while no other thread does so: one is faster than the disk, several wait for the interpreter's lock."""
+    while True:
+        with turn:
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
+
+
+def _write_rest(location: Location, manifest: Manifest, params: dict, tokenizer: Tokenizer, counts_V: np.ndarray | None) -> list[File]:
+    """Writes everything beside the rows and the manifest, while rows are written: no record counts it, an export that goes on writes it again."""
+    made = [*backbone.save(params, manifest.model, location), _write(location, format.TOKENIZER, tokenizer.content)]
+    for group in manifest.groups:
+        made += [_write(location, name, content) for name, content in arrays.zarr_metadata(manifest, group).items()]
+    if counts_V is not None:
+        made.append(_write(location, format.COUNTS, npy_bytes(np.asarray(counts_V, np.uint64))))
+    return made
+
+
+def _publish(location: Location, manifest: Manifest, record: target.Record, blocks: dict[int, target.Block], rest: list[File]) -> Manifest:
+    """Checks that every file is whole, and makes it a store by writing tkv.json."""
+    made = [*record.prepared, *rest, *(file for block in blocks.values() for file in block.files)]
     found = location.sizes([file.name for file in made])
     for file in made:
         if found.get(file.name, -1) not in (None, file.bytes):
             what = f"{found[file.name]} bytes instead of {file.bytes}" if file.name in found else "missing"
             raise UserError(f"{location.url}/{file.name}: {what} although it was written; run the same command again, and check the disk")
-    for group in manifest.groups:
-        for name, content in arrays.zarr_metadata(manifest, group).items():
-            made.append(_write(location, name, content))
-    made += backbone.save(params, manifest.model, location)
-    made.append(_write(location, format.TOKENIZER, tokenizer.content))
-    if counts_V is not None:
-        made.append(_write(location, format.COUNTS, npy_bytes(np.asarray(counts_V, np.uint64))))
     manifest = dataclasses.replace(manifest, files=tuple(sorted(made, key=lambda file: file.name)), errors=_errors(manifest, blocks))
     target.publish(location, manifest, record)
     return manifest
@@ -256,7 +277,7 @@ def _errors(manifest: Manifest, blocks: dict[int, target.Block]) -> tuple[LayerE
 def sizes(manifest: Manifest) -> dict:
     """Bytes of the table beside those of full-rank floats, and what the rows cost in exactness.
 
-    {dtype, scale_group, rank_error, table_bytes, float32_bytes, bfloat16_bytes, backbone_bytes, basis_bytes, layers: [{layer, width, bytes, rank,
+    {dtype, scale_group, rank_error, table_bytes, float32_bytes, bfloat16_bytes, basis_bytes, layers: [{layer, width, bytes, rank,
     useful_rank, relative_rms, max_abs}]}; rank None at full rank, errors None where there are none (plain float32) or not yet.
     useful_rank: above it, a rank saves nothing.
     """
@@ -272,8 +293,7 @@ def sizes(manifest: Manifest) -> dict:
     basis = sum(4 * layer["width"] * layer["rank"] for layer in layers if layer["rank"])
     plain = {f"{dtype}_bytes": sum(group.bytes for group in format.model_groups(model, dtype, 1)) for dtype in ("float32", "bfloat16")}
     return {"dtype": manifest.dtype, "scale_group": manifest.scale_group, "rank_error": manifest.rank_error, "table_bytes": manifest.table_bytes,
-            **plain, "backbone_bytes": sum(4 * int(np.prod(shape)) for shape in backbone.tensor_shapes(model).values()), "basis_bytes": basis,
-            "layers": sorted(layers, key=lambda layer: layer["layer"])}
+            **plain, "basis_bytes": basis, "layers": sorted(layers, key=lambda layer: layer["layer"])}
 
 
 def crc32_of(params: dict) -> int:
@@ -291,8 +311,13 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def _block_range(manifest: Manifest, block: int) -> tuple[int, int]:
+    return block * manifest.shard_rows, min((block + 1) * manifest.shard_rows, manifest.vocab_size)
+
+
 def _block_rows(manifest: Manifest, block: int) -> int:
-    return min(manifest.shard_rows, manifest.vocab_size - block * manifest.shard_rows)
+    start, stop = _block_range(manifest, block)
+    return stop - start
 
 
 def _check_space(location: Location, needed: int) -> None:

@@ -11,9 +11,15 @@ import numpy as np
 
 from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
+from flexmemory.models.blocks import KINDS, layer_specs
+from flexmemory.models.memory import TableRows, row_stacks
 from flexmemory.models.transformer import build
-from flexmemory.tkv.encoding import Basis, Layout, decode, encode
+from flexmemory.tkv import format
+from flexmemory.tkv.encoding import Basis, Layout, decode, encode, host_view
 from flexmemory.tkv.format import Group
+from flexmemory.tkv.reader import allocate
+
+COPY_BYTES = 1 << 20  # of bundles copied at a time
 
 Bases = dict[str, Basis]
 Layouts = tuple[tuple[str, Layout], ...]
@@ -40,7 +46,7 @@ def fold_call(params: dict, bases: Bases, ids_R: jax.Array, count, *, cfg: Model
         stored[name] = encode(layout, jnp.swapaxes(exact_LRW, 0, 1), bases[name])
         again_LRW = decode(layout, stored[name], bases[name])
         figures[name] = {"finite": jnp.isfinite(again_LRW).all((1, 2))}
-        if layout != Layout(layout.layers, layout.width, "float32"):
+        if not layout.exact:
             error_LRW = jnp.where(real_R1, again_LRW - exact_LRW, 0)
             error_L, squares_L = (error_LRW**2).sum((1, 2)), (jnp.where(real_R1, exact_LRW, 0) ** 2).sum((1, 2))
             figures[name] = {"finite": figures[name]["finite"] & jnp.isfinite(error_L + squares_L), "squared_error": error_L, "squares": squares_L,
@@ -55,7 +61,7 @@ def start_block(params: dict, bases: Bases, start: int, stop: int, *, cfg: Model
     """
     assert start % fold_rows == 0, (start, fold_rows)
     parts = []
-    for at in range(start, stop, fold_rows):
+    for at in range(start, stop, fold_rows) if layouts else ():
         ids_R, count = np.minimum(np.arange(at, at + fold_rows), stop - 1).astype(np.int32), min(stop - at, fold_rows)
         parts.append((*fold_call(params, bases, ids_R, count, cfg=cfg, layouts=layouts), at, count))
     return parts
@@ -70,10 +76,7 @@ def fetch_block(parts: list[Part], groups: tuple[Group, ...]) -> tuple[dict[str,
     for stored, figures, at, count in parts:
         for group in groups:
             figure = {name: np.asarray(value, np.float64) for name, value in figures[group.name].items()}
-            if not figure["finite"].all():
-                layer = group.layers[int(np.argmin(figure["finite"]))]
-                raise UserError(f"layer {layer}: its rows of tokens {at} to {at + count - 1} are not all finite in dtype {group.layout.dtype}, "
-                                "or their squares are not; export an earlier checkpoint (--step), or from float16 go to bfloat16")
+            _check_finite(figure["finite"], group, at, count)
             for place, layer in enumerate(group.layers if len(figure) > 1 else ()):
                 error, squares, largest = sums.get(layer, (0.0, 0.0, 0.0))
                 sums[layer] = [error + float(figure["squared_error"][place]), squares + float(figure["squares"][place]),
@@ -81,6 +84,45 @@ def fetch_block(parts: list[Part], groups: tuple[Group, ...]) -> tuple[dict[str,
             array = np.asarray(stored[group.name])[:count]
             bundles[group.name].append(array.reshape(count, math.prod(array.shape[1:])).view(np.uint8))
     return bundles, sums
+
+
+def _check_finite(finite_L: np.ndarray, group: Group, at: int, count: int) -> None:
+    if not finite_L.all():
+        raise UserError(f"layer {group.layers[int(np.argmin(finite_L))]}: its rows of tokens {at} to {at + count - 1} are not all finite in dtype "
+                        f"{group.layout.dtype}, or their squares are not; export an earlier checkpoint (--step), or from float16 go to bfloat16")
+
+
+def learned_tables(params: dict, cfg: ModelConfig, groups: tuple[Group, ...]) -> dict[str, list[np.ndarray]]:
+    """{group: [table float32 [V, W] of each of its layers]} of the groups whose bundles :func:`copy_block` makes: views of ``params``, which lie
+    on the host."""
+    specs, made = layer_specs(cfg), {}
+    for group in groups:
+        learned = all(KINDS[specs[layer].kind].source is TableRows for layer in group.layers)
+        if learned and group.layout.exact and cfg.compute_dtype == "float32":  # else they are rounded
+            tables = {layer: table_VW for stack, layers in row_stacks(specs)[group.name]
+                      for layer, table_VW in zip(layers, params["memory"]["stacks"][stack]["table"], strict=True)}
+            made[group.name] = [tables[layer] for layer in group.layers]
+    return made
+
+
+def copy_block(tables: list[np.ndarray], group: Group, start: int, stop: int, fold_rows: int) -> Iterator[np.ndarray]:
+    """Bundles uint8 [R, B] of the addresses start..stop-1, bit for bit those of the fold, whose gather of learned rows computes nothing.
+
+    Every array is the same memory again, so small that its bundles are checked and written while a processor's cache holds them. Raises the
+    UserError of :func:`fetch_block`.
+    """
+    rows = min(fold_rows, format.floor_power(COPY_BYTES // group.bundle_bytes))
+    memory_RB = allocate(rows, group.bundle_bytes, huge=False)  # page-aligned: a disk takes it as it lies
+    for at in range(start, stop, rows):
+        bundles_RB = memory_RB[: stop - at]
+        bundles_RLW = host_view(group.layout, bundles_RB)
+        for place, table_VW in enumerate(tables):
+            bundles_RLW[:, place] = table_VW[at : at + len(bundles_RB)]
+        if not np.isfinite(bundles_RLW).all():
+            at -= at % fold_rows
+            count = min(fold_rows, stop - at)
+            _check_finite(np.stack([np.isfinite(table_VW[at : at + count]).all() for table_VW in tables]), group, at, count)
+        yield bundles_RB
 
 
 def fold_table(params: dict, bases: Bases, *, cfg: ModelConfig, groups: tuple[Group, ...], fold_rows: int,

@@ -74,7 +74,7 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.parametrize("point,done", [
-    ("bases", 0), ("first block", 0), ("third block", 2), ("backbone", 5), ("before the rename", 5), ("after the rename", None)])
+    ("bases", 0), ("first block", 0), ("third block", 2), ("backbone", 0), ("before the rename", 5), ("after the rename", None)])
 def test_killed_export_is_no_store_and_is_finished_by_the_same_call(point, done, small, tmp_path):
     out = tmp_path / "s"
     process = run_script(script(out, point))

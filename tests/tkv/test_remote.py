@@ -12,8 +12,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from flexmemory.errors import UserError
-from flexmemory.tkv import backbone
 from flexmemory.tkv import copy as copying
+from flexmemory.tkv import export as export_module
 from flexmemory.tkv.copy import copy
 from flexmemory.tkv.format import COPY_MARK
 from flexmemory.tkv.location import DamagedFile, Patience, RemoteLocation, open_location
@@ -235,24 +235,23 @@ def test_two_copies_to_one_s3_target(mixed_store, bucket, monkeypatch):
 
 def test_two_exports_to_one_s3_target(mixed, bucket, monkeypatch):
     """The later one takes over, even when all rows of the earlier one are written; the earlier one does not publish."""
-    save = backbone.save
+    publish = export_module._publish
 
     def stop(*_):
         raise KeyboardInterrupt
 
     def meanwhile(*args):
-        made = save(*args)
         with monkeypatch.context() as patch:
-            patch.setattr(backbone, "save", stop)  # the other one has cleared the target and written its rows
+            patch.setattr(export_module, "_publish", stop)  # the other one has cleared the target and written its rows
             with pytest.raises(KeyboardInterrupt):
                 make_store(f"{bucket}/store", *mixed, dtype="bfloat16", overwrite=True)
-        return made
+        return publish(*args)
 
-    monkeypatch.setattr(backbone, "save", meanwhile)
+    monkeypatch.setattr(export_module, "_publish", meanwhile)
     with pytest.raises(UserError, match="another process has begun to export there|missing"):
         make_store(f"{bucket}/store", *mixed)
     assert "tkv.json" not in open_location(f"{bucket}/store").names()
-    monkeypatch.setattr(backbone, "save", save)
+    monkeypatch.setattr(export_module, "_publish", publish)
     make_store(f"{bucket}/store", *mixed, dtype="bfloat16")  # the other one goes on where it stopped
     assert verify_deep(f"{bucket}/store", progress=False)["ok"]
 
