@@ -47,7 +47,8 @@ def dense_gradient(row_grads, ids_R: jax.Array, tables):
 
 
 def combine(row_grads, rows, ids_C: jax.Array, places_R: jax.Array, tables):
-    """(grads, rows) of the ids ids_C for the row-sparse optimiser: gradients [.., C, W] summed over the sections' equal ids and cut as the table's columns.
+    """(grads, rows) of the ids ids_C for the row-sparse optimiser: gradients [.., C, W], summed over the sections' equal ids and cut as the table's
+    columns.
 
     row_grads and rows: as :func:`lookup` gives rows. ids_C and places_R: table_ids and places of a batch, see data/pipeline.py. Without a mesh the
     arguments themselves.

@@ -95,6 +95,8 @@ def measure(scratch: Path, scale: str, kinds: str = DEFAULT_KINDS, config: Confi
 
 def prepare(cfg: Config, data: str | None) -> tuple[Config, Batch, str]:
     """(config with the vocabulary filled in, the batch that every step takes, where its ids come from)."""
+    if cfg.parallel.table_memory == "host":
+        raise UserError("config parallel.table_memory: host; these steps are measured with tables on the device, a run logs rows_wait_s of the others")
     if data:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=data))
     if cfg.data.path:

@@ -103,8 +103,8 @@ def make_batches(
     Args:
       sections: into how many parts devices cut the rows of an accumulation step.
       own: the sections of this host, ascending; None for all.
-      row_sizes: the padded sizes R to choose from; these and `table_sizes` are measured by `measured_sizes` where None. A size that always suffices is
-        appended.
+      row_sizes: the padded sizes R to choose from; these and `table_sizes` are measured by `measured_sizes` where None. A size that
+        always suffices is appended.
 
     Raises:
       UserError: sizes that do not fit each other or the shards, a seed outside 0..2^32-1.
@@ -133,7 +133,8 @@ def make_batches(
 
 def measured_sizes(batches: Batches, samples: int = SAMPLES) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(padded sizes R, padded sizes C) for `batches`, each ascending. Of R: the largest of the sampled batches, that with a tenth of room for the few
-    that are larger still; before them the median where it is a tenth less. Of a small R, and of C, the one with room alone. A pure function of the batches' arguments."""
+    that are larger still; before them the median where it is a tenth less. Of a small R, and of C, the one with room alone. A pure function of the
+    batches' arguments."""
     last = batches.steps_per_epoch
     # Spread over the epoch; a bigger sample would cost more than the rare overflow it avoids.
     steps = sorted({i * last // samples for i in range(samples)})
@@ -147,13 +148,13 @@ def measured_sizes(batches: Batches, samples: int = SAMPLES) -> tuple[tuple[int,
 
 def unique_rows(ids: np.ndarray, vocab_size: int, row_sizes: tuple[int, ...], sections: int = 1,
                 own: tuple[int, ...] | None = None, table_sizes: tuple[int, ...] = ()) -> Batch:
-    """unique_ids, inverse, table_ids and places, as in `Batches`, of the sections `own` (None: all) of ids int32 [..., B, T]; R from `row_sizes`, C from
-    `table_sizes`, or as much as may be needed."""
+    """unique_ids, inverse, table_ids and places, as in `Batches`, of the sections `own` (None: all) of ids int32 [..., B, T]; R from `row_sizes`,
+    C from `table_sizes`, or as much as may be needed, and of one section R."""
     parts, own = np.split(ids, sections, axis=-2), tuple(range(sections)) if own is None else own
     seen_SV = _seen(ids, vocab_size, sections)
     seen_V = seen_SV.any(0)
     size = min(next(size for size in row_sizes if size >= seen_SV.sum(1).max()), vocab_size)
-    count = min(next((count for count in table_sizes if count >= seen_V.sum()), vocab_size), sections * size)
+    count = min(next((count for count in table_sizes if count >= seen_V.sum() and sections > 1), vocab_size), sections * size)
     if count == vocab_size:
         place_V = np.arange(vocab_size, dtype=np.int32)
         table_ids = np.where(seen_V, place_V, vocab_size).astype(np.int32)
@@ -216,7 +217,8 @@ def _eval_batches(shards, spans, seq_len, batch_size, segments, sections, own, r
     groups = [spans[i : i + batch_size] for i in range(0, len(spans), batch_size)]
     if row_sizes is None:
         sample = [groups[i * len(groups) // SAMPLES] for i in range(SAMPLES)] if len(groups) > SAMPLES else groups
-        typical = max(int(_seen(_eval_rows(shards, group, seq_len, batch_size)[0][:, :-1], shards.vocab_size, sections).sum(1).max()) for group in sample)
+        ids = (_eval_rows(shards, group, seq_len, batch_size)[0][:, :-1] for group in sample)
+        typical = max(int(_seen(ids_bT, shards.vocab_size, sections).sum(1).max()) for ids_bT in ids)
         row_sizes = (_round_up(typical), padded_rows(typical))
     row_sizes = _with_enough(row_sizes, enough)
     for group in groups:

@@ -13,7 +13,7 @@ from flexmemory.models.memory import Rows
 from flexmemory.models.transformer import build
 from flexmemory.tkv import encoding
 from flexmemory.tkv.store import Store
-from flexmemory.train.step import ADDRESSED, merge, rows_at, split
+from flexmemory.train.step import ADDRESSED, addressed_rows, merge, split
 
 RowsOf = Callable[[np.ndarray], Rows]
 
@@ -39,9 +39,9 @@ def stored_rows(store: Store) -> RowsOf:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def live(params: dict, ids_R: jax.Array, places_R: jax.Array | None = None, *, cfg: ModelConfig) -> Rows:
-    """Rows computed from the weights. places_R: see :func:`step.rows_at`."""
+    """Rows computed from the weights. places_R: see :func:`step.addressed_rows`."""
     addressed, rest = split(params, ADDRESSED)
-    return build(cfg)(merge(rows_at(addressed, ids_R, places_R), rest)).rows(None)
+    return build(cfg)(merge(addressed_rows(addressed, ids_R, places_R), rest)).rows(None)
 
 
 def make_hidden(cfg: ModelConfig):

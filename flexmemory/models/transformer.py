@@ -136,7 +136,7 @@ def initialiser(cfg: ModelConfig, seed: int, pick: Callable, places=None, draw: 
     def fresh(*args):
         return pick(nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(seed), draw=functools.partial(draw, *args)))))
 
-    if not get_abstract_mesh().empty:  # in explicit mode every device would draw all numbers, so it drew the whole of every table
+    if places is not None and not get_abstract_mesh().empty:  # in explicit mode every device would draw all numbers of every table
         fresh = auto_axes(fresh, out_sharding=jax.tree.map(lambda place: place.spec, places))
     # it runs once: on a CPU the compiler's optimiser takes 14 s over the random draws of a mixed stack, without it 2 s
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

@@ -49,7 +49,8 @@ def abstract_step(cfg: Config, mesh, rows: int) -> tuple[dict, dict]:
     shape = (cfg.train.accum_steps, cfg.data.batch_size // cfg.train.accum_steps, cfg.data.seq_len)
     names = ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ()))
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
-    batch |= {name: jax.ShapeDtypeStruct((size,), np.int32) for name, size in (("unique_ids", sections * rows), ("places", sections * rows), ("table_ids", count))}
+    lengths = {"unique_ids": sections * rows, "places": sections * rows, "table_ids": count}
+    batch |= {name: jax.ShapeDtypeStruct((length,), np.int32) for name, length in lengths.items()}
     specs = parallel.batch_specs(batch)
     return jax.tree.map(_at, state, places), {name: _at(leaf, jax.NamedSharding(mesh, specs[name])) for name, leaf in batch.items()}
 
@@ -68,24 +69,28 @@ def expected_rows(cfg: Config, sections: int) -> int:
 def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     """What a step of ``cfg`` needs on every device of ``mesh``, which may be abstract where nothing is to be compiled.
 
-    {"devices", "mesh", "plan", "rows_per_section", "bytes": per device by PARTS (of tables in the host's memory the rows of three batches), HOST and, compiled, "temporaries" and "peak" (of the device); "arrays": per device, the largest
-    first, [{"name", "shape", "bytes", "spec"}]; "flops": of a step on each device; "collectives": see collectives.py, and "sent": their bytes;
-    None where not compiled}. Raises UserError where the mesh does not divide the model or the batch.
+    {"devices", "mesh", "plan", "rows_per_section", "bytes": per device by PARTS (of tables in the host's memory the rows of three batches), HOST and,
+    compiled, "temporaries" and "peak" (of the device); "arrays": per device, the largest first, [{"name", "shape", "bytes", "spec"}] (of such tables the
+    rows of a batch); "flops": of a step on each device; "collectives": see collectives.py, and "sent": their bytes; None where not compiled}. Raises
+    UserError where the mesh does not divide the model or the batch.
     """
     sizes = dict(mesh.shape)
     state = abstract_state(cfg)
     parallel.check(cfg, state["params"], sizes)
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
-        state = jax.tree.map(_at, state, parallel.placed(cfg, state))
+        whole = jax.tree.leaves(jax.tree.map(_at, state, parallel.placed(cfg, state)))
+        state, batch = abstract_step(cfg, mesh, rows)
         arrays = [{"name": parallel.path_name(path), "shape": leaf.shape, "bytes": _own_bytes(leaf), "spec": str(leaf.sharding.spec)}
                   for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
-        given, batch = abstract_step(cfg, mesh, rows)
-        traced = make_train_step(cfg).trace(given, batch)
-    parts, on_host = dict.fromkeys((*PARTS, HOST), 0), cfg.parallel.table_memory == "host"
-    for (path, leaf), array, there in zip(jax.tree_util.tree_leaves_with_path(state), arrays, jax.tree.leaves(given), strict=True):
-        kind, mine = "table" if array["name"].endswith(".table") else "weight", on_host and parallel.is_table(path, leaf)
-        parts[f"{kind}s" if array["name"].startswith("params.") else f"{kind} moments"] += IN_FLIGHT * _own_bytes(there) if mine else array["bytes"]
-        parts[HOST] += array["bytes"] if mine else 0
+        traced = make_train_step(cfg).trace(state, batch)
+    parts, more = dict.fromkeys((*PARTS, HOST), 0), 0
+    for (path, leaf), array, there in zip(jax.tree_util.tree_leaves_with_path(state), arrays, whole, strict=True):
+        kind = "table" if array["name"].endswith(".table") else "weight"
+        part = f"{kind}s" if array["name"].startswith("params.") else f"{kind} moments"
+        parts[part] += array["bytes"]
+        if cfg.parallel.table_memory == "host" and parallel.is_table(path, leaf):
+            others = (IN_FLIGHT - 1) * array["bytes"]  # of other batches, beside the step
+            parts[part], parts[HOST], more = parts[part] + others, parts[HOST] + _own_bytes(there), more + others
     parts["batch"] = sum(_own_bytes(leaf) for leaf in batch.values())
     numbers, tokens = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
     sections = parallel.sections_of(sizes)
@@ -96,7 +101,7 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
         program = traced.lower().compile()
         sent, need = collectives(program.as_text()), memory(program)
         made |= {"collectives": sent, "sent": traffic(sent)}
-        parts |= {"temporaries": need["temporaries"], "peak": need["peak"] + (parts["tables"] + parts["table moments"]) * (IN_FLIGHT - 1) // IN_FLIGHT * on_host}
+        parts |= {"temporaries": need["temporaries"], "peak": need["peak"] + more}
     return made
 
 

@@ -36,12 +36,12 @@ Arrays = dict[int, jax.Array]  # leaf of the state -> rows
 class HostTables:
     """The tables of a train state and their moments, or numbers per row: its leaves for which ``parallel.is_table`` is true.
 
-    ``whole``: a state as a checkpoint gives it; by default that of ``step.init_state``. The training loop begins with ``state`` and makes, for every
+    ``given``: a state as a checkpoint gives it; by default that of ``step.init_state``. The training loop begins with ``state`` and makes, for every
     batch of :meth:`ahead`, ``state = rows_in(state)``, the step, and ``rows_out(state)``: the tables in its state have the rows of one batch. What
     fails in the background is raised by a later call.
     """
 
-    def __init__(self, cfg: Config, whole: dict | None = None):
+    def __init__(self, cfg: Config, given: dict | None = None):
         abstract, self._model = abstract_state(cfg), cfg.model
         paths, self._tree = jax.tree_util.tree_flatten_with_path(abstract)
         self._shapes = {i: leaf.shape for i, (path, leaf) in enumerate(paths) if is_table(path, leaf)}
@@ -50,10 +50,10 @@ class HostTables:
         # of every leaf, by columns, [L, V, w] or one number per row [L, V]; zeros take no memory before they are written
         self._tables = {i: {_columns(index): np.zeros(self._places[i].shard_shape(shape), np.float32)
                             for index in self._places[i].addressable_devices_indices_map(shape).values()} for i, shape in self._shapes.items()}
-        if whole is None:
+        if given is None:
             leaves = self._fresh(cfg, paths)
         else:
-            leaves = jax.tree.leaves(whole)
+            leaves = jax.tree.leaves(given)
             for i in self._shapes:
                 for shard in leaves[i].addressable_shards:
                     self._tables[i][_columns(shard.index)][:] = shard.data
@@ -96,18 +96,25 @@ class HostTables:
     def whole(self, state: dict) -> dict:
         """A state like that of ``step.init_state``, with a copy of the tables in ``pinned_host`` memory."""
         self._settle()
-        return self._with(state, {i: jax.make_array_from_callback(shape, self._whole_places[i], lambda index, i=i: self._tables[i][_columns(index)].copy())
-                                  for i, shape in self._shapes.items()})
+
+        def copy(i, shape):
+            return jax.make_array_from_callback(shape, self._whole_places[i], lambda index: self._tables[i][_columns(index)].copy())
+
+        return self._with(state, {i: copy(i, shape) for i, shape in self._shapes.items()})
 
     def rows_of(self, state: dict) -> RowsOf:
         """Rows of any ids for an evaluation of ``state``, until the next :meth:`rows_out`."""
         self._settle()
 
         def rows(ids_R):
-            ids_N = np.asarray(_everywhere(ids_R))
-            tables = self._with(state, self._read(self._params, ids_N))["params"]
-            places_R = jax.make_array_from_callback(ids_N.shape, ids_R.sharding, np.arange(len(ids_N), dtype=np.int32).__getitem__)
-            return live(tables, ids_R, places_R, cfg=self._model)
+            ids_N = np.asarray(_everywhere(ids_R))  # of all sections, which have many in common
+            seen_V = np.zeros(self._vocab, bool)
+            seen_V[ids_N] = True
+            ids_C = np.zeros(min(len(ids_N), self._vocab), np.int32)
+            ids_C[: seen_V.sum()] = np.flatnonzero(seen_V)
+            place_V = np.cumsum(seen_V, dtype=np.int32) - 1
+            places_R = jax.make_array_from_callback(ids_N.shape, ids_R.sharding, place_V[ids_N].__getitem__)
+            return live(self._with(state, self._read(self._params, ids_C))["params"], ids_R, places_R, cfg=self._model)
 
         return rows
 
@@ -147,8 +154,8 @@ class HostTables:
 
     def _put_back(self, ids_C: np.ndarray, made: Arrays) -> None:
         real_C = ids_C < self._vocab
-        whole = bool(real_C[: real_C.sum()].all())  # what is no row stands behind those that are one, unless C is V
-        places, ids = slice(real_C.sum()) if whole else real_C, ids_C[real_C]
+        in_front = bool(real_C[: real_C.sum()].all())  # what is no row stands behind those that are one, unless C is V
+        places, ids = slice(real_C.sum()) if in_front else real_C, ids_C[real_C]
         parts = {(i, _columns(shard.index)): np.asarray(shard.data) for i, rows in made.items() for shard in rows.addressable_shards}
         self._copy([(_put, layer, ids, rows, places) for (i, columns), part in parts.items()
                     for layer, rows in zip(self._tables[i][columns], part, strict=True)])
@@ -184,7 +191,8 @@ class HostTables:
                 first = start * width  # of the numbers of a layer, as two of 32 bits
                 for shard in block(np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF)).addressable_shards:
                     self._tables[i][_columns(shard.index)][:, start : start + rows] = shard.data
-        return [dict(zip(rest, made, strict=True)).get(i) for i in range(len(paths))]
+        made = dict(zip(rest, made, strict=True))
+        return [made.get(i) for i in range(len(paths))]
 
     @property
     def _vocab(self) -> int:
@@ -201,7 +209,8 @@ def _draw_rows(rows: int, high: jax.Array, low: jax.Array, key: jax.Array, shape
         return one ^ other
 
     impl = define_prng_impl(key_shape=(4,), seed=None, split=None, fold_in=None, random_bits=bits, name="threefry2x32 from a place on")
-    return jax.random.normal(jax.random.wrap_key_data(jnp.append(jax.random.key_data(key), jnp.stack([high, low])), impl=impl), (rows, shape[1]), dtype)
+    words = jnp.append(jax.random.key_data(key), jnp.stack([high, low]))
+    return jax.random.normal(jax.random.wrap_key_data(words, impl=impl), (rows, shape[1]), dtype)
 
 
 def on_devices(cfg: Config) -> Config:

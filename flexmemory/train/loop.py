@@ -249,5 +249,7 @@ class Run:
 
     def _save(self, state: dict, step: int) -> None:
         with self.clock.span("checkpoint"):
+            if self.tables:
+                self.checkpoints.wait()  # or the host would hold the tables three times
             checkpoint.save(self.checkpoints, step, self.tables.whole(state) if self.tables else state, self.work.counts)
         self.saved = step

@@ -18,8 +18,8 @@ from flexmemory.train.tables import apply_rows, make_table_optimizer
 
 
 def init_state(cfg: Config) -> dict:
-    """{"params", "optimizer", "step"}: plain arrays, a pure function of the config; on a mesh each lies where the plan says. (Of tables in the host's
-    memory see train/host_tables.py.)"""
+    """{"params", "optimizer", "step"}: plain arrays, a pure function of the config; on a mesh each lies where the plan says. The tables lie on the devices
+    whatever parallel.table_memory is: for those in the host's memory see train/host_tables.py."""
     if cfg.parallel.plan == "single":
         params = init_params(cfg.model, cfg.train.seed)
         return {"params": params, "optimizer": init_optimizer(cfg, params), "step": jnp.zeros((), jnp.int32)}
@@ -63,7 +63,7 @@ def merge(one: dict, other: dict) -> dict:
     return traverse_util.unflatten_dict(traverse_util.flatten_dict(one) | traverse_util.flatten_dict(other))
 
 
-def rows_at(addressed: dict, ids_R: jax.Array, places_R: jax.Array | None = None) -> dict:
+def addressed_rows(addressed: dict, ids_R: jax.Array, places_R: jax.Array | None = None) -> dict:
     """:func:`exchange.lookup` of parameters with ADDRESSED labels. places_R: where the ids' rows are in tables that do not hold all of them."""
     if places_R is None:
         return lookup(addressed, ids_R)
@@ -114,20 +114,22 @@ def make_gradients(cfg: Config):
 
 
 def make_train_step(cfg: Config):
-    """Returns ``step(state, batch) -> (state, metrics)``, jitted, with the state donated. Where tables lie in the host's memory, those of the state have
-    the C rows of the batch's ``table_ids`` alone.
+    """Returns ``step(state, batch) -> (state, metrics)``, jitted, with the state donated. Where tables lie in the host's memory, those of the state
+    have the C rows of the batch's ``table_ids`` alone; others are a ValueError.
 
     metrics: loss and z_loss in nats per token, lr, grad_norm, grad_norm/<label>, and param_norm of all that the step may have changed (of
-    row-sparse tables the touched rows); float32 scalars. With a row-sparse table_optimizer nothing of the size of a table is made, read or written, unless
-    a batch has the whole vocabulary.
+    row-sparse tables the touched rows); float32 scalars. With a row-sparse table_optimizer nothing of the size of a table is made, read or
+    written, unless a batch has the whole vocabulary.
     """
     gradients, optimizer, rate = make_gradients(cfg), make_optimizer(cfg.optimizer, cfg.train.steps), schedule(cfg.optimizer, cfg.train.steps)
     vocab, labels, compact = cfg.model.vocab_size, sparse_labels(cfg), cfg.parallel.table_memory == "host"
 
     def step(state, batch):
         addressed, weights = split(state["params"], ADDRESSED)
+        if compact and any(table.shape[1] != len(batch["table_ids"]) for table in jax.tree.leaves(split(addressed, labels)[0])):
+            raise ValueError("parallel.table_memory=host: a step takes tables of its batch's rows, see train/host_tables.py")
         unique_ids, ids_C, places_R = batch["unique_ids"], batch["table_ids"], batch["places"]
-        rows = rows_at(addressed, unique_ids, places_R if compact else None)
+        rows = addressed_rows(addressed, unique_ids, places_R if compact else None)
         head = {"head": addressed["embed"].T} if cfg.model.tied_head else {}
         (row_grads, grads), (loss, z) = gradients(rows, weights | head, batch)
         # each table's gradient: of its own size, or of the touched rows

@@ -148,6 +148,7 @@ def test_padding_is_never_referred_to_even_where_id_0_is_used():
     found = pipeline.unique_rows(ids, 100, (8, 50))
     assert found["unique_ids"].tolist() == [0, 5, 7, 9, 0, 0, 0, 0]
     assert found["inverse"].tolist() == [[[0, 1, 1, 3]], [[2, 2, 2, 2]]]
+    np.testing.assert_equal(found, pipeline.unique_rows(ids, 100, (8, 50), table_sizes=(4, 6)))  # one section has as many places for both
     assert found["table_ids"].tolist() == [0, 5, 7, 9, 100, 100, 100, 100] and found["places"].tolist() == [0, 1, 2, 3, 8, 8, 8, 8]
 
 

@@ -25,6 +25,7 @@ from flexmemory.train.host_tables import HostTables
 from flexmemory.train.step import init_state, make_train_step
 
 B, T, V, STEPS = 16, 16, 96, 20
+TABLE_SIZES = (24, 40)  # of batches on several sections; larger ones take as much as may be needed
 ALL = "dense memoryllm flex stem"
 
 
@@ -43,7 +44,9 @@ def batches(cfg: Config, sections: int):
         tokens = np.minimum(rng.zipf(1.3, (cfg.train.accum_steps, B // cfg.train.accum_steps, T + 1)) - 1, V - 1).astype(np.int32)
         tokens = tokens if step % 5 != 4 else np.full_like(tokens, 7)
         segments = {"segments": np.cumsum(rng.random(tokens[..., 1:].shape) < 0.2, axis=-1, dtype=np.int32)} if cfg.data.document_mask else {}
-        yield {"ids": tokens[..., :-1], "targets": tokens[..., 1:], **segments, **unique_rows(tokens[..., :-1], cfg.model.vocab_size, (64, cfg.model.vocab_size), sections)}
+        vocab = cfg.model.vocab_size
+        yield {"ids": tokens[..., :-1], "targets": tokens[..., 1:], **segments,
+               **unique_rows(tokens[..., :-1], vocab, (64, vocab), sections, table_sizes=TABLE_SIZES)}
 
 
 def run(cfg: Config, devices=None):

@@ -113,7 +113,8 @@ def test_two_processes_are_one_and_a_killed_one_is_no_loss(one_process, tiny_dat
 
 def test_sigterm_to_one_stops_both_at_a_checkpoint_that_other_numbers_resume(one_process, tiny_data, tmp_path):
     workdir = tmp_path / "run"
-    processes = pair(tiny_data, workdir, **{"train.checkpoint_every": 0, "train.steps": STEPS, "train.eval_every": 1, "parallel.table_memory": "host"})
+    on_host = {"train.eval_every": 1, "parallel.table_memory": "host"}
+    processes = pair(tiny_data, workdir, **{"train.checkpoint_every": 0, "train.steps": STEPS} | on_host)
     wait_for_step(workdir, 2)
     processes[1].send_signal(signal.SIGTERM)
     made = ended(processes)

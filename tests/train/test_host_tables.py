@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from flexmemory.bench.train import prepare
 from flexmemory.config import ParallelConfig
 from flexmemory.data.pipeline import unique_rows
+from flexmemory.errors import UserError
 from flexmemory.train import host_tables
 from flexmemory.train.checkpoint import load_params
 from flexmemory.train.host_tables import HostTables
@@ -63,7 +65,8 @@ def test_numbers_beyond_the_first_four_thousand_million_are_jaxs_too():
     first = start * width
     drawn = host_tables._draw_rows(2, np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF), key, (1 << 13, width), np.float32)
     for row, high, low in ((0, 0, first), (1, 1, 0)):
-        one, other = threefry2x32_p.bind(*jax.random.key_data(key), np.full(width, high, np.uint32), np.arange(low, low + width, dtype=np.uint64).astype(np.uint32))
+        places = np.arange(low, low + width, dtype=np.uint64).astype(np.uint32)
+        one, other = threefry2x32_p.bind(*jax.random.key_data(key), np.full(width, high, np.uint32), places)
         lowest = np.nextafter(np.float32(-1), np.float32(0))
         uniform = (np.asarray((one ^ other) >> 9 | np.uint32(0x3F800000)).view(np.float32) - 1) * (1 - lowest) + lowest
         np.testing.assert_allclose(np.asarray(drawn[row]), np.sqrt(2) * jax.scipy.special.erfinv(uniform), rtol=1e-5, atol=1e-5)
@@ -82,18 +85,16 @@ def test_the_next_rows_are_there_before_the_last_ones_are_back(tiny_config, monk
     step, state = make_train_step(cfg), init_state(cfg)
     for batch in batches(cfg, 6):
         state, _ = step(state, batch)
-    tables, put_back, may_go, gone = HostTables(on_host(cfg)), HostTables._put_back, threading.Semaphore(0), []
+    tables, put_back, may_go = HostTables(on_host(cfg)), HostTables._put_back, threading.Semaphore(0)
 
     def slow(self, *args):
-        may_go.acquire()
+        assert may_go.acquire(timeout=60)  # the rows of a step wait for those of the step before, and these for it
         put_back(self, *args)
-        gone.append(1)
 
     monkeypatch.setattr(HostTables, "_put_back", slow)
     other, step = tables.state, make_train_step(on_host(cfg))
     for k, batch in enumerate(tables.ahead(map(jax.device_put, batches(cfg, 6)))):
-        assert len(gone) <= max(k - 1, 0)  # of step k - 1 nothing is back, and yet its rows come to step k
-        other, _ = step(tables.rows_in(other), batch)
+        other, _ = step(tables.rows_in(other), batch)  # of step k - 1 nothing is back, and yet its rows are here
         tables.rows_out(other)
         if k:
             may_go.release()
@@ -116,3 +117,12 @@ def test_an_error_in_the_background_ends_the_run(part, tiny_config, tmp_path, mo
     with pytest.raises(MemoryError, match="no room for rows"):
         train(on_host(tiny_config(PATTERN, **{"optimizer.table_optimizer": "lazy_adam"})), tmp_path / "run", progress=False)
     assert not any(thread.name.startswith(("tables", "rows")) for thread in threading.enumerate())
+
+
+def test_a_step_for_rows_refuses_whole_tables(tiny_config):
+    cfg, _, _ = resolve(on_host(tiny_config(PATTERN, **{"optimizer.table_optimizer": "lazy_adam"})))
+    batch = list(batches(cfg, 2))[1]
+    with pytest.raises(ValueError, match="a step takes tables of its batch's rows"):
+        make_train_step(cfg).trace(init_state(cfg), batch)
+    with pytest.raises(UserError, match="config parallel.table_memory: host; these steps are measured with tables on the device"):
+        prepare(cfg, None)
