@@ -29,13 +29,13 @@ SCALES = {  # models: pattern, D, d_ff, V
 }
 
 
-def measure(scratch: Path, scale: str, *, rounds: int = 3) -> dict:
+def measure(scratch: Path, scale: str, *, rounds: int = 7) -> dict:
     """Exports the models of ``scale`` with random weights under ``scratch``, which lies on the disk to measure."""
     return {"bench": "export", "scale": scale, "machine": facts(scratch),
             "models": {name: measure_model(scratch, *shape, rounds=rounds) for name, shape in SCALES[scale].items()}}
 
 
-def measure_model(scratch: Path, pattern: str, d: int, d_ff: int, v: int, *, dtype: str = "float32", rounds: int = 3) -> dict:
+def measure_model(scratch: Path, pattern: str, d: int, d_ff: int, v: int, *, dtype: str = "float32", rounds: int = 7) -> dict:
     """Every round takes, in this order: the fold alone (folded and encoded on the device, nothing fetched), one file of the same bytes written
     and synced, the same past the page cache ("direct", [] where the file system has no such writes), the export. Medians. The disk's ceiling is
     the faster of the two writes; "share" is the time of the slower of fold and disk over the export's, 1.0 would be perfect overlap.
