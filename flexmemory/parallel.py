@@ -251,6 +251,11 @@ def placed(cfg: Config, state):
     return jax.tree_util.tree_map_with_path(place, specs, state)
 
 
+def on_devices(cfg: Config) -> Config:
+    """The config by which tables, or rows of those in the host's memory, lie on the devices."""
+    return dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, table_memory="device"))
+
+
 def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
     """Raises UserError where the mesh does not divide what it cuts: the batch or a width. ``params``: shapes."""
     pieces, batch, accum = sections_of(sizes), cfg.data.batch_size, cfg.train.accum_steps

@@ -14,7 +14,7 @@ from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.models.blocks import layer_specs
 from flexmemory.train.collectives import collectives, traffic
 from flexmemory.train.compiled import memory
-from flexmemory.train.host_tables import IN_FLIGHT, on_devices, with_rows
+from flexmemory.train.host_tables import IN_FLIGHT, with_rows
 from flexmemory.train.step import abstract_state, make_train_step
 
 PARTS = ("weights", "weight moments", "tables", "table moments", "batch")
@@ -44,7 +44,7 @@ def abstract_step(cfg: Config, mesh, rows: int) -> tuple[dict, dict]:
     count = min(max(rows, expected_rows(cfg, 1)), sections * rows, cfg.model.vocab_size)
     state = abstract_state(cfg)
     if cfg.parallel.table_memory == "host":
-        cfg, state = on_devices(cfg), with_rows(state, count)
+        cfg, state = parallel.on_devices(cfg), with_rows(state, count)
     places = parallel.placed(cfg, state)
     shape = (cfg.train.accum_steps, cfg.data.batch_size // cfg.train.accum_steps, cfg.data.seq_len)
     names = ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ()))

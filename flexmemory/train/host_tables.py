@@ -5,7 +5,6 @@ k+1 are read and sent; those of them that step k changes are then taken from its
 nothing overlapped. After that the result of step k goes back into the tables. Each process holds the columns of its own devices.
 """
 
-import dataclasses
 import functools
 import math
 import os
@@ -23,7 +22,7 @@ from jax.extend.random import define_prng_impl, threefry2x32_p
 from flexmemory.config import Config
 from flexmemory.evals.rows import RowsOf, live
 from flexmemory.models.transformer import initialiser
-from flexmemory.parallel import is_table, keys, local, placed
+from flexmemory.parallel import is_table, keys, local, on_devices, placed
 from flexmemory.train.step import abstract_state, init_optimizer
 
 BLOCK_BYTES = 256 << 20  # of a fresh table, made on the devices at a time
@@ -211,11 +210,6 @@ def _draw_rows(rows: int, high: jax.Array, low: jax.Array, key: jax.Array, shape
     impl = define_prng_impl(key_shape=(4,), seed=None, split=None, fold_in=None, random_bits=bits, name="threefry2x32 from a place on")
     words = jnp.append(jax.random.key_data(key), jnp.stack([high, low]))
     return jax.random.normal(jax.random.wrap_key_data(words, impl=impl), (rows, shape[1]), dtype)
-
-
-def on_devices(cfg: Config) -> Config:
-    """The config by which the rows of a batch are placed."""
-    return dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, table_memory="device"))
 
 
 def with_rows(abstract: dict, count: int) -> dict:

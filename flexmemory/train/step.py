@@ -11,7 +11,7 @@ from flax import traverse_util
 from flexmemory.config import Config
 from flexmemory.exchange import combine, dense_gradient, lookup
 from flexmemory.models.transformer import abstract_params, build, init_params
-from flexmemory.parallel import placed
+from flexmemory.parallel import on_devices, placed
 from flexmemory.train.loss import mean_loss
 from flexmemory.train.optimizer import clip, group_norms, label_params, make_optimizer, schedule
 from flexmemory.train.tables import apply_rows, make_table_optimizer
@@ -23,7 +23,7 @@ def init_state(cfg: Config) -> dict:
     if cfg.parallel.plan == "single":
         params = init_params(cfg.model, cfg.train.seed)
         return {"params": params, "optimizer": init_optimizer(cfg, params), "step": jnp.zeros((), jnp.int32)}
-    places = placed(cfg, abstract_state(cfg))
+    places = placed(on_devices(cfg), abstract_state(cfg))
     params = init_params(cfg.model, cfg.train.seed, places["params"])
     optimizer = jax.jit(functools.partial(init_optimizer, cfg), out_shardings=places["optimizer"])(params)
     return {"params": params, "optimizer": optimizer, "step": jnp.zeros((), jnp.int32, device=places["step"])}
