@@ -1,10 +1,24 @@
 """CRC-32 as zlib has it, by ISA-L, which is six times as fast; and that of a whole from those of its pieces."""
 
 import functools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from isal.isal_zlib import crc32
 
-__all__ = ["combined", "crc32"]
+__all__ = ["combined", "crc32", "crc32_of_parts"]
+
+PIECE_BYTES = 1 << 24  # checked by one thread: a millisecond
+
+
+def crc32_of_parts(parts: Iterable) -> int:
+    """CRC-32 of bytes and contiguous arrays one after another, by all processors. No part is copied."""
+    bytes_N = [np.frombuffer(part, np.uint8) for part in parts]
+    pieces = [part[at : at + PIECE_BYTES] for part in bytes_N for at in range(0, len(part), PIECE_BYTES)]
+    with ThreadPoolExecutor() as pool:
+        crcs = pool.map(crc32, pieces)
+        return functools.reduce(lambda whole, piece: combined(whole, piece[0], len(piece[1])), zip(crcs, pieces, strict=True), 0)
 
 
 def combined(first: int, second: int, length: int) -> int:

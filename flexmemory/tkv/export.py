@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import jax
 import numpy as np
@@ -24,14 +25,15 @@ from flexmemory.data.tokenizer import load as load_tokenizer
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
 from flexmemory.tkv import arrays, backbone, fold, format, lowrank, target
-from flexmemory.tkv.crc import crc32
+from flexmemory.tkv.crc import crc32, crc32_of_parts
 from flexmemory.tkv.encoding import CODE_LIMIT, DTYPES, FLOATS
 from flexmemory.tkv.format import File, Group, LayerError, Manifest, Source, TokenizerInfo
 from flexmemory.tkv.location import Location, open_location
 from flexmemory.tkv.manifest import config_hash, read_manifest
 from flexmemory.tkv.store import load_bases
 
-WRITING = 3  # blocks that may be on their way to the disk while the next one is computed: with two, both would be checked, then both synced
+WRITING = 3  # blocks in memory, on their way out while the next one is computed: of two, both would be checked, then both synced
+COPYING = 16  # blocks of learned rows on their way to a disk, a piece of each in memory: so many keep its queue filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,7 @@ def _write_blocks(location: Location, manifest: Manifest, on_device: dict, param
     groups, tables = manifest.groups, fold.learned_tables(params, manifest.model, manifest.groups)
     computed = tuple(group for group in groups if group.name not in tables)
     layouts = fold.layouts_of(computed)
+    at_once = WRITING if computed or location.local is None else COPYING
     total, began = sum(_block_rows(manifest, block) for block in todo), time.perf_counter()
     pending: deque[tuple[int, list[Future], dict]] = deque()
     written = 0
@@ -184,8 +187,11 @@ def _write_blocks(location: Location, manifest: Manifest, on_device: dict, param
             written += _block_rows(manifest, block)
             line.update(written, f"{written * manifest.bundle_bytes / (time.perf_counter() - began) / 1e6:,.0f} MB/s")
 
-    with ProgressLine("export", total, "rows", enabled=progress) as line, ThreadPoolExecutor(WRITING) as pool, record:
+    with ProgressLine("export", total, "rows", enabled=progress) as line, ThreadPoolExecutor(at_once) as pool, record:
         tails, turn = {group.name: arrays.shard_tails(manifest, group) for group in groups}, threading.Lock()
+        free = SimpleQueue()
+        for memory_N in fold.copy_memory(groups, at_once) if tables else ():
+            free.put(memory_N)
         ahead = None
         for block in [*todo, None]:
             parts = None
@@ -194,19 +200,33 @@ def _write_blocks(location: Location, manifest: Manifest, on_device: dict, param
                 parts = fold.start_block(on_device, bases, start, stop, cfg=manifest.model, layouts=layouts, fold_rows=manifest.fold_rows)
             if ahead is not None:
                 bundles, sums = fold.fetch_block(ahead[1], computed)
-                bundles |= {group.name: fold.copy_block(tables[group.name], group, *_block_range(manifest, ahead[0]), manifest.fold_rows)
-                            for group in groups if group.name in tables}
-                finish(WRITING - 1)
-                writes = [pool.submit(_write_shard, location, manifest, group, ahead[0], bundles[group.name], tails[group.name], turn)
-                          for group in groups]
+                finish(at_once - 1)
+                writes = []
+                for group in groups:
+                    what = (location, manifest, group, ahead[0], tails[group.name], turn)
+                    if group.name in tables:
+                        writes.append(pool.submit(_copy_shard, *what, tables[group.name], free))
+                    else:
+                        writes.append(pool.submit(_write_shard, *what, bundles[group.name]))
                 pending.append((ahead[0], writes, sums))
                 del bundles
             ahead = (block, parts)
         finish(0)
 
 
-def _write_shard(location: Location, manifest: Manifest, group: Group, block: int, parts: Iterable[np.ndarray],
-                 tails: tuple[bytes, bytes], turn: threading.Lock) -> list[File]:
+def _copy_shard(location: Location, manifest: Manifest, group: Group, block: int, tails: tuple[bytes, bytes], turn: threading.Lock,
+                tables: list[np.ndarray], free: SimpleQueue[np.ndarray]) -> list[File]:
+    """:func:`_write_shard` of learned rows, through a piece of memory that all shards use in turn: the disk takes fresh memory more slowly."""
+    memory_N = free.get()
+    try:
+        parts = fold.copy_block(tables, group, *_block_range(manifest, block), manifest.fold_rows, memory_N)
+        return _write_shard(location, manifest, group, block, tails, turn, parts)
+    finally:
+        free.put(memory_N)
+
+
+def _write_shard(location: Location, manifest: Manifest, group: Group, block: int, tails: tuple[bytes, bytes], turn: threading.Lock,
+                 parts: Iterable[np.ndarray]) -> list[File]:
     """Writes one shard and its checksums; both are on the disk when it returns."""
     name, crc32_S, at, whole = format.shard_file(group, block), np.zeros(manifest.shard_rows, "<u4"), 0, 0
 
@@ -298,10 +318,8 @@ def sizes(manifest: Manifest) -> dict:
 
 def crc32_of(params: dict) -> int:
     """CRC-32 over names and bytes of all parameters, in order of their names."""
-    crc = 0
-    for name, array in sorted(backbone.flatten(params)):
-        crc = crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc32(name.encode(), crc))
-    return crc
+    named = sorted(backbone.flatten(params))
+    return crc32_of_parts(part for name, array in named for part in (name.encode(), np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

@@ -3,7 +3,7 @@ everywhere."""
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -105,16 +105,20 @@ def learned_tables(params: dict, cfg: ModelConfig, groups: tuple[Group, ...]) ->
     return made
 
 
-def copy_block(tables: list[np.ndarray], group: Group, start: int, stop: int, fold_rows: int) -> Iterator[np.ndarray]:
+def copy_memory(groups: Iterable[Group], count: int) -> np.ndarray:
+    """uint8 [count, N]: for each of ``count`` calls of :func:`copy_block` what it needs, page-aligned, so that a disk takes it as it lies."""
+    return allocate(count, max([COPY_BYTES, *(group.bundle_bytes for group in groups)]))
+
+
+def copy_block(tables: list[np.ndarray], group: Group, start: int, stop: int, fold_rows: int, memory_N: np.ndarray) -> Iterator[np.ndarray]:
     """Bundles uint8 [R, B] of the addresses start..stop-1, bit for bit those of the fold, whose gather of learned rows computes nothing.
 
-    Every array is the same memory again, so small that its bundles are checked and written while a processor's cache holds them. Raises the
-    UserError of :func:`fetch_block`.
+    Every array is the same ``memory_N`` again, so small that its bundles are checked and written while a processor's cache holds them. Raises
+    the UserError of :func:`fetch_block`.
     """
     rows = min(fold_rows, format.floor_power(COPY_BYTES // group.bundle_bytes))
-    memory_RB = allocate(rows, group.bundle_bytes, huge=False)  # page-aligned: a disk takes it as it lies
     for at in range(start, stop, rows):
-        bundles_RB = memory_RB[: stop - at]
+        bundles_RB = memory_N[: rows * group.bundle_bytes].reshape(rows, group.bundle_bytes)[: stop - at]
         bundles_RLW = host_view(group.layout, bundles_RB)
         for place, table_VW in enumerate(tables):
             bundles_RLW[:, place] = table_VW[at : at + len(bundles_RB)]

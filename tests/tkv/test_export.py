@@ -1,5 +1,6 @@
 """Export: interrupted at any point it is no store, and the same call again ends in the same bytes, on one host or several."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -331,6 +332,45 @@ def test_memory_is_some_blocks_whatever_the_vocabulary(mixed, tmp_path, monkeypa
     make_store(tmp_path / "s", *mixed, block_rows=16)
     assert started == [16] * 16 + [4] and len(written) == 2 * 17
     assert 1 < max(most) <= export_module.WRITING + 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_learned_rows_go_out_many_blocks_at_once_through_few_pieces(fails, tmp_path, monkeypatch):
+    """Shards that cannot be written give their pieces back too: others wait for them."""
+    cfg = config("stem stem-gate")
+    weights = params(cfg)
+    monkeypatch.setattr(export_module, "COPYING", 1)
+    make_store(tmp_path / "one", cfg, weights, block_rows=16)
+    monkeypatch.setattr(export_module, "COPYING", 4)
+    pieces, running, most, lock = set(), [0], [0], threading.Lock()
+    copy_block, write_shard = fold.copy_block, export_module._write_shard
+
+    def copy(*args):
+        pieces.add(args[-1].ctypes.data)
+        return copy_block(*args)
+
+    def write(*args):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.01)
+        if fails and args[3] >= 5:
+            next(args[-1])
+            raise OSError(28, "No space left on device")
+        made = write_shard(*args)
+        with lock:
+            running[0] -= 1
+        return made
+
+    monkeypatch.setattr(fold, "copy_block", copy)
+    monkeypatch.setattr(export_module, "_write_shard", write)
+    with pytest.raises(UserError, match="No space left") if fails else contextlib.nullcontext():
+        make_store(tmp_path / "four", cfg, weights, block_rows=16)
+    if not fails:
+        assert 1 < most[0] <= 4 and 1 < len(pieces) <= 4
+        monkeypatch.undo()
+        make_store(tmp_path / "usual", cfg, weights, block_rows=16)
+        assert tree_bytes(tmp_path / "four") == tree_bytes(tmp_path / "usual") == tree_bytes(tmp_path / "one")
 
 
 @pytest.mark.parametrize("value,dtype", [(np.nan, "float32"), (np.inf, "int8"), (7e4, "float16"), (-np.inf, "bfloat16"), (1e25, "int4")])

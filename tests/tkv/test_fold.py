@@ -39,10 +39,10 @@ def test_copied_bundles_are_those_of_the_fold(pattern, copy_bytes, monkeypatch):
     tables = fold.learned_tables(weights, cfg.model, groups)
     assert list(tables) == ["w48"]
     (group,) = (group for group in groups if group.name in tables)
-    bases = {group.name: () for group in groups}
+    bases, (memory_N,) = {group.name: () for group in groups}, fold.copy_memory(groups, 1)
     for start, want in fold.fold_table(weights, bases, cfg=cfg.model, groups=groups, fold_rows=FOLD_ROWS, block_rows=SHARD):
         stop = min(start + SHARD, VOCAB)
-        copied = [bundles_RB.copy() for bundles_RB in fold.copy_block(tables[group.name], group, start, stop, FOLD_ROWS)]
+        copied = [bundles_RB.copy() for bundles_RB in fold.copy_block(tables[group.name], group, start, stop, FOLD_ROWS, memory_N)]
         np.testing.assert_array_equal(np.concatenate(copied), want[group.name])
 
 
@@ -68,7 +68,7 @@ def test_a_copied_row_that_is_not_finite_is_named_as_the_fold_names_it(pattern, 
     with pytest.raises(UserError) as folded:
         fold.fetch_block(fold.start_block(weights, bases, 64, 128, **call), groups)
     with pytest.raises(UserError) as copied:
-        list(fold.copy_block(tables, groups[0], 64, 128, FOLD_ROWS))
+        list(fold.copy_block(tables, groups[0], 64, 128, FOLD_ROWS, *fold.copy_memory(groups, 1)))
     assert str(copied.value) == str(folded.value) and "layer 1: its rows of tokens 64 to 95 are not all finite" in str(copied.value)
     with pytest.raises(UserError, match="layer 1: its rows of tokens 64 to 127 are not all finite in dtype float32"):
         make_store(tmp_path / "s", cfg, weights)

@@ -14,13 +14,14 @@ from moto.server import ThreadedMotoServer
 from flexmemory.errors import UserError
 from flexmemory.tkv import copy as copying
 from flexmemory.tkv import export as export_module
+from flexmemory.tkv import fold
 from flexmemory.tkv.copy import copy
 from flexmemory.tkv.format import COPY_MARK
 from flexmemory.tkv.location import DamagedFile, Patience, RemoteLocation, open_location
 from flexmemory.tkv.store import open_store
 from flexmemory.tkv.verify import verify_deep
 
-from .making import VOCAB, make_store, tree_bytes
+from .making import VOCAB, config, make_store, params, tree_bytes
 from .test_location import check_contract
 
 BUCKET = "some-bucket"  # as which a FileServer shows its folder
@@ -287,6 +288,17 @@ def test_export_to_s3(mixed, bucket, tmp_path, options):
     location = open_location(f"{bucket}/store")
     assert {name: location.read(name) for name in location.names()} == tree_bytes(tmp_path / "local")
     assert verify_deep(f"{bucket}/store", progress=False)["ok"]
+
+
+def test_learned_rows_for_s3_are_few_shards_in_memory(bucket, tmp_path, monkeypatch):
+    """An object is sent whole."""
+    cfg, counts, copy_memory = config("stem*2"), [], fold.copy_memory
+    monkeypatch.setattr(fold, "copy_memory", lambda groups, count: counts.append(count) or copy_memory(groups, count))
+    make_store(f"{bucket}/store", cfg, weights := params(cfg), block_rows=16)
+    make_store(tmp_path / "local", cfg, weights, block_rows=16)
+    assert counts == [export_module.WRITING, export_module.COPYING]
+    location = open_location(f"{bucket}/store")
+    assert {name: location.read(name) for name in location.names()} == tree_bytes(tmp_path / "local")
 
 
 @pytest.mark.parametrize("writes", [1, 6, 15, 24])
