@@ -46,7 +46,7 @@ class Table:
 
 SCALES = {"cpu": Table(32768, 1024), "gpu": Table(32768, 1024), "smoke": Table(512, 64)}  # of bundles of 32 KiB: 1 GiB, 16 MiB
 LAYOUT = Layout(32, 512, "bfloat16")
-RAM_ROUNDS = 10  # times as many, as steps of microseconds vary most
+FEW, MORE = 8, 10  # times as many rounds of so few ids, and of steps in RAM, as microseconds vary most
 
 
 def measure(scratch: Path, scale: str, *, sizes: tuple[int, ...] = SIZES, rounds: int = 40) -> dict:
@@ -86,11 +86,12 @@ def measure_group(location: Location, manifest: Manifest | Table, group: Group, 
             _check_bytes(name, method, buffer, ram_VB, deal_warm(max(sizes)))
         cold, warm, auto = {}, {}, readers["auto"]
         for size in sizes:
-            cold[size] = _phase(raw[size], through, auto, lambda size=size: deal(size), rounds, files, files.drop)
+            cold[size] = _phase(raw[size], through, auto, lambda size=size: deal(size), _rounds(rounds, size), files, files.drop)
         for size in sizes:
             files.warm()
             ram_VB[:, ::PAGE].max()  # memory left idle can be slow at its next touch, in virtual machines above all: not what a ceiling should show
-            warm[size] = _phase({"memcpy": _memory_copy(ram_VB, buffer)}, through, auto, lambda size=size: deal_warm(size), rounds, files, None)
+            warm[size] = _phase({"memcpy": _memory_copy(ram_VB, buffer)}, through, auto, lambda size=size: deal_warm(size),
+                                _rounds(rounds, size), files, None)
         ram = _ram_tier(readers["auto"], group, ram_VB, buffer, sizes, rounds)
     finally:
         files.close()
@@ -107,8 +108,9 @@ def measure_group(location: Location, manifest: Manifest | Table, group: Group, 
             "ids": "uniform, ascending, none twice in a round; methods take turns; share = the ceiling's median over the method's",
             "cold": "posix_fadvise(DONTNEED) on every shard file before each timed call; its ceiling is the best O_DIRECT method for that size",
             "warm": "every shard file and the table in memory read once before each size; its ceiling is np.take from that table",
-            "ram": f"a step's rows from the RAM tier (look-up, copy, hand-over) over np.take of the same number of bundles from the tier's memory, "
-                   f"which is read once before each size; {RAM_ROUNDS} times the rounds",
+            "ram": "a step's rows from the RAM tier (look-up, copy, hand-over) over np.take of the same number of bundles from the tier's memory, "
+                   "which is read once before each size",
+            "rounds": f"{MORE} times as many from RAM and of up to {FEW} ids",
             "cache": "cachestat of the wanted bundles before each timed call: pages found, of pages wanted; null where the kernel does not tell",
         },
         "sizes": {str(size): {"cold": cold[size], "warm": warm[size], "ram": ram[size]} for size in sizes},
@@ -192,6 +194,10 @@ class _Files:
         return {**{f"io_uring, depth {depth}": ring(owner) for depth, owner in useful}, **{f"{count} threads": threads(count) for count in THREADS}}
 
 
+def _rounds(rounds: int, size: int) -> int:
+    return MORE * rounds if size <= FEW else rounds
+
+
 def _through(reader, buffer: np.ndarray) -> Timed:
     return lambda ids_U: functools.partial(reader.read, ids_U, buffer[:len(ids_U)])
 
@@ -266,7 +272,7 @@ def _ram_tier(reader, group: Group, ram_VB: np.ndarray, buffer: np.ndarray, size
     for size in sizes:
         tier_us, take_us = [], []
         slab_KB[:, ::PAGE].max()  # as before the warm gathers
-        for _ in range(RAM_ROUNDS * rounds):
+        for _ in range(MORE * rounds):
             ids_U, start = deal(size), time.perf_counter()
             ticket = source.request(ids_U, size)
             ticket.collect()
