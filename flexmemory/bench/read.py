@@ -46,7 +46,8 @@ class Table:
 
 SCALES = {"cpu": Table(32768, 1024), "gpu": Table(32768, 1024), "smoke": Table(512, 64)}  # of bundles of 32 KiB: 1 GiB, 16 MiB
 LAYOUT = Layout(32, 512, "bfloat16")
-FEW, MORE = 8, 10  # times as many rounds of so few ids, and of steps in RAM, as microseconds vary most
+FEW = 8  # ids whose reads are timed more often, as microseconds vary most; so are all steps in RAM
+MORE = 10  # times as often
 
 
 def measure(scratch: Path, scale: str, *, sizes: tuple[int, ...] = SIZES, rounds: int = 40) -> dict:
@@ -64,7 +65,8 @@ def measure(scratch: Path, scale: str, *, sizes: tuple[int, ...] = SIZES, rounds
 
 
 def measure_group(location: Location, manifest: Manifest | Table, group: Group, *, sizes: tuple[int, ...] = SIZES, rounds: int = 40) -> dict:
-    """Times reads of uniform ids from the local rows of ``group``, cold and warm, each method in turn, ``rounds`` times for each of ``sizes``.
+    """Times reads of uniform ids from the local rows of ``group``, cold and warm, each method in turn, ``rounds`` times for each of ``sizes``,
+    MORE times as often up to FEW.
 
     Returns what `flexmemory bench read` prints: microseconds (median, p99) and shares of the ceilings by number of ids. Raises
     UserError for a store that is not local, or when a method reads other bytes than the files hold.

@@ -97,7 +97,8 @@ def _alone(destination: Location) -> Iterator[None]:
         with target.held(destination, 0):
             yield
     except OSError as error:
-        raise UserError(f"{destination.url}: cannot be written ({error.strerror}); check its permissions or give another destination") from error
+        raise UserError(f"{destination.url}: cannot be written ({error.strerror}); mend that and run the same command again, "
+                        "or give another destination") from error
 
 
 def _prepare(destination: Location, content: bytes, overwrite: bool) -> bool:

@@ -13,12 +13,15 @@ PIECE_BYTES = 1 << 24  # checked by one thread: a millisecond
 
 
 def crc32_of_parts(parts: Iterable) -> int:
-    """CRC-32 of bytes and contiguous arrays one after another, by all processors. No part is copied."""
-    bytes_N = [np.frombuffer(part, np.uint8) for part in parts]
-    pieces = [part[at : at + PIECE_BYTES] for part in bytes_N for at in range(0, len(part), PIECE_BYTES)]
+    """CRC-32 of bytes and contiguous arrays one after another, each by all processors. No part is copied or kept."""
+    crc = 0
     with ThreadPoolExecutor() as pool:
-        crcs = pool.map(crc32, pieces)
-        return functools.reduce(lambda whole, piece: combined(whole, piece[0], len(piece[1])), zip(crcs, pieces, strict=True), 0)
+        for part in parts:
+            data = np.frombuffer(part, np.uint8)
+            pieces = [data[at : at + PIECE_BYTES] for at in range(0, len(data), PIECE_BYTES)]
+            for piece, piece_crc in zip(pieces, pool.map(crc32, pieces), strict=True):
+                crc = combined(crc, piece_crc, len(piece))
+    return crc
 
 
 def combined(first: int, second: int, length: int) -> int:

@@ -172,7 +172,6 @@ def _write_blocks(location: Location, manifest: Manifest, on_device: dict, param
     rows themselves. on_device, params: the same parameters there and on the host."""
     groups, tables = manifest.groups, fold.learned_tables(params, manifest.model, manifest.groups)
     computed = tuple(group for group in groups if group.name not in tables)
-    layouts = fold.layouts_of(computed)
     at_once = WRITING if computed or location.local is None else COPYING
     total, began = sum(_block_rows(manifest, block) for block in todo), time.perf_counter()
     pending: deque[tuple[int, list[Future], dict]] = deque()
@@ -187,31 +186,42 @@ def _write_blocks(location: Location, manifest: Manifest, on_device: dict, param
             written += _block_rows(manifest, block)
             line.update(written, f"{written * manifest.bundle_bytes / (time.perf_counter() - began) / 1e6:,.0f} MB/s")
 
-    with ProgressLine("export", total, "rows", enabled=progress) as line, ThreadPoolExecutor(at_once) as pool, record:
+    with ProgressLine("export", total, "rows", enabled=progress) as line, record, ThreadPoolExecutor(at_once) as pool:
         tails, turn = {group.name: arrays.shard_tails(manifest, group) for group in groups}, threading.Lock()
         free = SimpleQueue()
-        for memory_N in fold.copy_memory(groups, at_once) if tables else ():
+        for memory_N in fold.copy_memory([group for group in groups if group.name in tables], at_once):
             free.put(memory_N)
-        ahead = None
-        for block in [*todo, None]:
-            parts = None
-            if block is not None:
-                start, stop = _block_range(manifest, block)
-                parts = fold.start_block(on_device, bases, start, stop, cfg=manifest.model, layouts=layouts, fold_rows=manifest.fold_rows)
-            if ahead is not None:
-                bundles, sums = fold.fetch_block(ahead[1], computed)
+        try:
+            for block, bundles, sums in _folded(manifest, on_device, bases, todo, computed):
                 finish(at_once - 1)
                 writes = []
                 for group in groups:
-                    what = (location, manifest, group, ahead[0], tails[group.name], turn)
+                    what = (location, manifest, group, block, tails[group.name], turn)
                     if group.name in tables:
                         writes.append(pool.submit(_copy_shard, *what, tables[group.name], free))
                     else:
                         writes.append(pool.submit(_write_shard, *what, bundles[group.name]))
-                pending.append((ahead[0], writes, sums))
+                pending.append((block, writes, sums))
                 del bundles
-            ahead = (block, parts)
-        finish(0)
+            finish(0)
+        except BaseException:
+            for block, writes, sums in pending:  # the others in flight arrive all the same
+                if not any(write.exception() for write in writes):
+                    with contextlib.suppress(OSError, UserError):  # the first error is the one to tell
+                        record.add(block, [file for write in writes for file in write.result()], sums)
+            raise
+
+
+def _folded(manifest: Manifest, on_device: dict, bases: fold.Bases, todo: list[int],
+            groups: tuple[Group, ...]) -> Iterator[tuple[int, dict[str, list[np.ndarray]], dict[int, list[float]]]]:
+    """(block, what :func:`fold.fetch_block` gives of ``groups``) of the blocks ``todo``; the device computes the next one meanwhile."""
+    ahead = None
+    for block in [*todo, None]:
+        parts = None if block is None else fold.start_block(on_device, bases, *_block_range(manifest, block), cfg=manifest.model,
+                                                            layouts=fold.layouts_of(groups), fold_rows=manifest.fold_rows)
+        if ahead is not None:
+            yield ahead[0], *fold.fetch_block(ahead[1], groups)
+        ahead = (block, parts)
 
 
 def _copy_shard(location: Location, manifest: Manifest, group: Group, block: int, tails: tuple[bytes, bytes], turn: threading.Lock,

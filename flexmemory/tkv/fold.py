@@ -17,7 +17,7 @@ from flexmemory.models.transformer import build
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import Basis, Layout, decode, encode, host_view
 from flexmemory.tkv.format import Group
-from flexmemory.tkv.reader import allocate
+from flexmemory.tkv.reader import PAGE, allocate
 
 COPY_BYTES = 1 << 20  # of bundles copied at a time
 
@@ -106,8 +106,9 @@ def learned_tables(params: dict, cfg: ModelConfig, groups: tuple[Group, ...]) ->
 
 
 def copy_memory(groups: Iterable[Group], count: int) -> np.ndarray:
-    """uint8 [count, N]: for each of ``count`` calls of :func:`copy_block` what it needs, page-aligned, so that a disk takes it as it lies."""
-    return allocate(count, max([COPY_BYTES, *(group.bundle_bytes for group in groups)]))
+    """uint8 [count, N]: for each of ``count`` calls of :func:`copy_block` what it needs, beginning at a page, so that a disk takes it as it lies."""
+    size = max([COPY_BYTES, *(group.bundle_bytes for group in groups)])
+    return allocate(count, -(-size // PAGE) * PAGE)
 
 
 def copy_block(tables: list[np.ndarray], group: Group, start: int, stop: int, fold_rows: int, memory_N: np.ndarray) -> Iterator[np.ndarray]:

@@ -78,7 +78,7 @@ class LocalLocation:
         """Writes the parts one after another, none kept. Where the iterator raises, nothing is left."""
         path = self.local / checked(name)
         try:
-            _make_directory(path.parent)
+            make_directory(path.parent)
             files.write_parts(path, parts)
         except OSError as error:
             raise _local_error(path, "written", error) from error
@@ -279,7 +279,7 @@ def _s3_environment() -> dict:
     return found
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
     """mkdir -p whose new names are durable."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
 from flexmemory.tkv import format
 from flexmemory.tkv.format import MANIFEST, File, Manifest
-from flexmemory.tkv.location import Location
+from flexmemory.tkv.location import Location, make_directory
 from flexmemory.tkv.manifest import read_manifest, to_json
 
 CONTENTS = ("rows", "checksums", "backbone", format.TOKENIZER, format.BASIS, format.COUNTS)
@@ -83,7 +83,7 @@ def held(location: Location, host: int) -> Iterator[None]:
         return
     if location.local.exists() and not location.local.is_dir():
         raise UserError(f"--out: {location.url} is a file; give a directory")
-    location.local.mkdir(parents=True, exist_ok=True)
+    make_directory(location.local)
     path = location.local / f"{LOCK}{host}"
     while True:
         lock = open(path, "w")

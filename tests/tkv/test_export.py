@@ -10,17 +10,21 @@ import sys
 import textwrap
 import threading
 import time
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from flexmemory import files
 from flexmemory.bench.export import measure
 from flexmemory.errors import UserError
 from flexmemory.tkv import export as export_module
 from flexmemory.tkv import fold, format, target
 from flexmemory.tkv.export import Rows, check_options, read_counts
+from flexmemory.tkv.format import TokenizerInfo
 from flexmemory.tkv.location import LocalLocation, open_location
+from flexmemory.tkv.reader import PAGE
 from flexmemory.tkv.store import open_store
 
 from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes
@@ -256,7 +260,7 @@ def test_an_error_of_the_disk_is_one_line_and_the_export_goes_on_later(number, m
         patch.setattr(os, "replace", fail)
         with pytest.raises(UserError, match=f"rows/w48/c/3/0/0: cannot be written .*{message}"):
             make_store(tmp_path / "s", *mixed)
-    assert make_store(tmp_path / "s", *mixed)["resumed_rows"] == 3 * SHARD
+    assert make_store(tmp_path / "s", *mixed)["resumed_rows"] == VOCAB - SHARD  # what was in flight has arrived
     assert tree_bytes(tmp_path / "s") == tree_bytes(mixed_store)
 
 
@@ -335,42 +339,65 @@ def test_memory_is_some_blocks_whatever_the_vocabulary(mixed, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_learned_rows_go_out_many_blocks_at_once_through_few_pieces(fails, tmp_path, monkeypatch):
-    """Shards that cannot be written give their pieces back too: others wait for them."""
+def test_a_piece_of_memory_is_one_shards_until_it_is_written_or_has_failed(fails, monkeypatch):
     cfg = config("stem stem-gate")
-    weights = params(cfg)
-    monkeypatch.setattr(export_module, "COPYING", 1)
-    make_store(tmp_path / "one", cfg, weights, block_rows=16)
-    monkeypatch.setattr(export_module, "COPYING", 4)
-    pieces, running, most, lock = set(), [0], [0], threading.Lock()
-    copy_block, write_shard = fold.copy_block, export_module._write_shard
-
-    def copy(*args):
-        pieces.add(args[-1].ctypes.data)
-        return copy_block(*args)
+    weights, manifest = params(cfg), export_module.plan(cfg, Rows(block_rows=SHARD), TokenizerInfo("", 0, 1), "", 0, 0)
+    (group,) = manifest.groups
+    tables, free = fold.learned_tables(weights, cfg.model, manifest.groups)[group.name], SimpleQueue()
+    (memory_N,) = fold.copy_memory(manifest.groups, 1)
+    free.put(memory_N)
 
     def write(*args):
-        with lock:
-            running[0] += 1
-            most[0] = max(most[0], running[0])
-        time.sleep(0.01)
-        if fails and args[3] >= 5:
-            next(args[-1])
+        *_, parts = args
+        assert all(np.shares_memory(part, memory_N) and free.empty() for part in parts)
+        if fails:
             raise OSError(28, "No space left on device")
-        made = write_shard(*args)
-        with lock:
-            running[0] -= 1
-        return made
+        return ["file"]
 
-    monkeypatch.setattr(fold, "copy_block", copy)
     monkeypatch.setattr(export_module, "_write_shard", write)
-    with pytest.raises(UserError, match="No space left") if fails else contextlib.nullcontext():
-        make_store(tmp_path / "four", cfg, weights, block_rows=16)
-    if not fails:
-        assert 1 < most[0] <= 4 and 1 < len(pieces) <= 4
-        monkeypatch.undo()
-        make_store(tmp_path / "usual", cfg, weights, block_rows=16)
-        assert tree_bytes(tmp_path / "four") == tree_bytes(tmp_path / "usual") == tree_bytes(tmp_path / "one")
+    with pytest.raises(OSError, match="No space left") if fails else contextlib.nullcontext():
+        assert export_module._copy_shard(None, manifest, group, 1, (b"", b""), threading.Lock(), tables, free) == ["file"]
+    assert free.qsize() == 1
+
+
+def test_learned_rows_of_many_blocks_at_once(tmp_path, monkeypatch):
+    """Pieces that go to the disk from where they lie, while other threads fill theirs."""
+    cfg = config("stem stem-gate")
+    weights = params(cfg)
+    make_store(tmp_path / "usual", cfg, weights, block_rows=64)
+    write, running, most = os.write, set(), []
+
+    def slowly(descriptor, data):
+        running.add(threading.get_ident())
+        most.append(len(running))
+        time.sleep(0.002)
+        running.discard(threading.get_ident())
+        return write(descriptor, data)
+
+    monkeypatch.setattr(fold, "COPY_BYTES", 3 * PAGE)  # 32 bundles
+    monkeypatch.setattr(files, "PIECE_BYTES", 2 * PAGE)
+    monkeypatch.setattr(os, "write", slowly)
+    make_store(tmp_path / "slowly", cfg, weights, block_rows=64)
+    assert 3 <= max(most) and tree_bytes(tmp_path / "slowly") == tree_bytes(tmp_path / "usual")
+
+
+def test_blocks_that_arrive_after_another_has_failed_are_recorded(tmp_path, monkeypatch):
+    cfg = config("stem stem-gate")
+    weights, write_shard = params(cfg), export_module._write_shard
+
+    def write(*args):
+        if args[3] == 1:
+            raise UserError("no")
+        time.sleep(0.1)
+        return write_shard(*args)
+
+    monkeypatch.setattr(export_module, "_write_shard", write)
+    with pytest.raises(UserError, match="^no$"):
+        make_store(tmp_path / "s", cfg, weights, block_rows=64)
+    known = json.loads((tmp_path / "s" / format.partial_file(0)).read_text())
+    assert set(known["blocks"]) == {"0", "2", "3", "4"}
+    monkeypatch.undo()
+    assert make_store(tmp_path / "s", cfg, weights, block_rows=64)["resumed_rows"] == VOCAB - 64
 
 
 @pytest.mark.parametrize("value,dtype", [(np.nan, "float32"), (np.inf, "int8"), (7e4, "float16"), (-np.inf, "bfloat16"), (1e25, "int4")])
