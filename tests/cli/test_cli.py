@@ -133,7 +133,8 @@ def output(capsys, *argv) -> str:
 
 
 def test_the_papers_tables_7_and_8_are_commands(run_folder, tmp_path, capsys):
-    """export prints sizes and errors; eval --tkv the loss with those rows: equal to the run's with exact rows, further off with coarser ones."""
+    """export prints sizes and errors; eval --tkv the loss with those rows: with exact ones the run's, whose rows are computed in matmuls of another
+    shape, and further off with coarser ones."""
     whole = json.loads(output(capsys, "eval", f"--workdir={run_folder}"))
     losses = {}
     for name, options in (("float32", []), ("int8", ["--dtype=int8"]), ("int4", ["--dtype=int4"]), ("half", ["--rank=0.5"])):
@@ -142,7 +143,7 @@ def test_the_papers_tables_7_and_8_are_commands(run_folder, tmp_path, capsys):
         made = json.loads(output(capsys, "eval", f"--tkv={tmp_path / name}", f"--workdir={run_folder}"))
         losses[name] = made["loss"]
         assert made["table_bytes"] < 400 * 32 * 4 or name == "float32"
-    assert losses["float32"] == whole["loss"] and losses["int8"] != losses["float32"]
+    assert losses["float32"] == pytest.approx(whole["loss"], rel=2e-7) and losses["int8"] != pytest.approx(whole["loss"], rel=2e-7)
     assert abs(losses["int8"] - whole["loss"]) < abs(losses["int4"] - whole["loss"]) < 0.1
 
 
