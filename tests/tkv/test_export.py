@@ -1,6 +1,5 @@
 """Export: interrupted at any point it is no store, and the same call again ends in the same bytes, on one host or several."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -10,21 +9,17 @@ import sys
 import textwrap
 import threading
 import time
-from queue import SimpleQueue
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from flexmemory import files
 from flexmemory.bench.export import measure
 from flexmemory.errors import UserError
 from flexmemory.tkv import export as export_module
 from flexmemory.tkv import fold, format, target
 from flexmemory.tkv.export import Rows, check_options, read_counts
-from flexmemory.tkv.format import TokenizerInfo
 from flexmemory.tkv.location import LocalLocation, open_location
-from flexmemory.tkv.reader import PAGE
 from flexmemory.tkv.store import open_store
 
 from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes
@@ -336,49 +331,6 @@ def test_memory_is_some_blocks_whatever_the_vocabulary(mixed, tmp_path, monkeypa
     make_store(tmp_path / "s", *mixed, block_rows=16)
     assert started == [16] * 16 + [4] and len(written) == 2 * 17
     assert 1 < max(most) <= export_module.WRITING + 2
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_piece_of_memory_is_one_shards_until_it_is_written_or_has_failed(fails, monkeypatch):
-    cfg = config("stem stem-gate")
-    weights, manifest = params(cfg), export_module.plan(cfg, Rows(block_rows=SHARD), TokenizerInfo("", 0, 1), "", 0, 0)
-    (group,) = manifest.groups
-    tables, free = fold.learned_tables(weights, cfg.model, manifest.groups)[group.name], SimpleQueue()
-    (memory_N,) = fold.copy_memory(manifest.groups, 1)
-    free.put(memory_N)
-
-    def write(*args):
-        *_, parts = args
-        assert all(np.shares_memory(part, memory_N) and free.empty() for part in parts)
-        if fails:
-            raise OSError(28, "No space left on device")
-        return ["file"]
-
-    monkeypatch.setattr(export_module, "_write_shard", write)
-    with pytest.raises(OSError, match="No space left") if fails else contextlib.nullcontext():
-        assert export_module._copy_shard(None, manifest, group, 1, (b"", b""), threading.Lock(), tables, free) == ["file"]
-    assert free.qsize() == 1
-
-
-def test_learned_rows_of_many_blocks_at_once(tmp_path, monkeypatch):
-    """Pieces that go to the disk from where they lie, while other threads fill theirs."""
-    cfg = config("stem stem-gate")
-    weights = params(cfg)
-    make_store(tmp_path / "usual", cfg, weights, block_rows=64)
-    write, running, most = os.write, set(), []
-
-    def slowly(descriptor, data):
-        running.add(threading.get_ident())
-        most.append(len(running))
-        time.sleep(0.002)
-        running.discard(threading.get_ident())
-        return write(descriptor, data)
-
-    monkeypatch.setattr(fold, "COPY_BYTES", 3 * PAGE)  # 32 bundles
-    monkeypatch.setattr(files, "PIECE_BYTES", 2 * PAGE)
-    monkeypatch.setattr(os, "write", slowly)
-    make_store(tmp_path / "slowly", cfg, weights, block_rows=64)
-    assert 3 <= max(most) and tree_bytes(tmp_path / "slowly") == tree_bytes(tmp_path / "usual")
 
 
 def test_blocks_that_arrive_after_another_has_failed_are_recorded(tmp_path, monkeypatch):

@@ -1,19 +1,30 @@
 """Learned rows that are copied are the rows of the fold, bit for bit, and so are the bytes around them those of the libraries."""
 
+import contextlib
+import os
+import threading
+import time
+from queue import SimpleQueue
+
 import numpy as np
 import pytest
 import tensorstore as ts
 from safetensors import numpy as safetensors
 
+from flexmemory import files
 from flexmemory.errors import UserError
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.memory import TableRows
 from flexmemory.tkv import arrays, backbone, fold, format
+from flexmemory.tkv import export as export_module
 from flexmemory.tkv.encoding import Layout
+from flexmemory.tkv.export import Rows
+from flexmemory.tkv.format import TokenizerInfo
 from flexmemory.tkv.location import open_location
 from flexmemory.tkv.manifest import read_manifest
+from flexmemory.tkv.reader import PAGE
 
-from .making import MIXED, SHARD, VOCAB, config, make_store, params
+from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes
 
 TABLES = " ".join(kind for kind, block in KINDS.items() if block.source is TableRows)
 FOLD_ROWS = 32
@@ -94,3 +105,46 @@ def test_a_safetensors_file_is_what_its_library_writes(mixed, tmp_path):
     file = backbone.save_tensors(open_location(tmp_path), "f.safetensors", content)
     want = safetensors.save({name: np.ascontiguousarray(array, np.float32) for name, array in content.items()})
     assert (tmp_path / "f.safetensors").read_bytes() == want and file.bytes == len(want)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_piece_of_memory_is_one_shards_until_it_is_written_or_has_failed(fails, monkeypatch):
+    cfg = config("stem stem-gate")
+    weights, manifest = params(cfg), export_module.plan(cfg, Rows(block_rows=SHARD), TokenizerInfo("", 0, 1), "", 0, 0)
+    (group,) = manifest.groups
+    tables, free = fold.learned_tables(weights, cfg.model, manifest.groups)[group.name], SimpleQueue()
+    (memory_N,) = fold.copy_memory(manifest.groups, 1)
+    free.put(memory_N)
+
+    def write(*args):
+        *_, parts = args
+        assert all(np.shares_memory(part, memory_N) and free.empty() for part in parts)
+        if fails:
+            raise OSError(28, "No space left on device")
+        return ["file"]
+
+    monkeypatch.setattr(export_module, "_write_shard", write)
+    with pytest.raises(OSError, match="No space left") if fails else contextlib.nullcontext():
+        assert export_module._copy_shard(None, manifest, group, 1, (b"", b""), threading.Lock(), tables, free) == ["file"]
+    assert free.qsize() == 1
+
+
+def test_learned_rows_of_many_blocks_at_once(tmp_path, monkeypatch):
+    """Pieces that go to the disk from where they lie, while other threads fill theirs."""
+    cfg = config("stem stem-gate")
+    weights = params(cfg)
+    make_store(tmp_path / "usual", cfg, weights, block_rows=64)
+    write, running, most = os.write, set(), []
+
+    def slowly(descriptor, data):
+        running.add(threading.get_ident())
+        most.append(len(running))
+        time.sleep(0.002)
+        running.discard(threading.get_ident())
+        return write(descriptor, data)
+
+    monkeypatch.setattr(fold, "COPY_BYTES", 3 * PAGE)  # 32 bundles
+    monkeypatch.setattr(files, "PIECE_BYTES", 2 * PAGE)
+    monkeypatch.setattr(os, "write", slowly)
+    make_store(tmp_path / "slowly", cfg, weights, block_rows=64)
+    assert 3 <= max(most) and tree_bytes(tmp_path / "slowly") == tree_bytes(tmp_path / "usual")
