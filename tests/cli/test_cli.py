@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flexmemory.cli.main import COMMANDS, main
@@ -132,9 +133,30 @@ def output(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
+def loss_of_the_fold(run_folder, out) -> float:
+    """With rows computed from the weights in calls of the shape that the manifest of ``out`` records."""
+    from flexmemory.data.shards import TokenShards
+    from flexmemory.evals.perplexity import perplexity
+    from flexmemory.tkv import encoding, fold
+    from flexmemory.tkv.location import open_location
+    from flexmemory.tkv.manifest import read_manifest
+    from flexmemory.train.checkpoint import load_params
+
+    (cfg, params, _), manifest = load_params(run_folder, None), read_manifest(open_location(out))
+    (group,) = manifest.groups
+    blocks = fold.fold_table(params, {group.name: ()}, cfg=cfg.model, groups=manifest.groups, fold_rows=manifest.fold_rows,
+                             block_rows=manifest.shard_rows)
+    table_VB = np.concatenate([bundles[group.name] for _, bundles in blocks])
+
+    def rows(ids_R):
+        return {group.name: encoding.jitted_decode(group.layout, encoding.host_view(group.layout, table_VB[ids_R]), (), cfg.model.compute_dtype)}
+
+    return perplexity(cfg, params, TokenShards(cfg.data.path, "val"), max_tokens=0, rows_of=rows)["loss"]
+
+
 def test_the_papers_tables_7_and_8_are_commands(run_folder, tmp_path, capsys):
-    """export prints sizes and errors; eval --tkv the loss with those rows: with exact ones the run's, whose rows are computed in matmuls of another
-    shape, and further off with coarser ones."""
+    """export prints sizes and errors; eval --tkv the loss with those rows: with exact ones that of the live fold, to the bit, and the run's, whose
+    rows are computed in matmuls of another shape; further off with coarser ones."""
     whole = json.loads(output(capsys, "eval", f"--workdir={run_folder}"))
     losses = {}
     for name, options in (("float32", []), ("int8", ["--dtype=int8"]), ("int4", ["--dtype=int4"]), ("half", ["--rank=0.5"])):
@@ -143,6 +165,7 @@ def test_the_papers_tables_7_and_8_are_commands(run_folder, tmp_path, capsys):
         made = json.loads(output(capsys, "eval", f"--tkv={tmp_path / name}", f"--workdir={run_folder}"))
         losses[name] = made["loss"]
         assert made["table_bytes"] < 400 * 32 * 4 or name == "float32"
+    assert losses["float32"] == loss_of_the_fold(run_folder, tmp_path / "float32")
     assert losses["float32"] == pytest.approx(whole["loss"], rel=2e-7) and losses["int8"] != pytest.approx(whole["loss"], rel=2e-7)
     assert abs(losses["int8"] - whole["loss"]) < abs(losses["int4"] - whole["loss"]) < 0.1
 
