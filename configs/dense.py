@@ -2,8 +2,8 @@
 
     flexmemory train --config=configs/dense.py:250m --workdir=runs/dense --config.data.path=DATA
 
-kind: dense (Eq 2.1-2.3), parallel (attention and FFN both on X_L), attn_only (no FFN). Expected (paper, Table 2, 50B tokens of C4):
-dense perplexity 19.730 at 750m, 23.190 at 250m.
+kind: dense (Eq 2.1-2.3), parallel (attention and FFN both on X_L), attn_only (no FFN). Expected
+(paper, Table 2, 50B tokens of C4): dense perplexity 19.730 at 750m, 23.190 at 250m.
 """
 
 from flexmemory.config import parse_arg

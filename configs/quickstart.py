@@ -1,6 +1,8 @@
-"""A small model for two CPU cores: about half a minute of training on text from `flexmemory prepare`.
+"""A small model for two CPU cores: about half a minute of training on text from `flexmemory
+prepare`.
 
-    flexmemory train '--config=configs/quickstart.py:pattern=memoryllm*4' --workdir=runs/x --config.data.path=data/demo
+    flexmemory train '--config=configs/quickstart.py:pattern=memoryllm*4' --workdir=runs/x
+    --config.data.path=data/demo
 
 Bare word: smoke (seconds). Options: pattern=..., beta=... .
 """
@@ -10,7 +12,9 @@ from flexmemory.recipes import smoke
 
 
 def get_config(arg: str = ""):
-    size, options = parse_arg(arg, {"cpu": {"smoke": False}, "smoke": {"smoke": True}}, pattern="flex*4", beta="3")
+    size, options = parse_arg(
+        arg, {"cpu": {"smoke": False}, "smoke": {"smoke": True}}, pattern="flex*4", beta="3"
+    )
     if size["smoke"]:
         c = smoke(options["pattern"])
     else:

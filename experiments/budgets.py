@@ -2,8 +2,9 @@
 
     "budget": {"mode": "total", "knob": "model.d_ff", "like": {"model.pattern": "dense*4"}}
 
-``like`` is laid over the run's own config and makes the reference; both have the run's vocabulary. Costs rise with either knob, so bisection finds the
-nearest width there is. What a width cannot reach is stated as the residual.
+``like`` is laid over the run's own config and makes the reference; both have the run's vocabulary.
+Costs rise with either knob, so bisection finds the nearest width there is. What a width cannot
+reach is stated as the residual.
 """
 
 import dataclasses
@@ -22,15 +23,22 @@ MODES = {  # mode -> which number of accounting.account
 }
 KNOBS = ("model.d_ff", "model.d_model")
 WIDEST = 16  # times the width that the config gives
-ALIKE = ("model.d_model", "prepare.source", "prepare.tokenizer", "train.steps")  # in which the models of one comparison agree
+ALIKE = (
+    "model.d_model",
+    "prepare.source",
+    "prepare.tokenizer",
+    "train.steps",
+)  # in which the models of one comparison agree
 WORST = 0.1  # a model further from its target is not of equal budget
 
 
 def solve(cfg: Config, budget: dict) -> tuple[Config, dict]:
-    """(config with the solved width, {"mode", "knob", "chosen": {field: value}, "target", "got", "residual": got / target - 1}).
+    """(config with the solved width, {"mode", "knob", "chosen": {field: value}, "target", "got",
+    "residual": got / target - 1}).
 
-    knob model.d_ff: any whole width. knob model.d_model: multiples of 2 n_heads with d_ff in proportion, then d_ff for what is left.
-    Raises UserError for an unknown mode or knob and for a target that the knob does not reach.
+    knob model.d_ff: any whole width. knob model.d_model: multiples of 2 n_heads with d_ff in
+    proportion, then d_ff for what is left. Raises UserError for an unknown mode or knob and for a
+    target that the knob does not reach.
     """
     mode, knob = budget["mode"], budget["knob"]
     if mode not in MODES:
@@ -41,13 +49,19 @@ def solve(cfg: Config, budget: dict) -> tuple[Config, dict]:
     best = cfg
     if knob == "model.d_model":
         unit, ratio = 2 * cfg.model.n_heads, cfg.model.d_ff / cfg.model.d_model
-        best = closest(lambda n: widened(cfg, d_model=n * unit, d_ff=max(1, round(ratio * n * unit))), cfg.model.d_model // unit, mode, target)
+        best = closest(
+            lambda n: widened(cfg, d_model=n * unit, d_ff=max(1, round(ratio * n * unit))),
+            cfg.model.d_model // unit,
+            mode,
+            target,
+        )
     finer = closest(lambda n: widened(best, d_ff=n), best.model.d_ff, mode, target)
     best = min(best, finer, key=lambda made: abs(cost(made, mode) - target))
     got = cost(best, mode)
     if abs(got / target - 1) > WORST:
         raise UserError(
-            f"budget.mode {mode}: {cfg.model.pattern} comes no nearer to {target:,} by {knob} than {got:,}; choose another knob or reference"
+            f"budget.mode {mode}: {cfg.model.pattern} comes no nearer to {target:,} by {knob} than"
+            f" {got:,}; choose another knob or reference"
         )
     return best, {
         "mode": mode,
@@ -64,7 +78,9 @@ def widened(cfg: Config, **fields: int) -> Config:
 
 
 def closest(make: Callable[[int], Config], start: int, mode: str, target: float) -> Config:
-    """``make(n)`` of the whole number n >= 1, up to ``WIDEST`` times ``start``, whose cost is nearest to ``target``; costs rise with n."""
+    """``make(n)`` of the whole number n >= 1, up to ``WIDEST`` times ``start``, whose cost is
+    nearest to ``target``; costs rise with n.
+    """
     low, high = 1, WIDEST * max(1, start)
     while high - low > 1:
         middle = (low + high) // 2
@@ -77,8 +93,8 @@ def cost(cfg: Config, mode: str) -> int:
 
 
 def equalise(rows: list[dict], mode: str) -> list[dict]:
-    """The sweep with every other variant's d_model solved so that it costs what the first variant of its size and text does; runs with a budget of their
-    own stay as they are.
+    """The sweep with every other variant's d_model solved so that it costs what the first variant
+    of its size and text does; runs with a budget of their own stay as they are.
 
     Raises UserError for an unknown mode.
     """
@@ -89,5 +105,9 @@ def equalise(rows: list[dict], mode: str) -> list[dict]:
         reference = first.setdefault(tuple(row.get(key) for key in ALIKE), row)
         like = {key: value for key, value in reference.items() if key.startswith("model.")}
         same = variant_of(row["name"]) == variant_of(reference["name"])
-        made.append(row if same or "budget" in row else row | {"budget": {"mode": mode, "knob": "model.d_model", "like": like}})
+        made.append(
+            row
+            if same or "budget" in row
+            else row | {"budget": {"mode": mode, "knob": "model.d_model", "like": like}}
+        )
     return made

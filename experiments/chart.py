@@ -1,4 +1,6 @@
-"""Rows and figures that many experiments share: means over seeds as table rows, bars, lines and points."""
+"""Rows and figures that many experiments share: means over seeds as table rows, bars, lines and
+points.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -21,13 +23,19 @@ def family(run: dict) -> str:
     return family_of(run["config"]["model"]["pattern"])
 
 
-def mean_of(runs: list[dict], path: str | Callable[[dict], float | None]) -> tuple[float | None, float | None]:
-    """(mean, sample standard deviation) over runs of the number at a dotted path, or of a function of the run."""
+def mean_of(
+    runs: list[dict], path: str | Callable[[dict], float | None]
+) -> tuple[float | None, float | None]:
+    """(mean, sample standard deviation) over runs of the number at a dotted path, or of a function
+    of the run.
+    """
     return mean_spread([path(run) if callable(path) else number(run, path) for run in runs])
 
 
 def means(runs: list[dict], **columns) -> list[dict]:
-    """One row per variant: its name, its seeds, and of each column (a dotted path or a function of the run) mean and ``_std`` where it varies."""
+    """One row per variant: its name, its seeds, and of each column (a dotted path or a function of
+    the run) mean and ``_std`` where it varies.
+    """
     rows = []
     for variant, group in by_variant(runs).items():
         row = {"variant": variant, "family": family(group[0]), "seeds": len(group)}
@@ -48,17 +56,45 @@ def bars(name: str, title: str, runs: list[dict], path, y: str, caption: str = "
         if mean is not None:
             series.append(Series(variant, ((i, mean, std or 0.0),), "bars", family(group[0])))
             ticks.append((i, variant))
-    return Figure(name, title, caption or "Means over seeds; whiskers: standard deviation.", "", y, tuple(series), ticks=tuple(ticks))
+    return Figure(
+        name,
+        title,
+        caption or "Means over seeds; whiskers: standard deviation.",
+        "",
+        y,
+        tuple(series),
+        ticks=tuple(ticks),
+    )
 
 
-def scatter(name: str, title: str, runs: list[dict], x_path, y_path, x: str, y: str, caption: str = "", **options) -> Figure:
+def scatter(
+    name: str,
+    title: str,
+    runs: list[dict],
+    x_path,
+    y_path,
+    x: str,
+    y: str,
+    caption: str = "",
+    **options,
+) -> Figure:
     """One labelled point per variant."""
     series = []
     for variant, group in by_variant(runs).items():
         (x_mean, _), (y_mean, y_std) = mean_of(group, x_path), mean_of(group, y_path)
         if x_mean is not None and y_mean is not None:
-            series.append(Series(variant, ((x_mean, y_mean, y_std or 0.0),), "points", family(group[0])))
-    return Figure(name, title, caption or "Means over seeds; bars: standard deviation.", x, y, tuple(series), **options)
+            series.append(
+                Series(variant, ((x_mean, y_mean, y_std or 0.0),), "points", family(group[0]))
+            )
+    return Figure(
+        name,
+        title,
+        caption or "Means over seeds; bars: standard deviation.",
+        x,
+        y,
+        tuple(series),
+        **options,
+    )
 
 
 def mean_lines(
@@ -71,7 +107,9 @@ def mean_lines(
     caption: str = "",
     **options,
 ) -> Figure:
-    """One line per variant: ``curve(run)`` gives (x, y) points or None; means over the seeds at each x."""
+    """One line per variant: ``curve(run)`` gives (x, y) points or None; means over the seeds at
+    each x.
+    """
     series = []
     for variant, group in by_variant(runs).items():
         at: dict[float, list[float]] = {}
@@ -79,14 +117,19 @@ def mean_lines(
             for px, py in curve(run) or ():
                 if py is not None:
                     at.setdefault(px, []).append(py)
-        points = tuple((px, *(value or 0.0 for value in mean_spread(values))) for px, values in sorted(at.items()))
+        points = tuple(
+            (px, *(value or 0.0 for value in mean_spread(values)))
+            for px, values in sorted(at.items())
+        )
         if points:
             series.append(Series(variant, points, "line", family(group[0])))
     return Figure(name, title, caption or "Means over seeds.", x, y, tuple(series), **options)
 
 
 def compute_share(run: dict) -> float | None:
-    """C of the C/M ratio: the share of the FFN weights that compute on the context; None beside that axis (stem, attn_only)."""
+    """C of the C/M ratio: the share of the FFN weights that compute on the context; None beside
+    that axis (stem, attn_only).
+    """
     pattern, widths = run["config"]["model"]["pattern"], run["account"]["ffn_widths"]
     if "stem" in pattern or "attn_only" in pattern:
         return None
@@ -100,7 +143,9 @@ def noise_of(runs: list[dict], path: str = "result.val_loss") -> float | None:
 
 
 def loss_against(runs: list[dict], cost: str) -> Figure:
-    """Validation loss against one of the costs of accounting: active, read_bytes_per_token, flops_per_token, total."""
+    """Validation loss against one of the costs of accounting: active, read_bytes_per_token,
+    flops_per_token, total.
+    """
     axis = {
         "active": "active parameters per token (no embedding, no head)",
         "read_bytes_per_token": "bytes read per decoded token",
@@ -121,25 +166,44 @@ def loss_against(runs: list[dict], cost: str) -> Figure:
 
 
 def thirds(values: list[float]) -> tuple[float, float, float] | None:
-    """Means over the first, middle and last third of the layers (the middle takes what does not divide); None with fewer than three layers."""
+    """Means over the first, middle and last third of the layers (the middle takes what does not
+    divide); None with fewer than three layers.
+    """
     if len(values) < 3 or None in values:
         return None
     n = len(values) // 3
-    return tuple(sum(part) / len(part) for part in (values[:n], values[n : len(values) - n], values[len(values) - n :]))
+    return tuple(
+        sum(part) / len(part)
+        for part in (values[:n], values[n : len(values) - n], values[len(values) - n :])
+    )
 
 
 def layer_values(run: dict, measure: str, key: str) -> list:
-    """The numbers of a measure that has one entry per layer, from input to output; [] where it does not apply."""
+    """The numbers of a measure that has one entry per layer, from input to output; [] where it does
+    not apply.
+    """
     return [entry[key] for entry in (number(run, f"measures.{measure}") or {}).get("layers", [])]
 
 
-def by_layer(name: str, title: str, runs: list[dict], measure: str, key: str, y: str, caption: str = "", **options) -> Figure:
+def by_layer(
+    name: str,
+    title: str,
+    runs: list[dict],
+    measure: str,
+    key: str,
+    y: str,
+    caption: str = "",
+    **options,
+) -> Figure:
     """One line per variant over the layers."""
     return mean_lines(
         name,
         title,
         runs,
-        lambda run: [(entry["layer"], entry[key]) for entry in (number(run, f"measures.{measure}") or {}).get("layers", [])],
+        lambda run: [
+            (entry["layer"], entry[key])
+            for entry in (number(run, f"measures.{measure}") or {}).get("layers", [])
+        ],
         "layer, from input",
         y,
         caption,
@@ -147,25 +211,55 @@ def by_layer(name: str, title: str, runs: list[dict], measure: str, key: str, y:
     )
 
 
-def layer_lines(name: str, title: str, runs: list[dict], measure: str, keys: dict[str, str], y: str, caption: str = "") -> Figure:
-    """Several numbers of a measure over the layers, one line each: ``keys`` {number: label}. Means over all runs."""
+def layer_lines(
+    name: str,
+    title: str,
+    runs: list[dict],
+    measure: str,
+    keys: dict[str, str],
+    y: str,
+    caption: str = "",
+) -> Figure:
+    """Several numbers of a measure over the layers, one line each: ``keys`` {number: label}. Means
+    over all runs.
+    """
     series = []
     for key, label in keys.items():
         columns = zip(*(layer_values(run, measure, key) for run in runs), strict=True)
-        points = tuple((layer, *(value or 0.0 for value in mean_spread(list(column)))) for layer, column in enumerate(columns))
+        points = tuple(
+            (layer, *(value or 0.0 for value in mean_spread(list(column))))
+            for layer, column in enumerate(columns)
+        )
         series.append(Series(label, points))
-    return Figure(name, title, caption or "Means over seeds.", "memory layer, from input", y, tuple(line for line in series if line.points))
+    return Figure(
+        name,
+        title,
+        caption or "Means over seeds.",
+        "memory layer, from input",
+        y,
+        tuple(line for line in series if line.points),
+    )
 
 
 def measured(runs: list[dict], measure: str, part: str, columns: Iterable[str]) -> list[dict]:
-    """One row per variant and entry of a measure's list ``part`` (points or layers): ``columns`` as means over the seeds, texts as they are."""
+    """One row per variant and entry of a measure's list ``part`` (points or layers): ``columns`` as
+    means over the seeds, texts as they are.
+    """
     rows = []
     for variant, group in by_variant(runs).items():
-        lists = [found[part] for run in group if (found := number(run, f"measures.{measure}")) and found.get("applies", True)]
+        lists = [
+            found[part]
+            for run in group
+            if (found := number(run, f"measures.{measure}")) and found.get("applies", True)
+        ]
         for entries in zip(*lists, strict=False):
             row = {"variant": variant, "family": family(group[0]), "seeds": len(entries)}
             for column in columns:
                 values = [number(entry, column) for entry in entries]
-                row[column.replace(".", "_")] = values[0] if isinstance(values[0], str) or len(set(values)) == 1 else mean_spread(values)[0]
+                row[column.replace(".", "_")] = (
+                    values[0]
+                    if isinstance(values[0], str) or len(set(values)) == 1
+                    else mean_spread(values)[0]
+                )
             rows.append(row)
     return rows

@@ -5,7 +5,9 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Points joined or not. ``points``: (x, y) or (x, y, spread), the spread drawn as a bar up and down."""
+    """Points joined or not. ``points``: (x, y) or (x, y, spread), the spread drawn as a bar up and
+    down.
+    """
 
     label: str
     points: tuple[tuple[float, ...], ...]
@@ -28,7 +30,9 @@ class Figure:
     log_y: bool = False
     lines: tuple[tuple[float, str], ...] = ()  # (y, text) of horizontal reference lines
     ticks: tuple[tuple[float, str], ...] = ()  # (x, text) of a categorical axis
-    noise: float | None = None  # height of a bar that shows what two seeds of one model may differ by
+    noise: float | None = (
+        None  # height of a bar that shows what two seeds of one model may differ by
+    )
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -1,4 +1,6 @@
-"""The catalogue: python -m experiments.list [--runs=runs/cpu] prints id, source, one line, scales and the last verdicts."""
+"""The catalogue: python -m experiments.list [--runs=runs/cpu] prints id, source, one line, scales
+and the last verdicts.
+"""
 
 import json
 import sys
@@ -16,7 +18,12 @@ from flexmemory.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m experiments.list", __doc__)
-    parser.add_argument("--runs", type=Path, action="append", help="folders of runs whose verdicts to show; default all below runs/")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        action="append",
+        help="folders of runs whose verdicts to show; default all below runs/",
+    )
     try:
         args = parser.parse_args(argv)
         verdicts = last_verdicts(args.runs or sorted(Path("runs").glob("*")))
@@ -28,7 +35,13 @@ def main(argv: list[str] | None = None) -> int:
         table.add_column(column, overflow="fold", no_wrap=column in ("name", "scales"))
     for name in catalogue.names():
         module = catalogue.load(name)
-        table.add_row(name, module.SOURCE, module.__doc__.strip().splitlines()[0], " ".join(catalogue.scales_of(module)), verdicts.get(name, "not run"))
+        table.add_row(
+            name,
+            module.SOURCE,
+            module.__doc__.strip().splitlines()[0],
+            " ".join(catalogue.scales_of(module)),
+            verdicts.get(name, "not run"),
+        )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 
@@ -36,15 +49,27 @@ def main(argv: list[str] | None = None) -> int:
 def last_verdicts(folders: list[Path]) -> dict[str, str]:
     """{experiment: "cpu: 2 reproduced, 1 within noise"} from the newest results.json that has it."""
     made: dict[str, str] = {}
-    dated = [(path.stat().st_mtime, path) for folder in folders if (path := folder / "results.json").exists()]
+    dated = [
+        (path.stat().st_mtime, path)
+        for folder in folders
+        if (path := folder / "results.json").exists()
+    ]
     for _, path in sorted(dated):
         try:
             results = json.loads(path.read_text())
             for entry in results["experiments"]:
-                counts = {verdict: sum(claim["verdict"] == verdict for claim in entry["claims"]) for verdict in VERDICTS}
-                made[entry["name"]] = f"{entry['scale']}: " + (", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no claims")
+                counts = {
+                    verdict: sum(claim["verdict"] == verdict for claim in entry["claims"])
+                    for verdict in VERDICTS
+                }
+                made[entry["name"]] = f"{entry['scale']}: " + (
+                    ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no claims"
+                )
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: not the results of experiments; write it again with python -m experiments.report {path.parent}") from None
+            raise UserError(
+                f"{path}: not the results of experiments; write it again with python -m"
+                f" experiments.report {path.parent}"
+            ) from None
     return made
 
 

@@ -1,4 +1,6 @@
-"""Measures that need a store or a clock: the fold with its proof, and decoding from the device and from disk. The others are in flexmemory/analysis."""
+"""Measures that need a store or a clock: the fold with its proof, and decoding from the device and
+from disk. The others are in flexmemory/analysis.
+"""
 
 from pathlib import Path
 
@@ -16,19 +18,32 @@ PROMPT = "Question: Where was"
 
 
 def fold(trained: Trained) -> dict:
-    """The run exported to WORKDIR/store (float32) and compared with the live model: the figures of ``flexmemory verify``, seconds and bytes."""
+    """The run exported to WORKDIR/store (float32) and compared with the live model: the figures of
+    ``flexmemory verify``, seconds and bytes.
+    """
     made = export(trained.workdir, store(trained), progress=False)
     proof = verify(store(trained), trained.workdir)
     return {
         "export_s": made["seconds"],
         "table_bytes": account(trained.cfg.model)["table_bytes"]["float32"],
-        **{key: proof[key] for key in ("ok", "rows_max_abs_diff", "logits_max_abs_diff", "logits_max_rel_diff", "greedy_equal")},
+        **{
+            key: proof[key]
+            for key in (
+                "ok",
+                "rows_max_abs_diff",
+                "logits_max_abs_diff",
+                "logits_max_rel_diff",
+                "greedy_equal",
+            )
+        },
     }
 
 
 def decode(trained: Trained) -> dict:
-    """Greedy decoding of 48 tokens, one sequence, with the rows on the device ("resident") and with a quarter of them in RAM and all on disk
-    ("offloaded"): tokens/s of both, the share of lookups that RAM answered, the text."""
+    """Greedy decoding of 48 tokens, one sequence, with the rows on the device ("resident") and with
+    a quarter of them in RAM and all on disk ("offloaded"): tokens/s of both, the share of lookups
+    that RAM answered, the text.
+    """
     export(trained.workdir, store(trained), progress=False)
     ram = int(account(trained.cfg.model)["table_bytes"]["float32"] * RAM_SHARE)
     resident, _, _ = timed(Engine.from_run(trained.workdir, max_batch=1))
@@ -56,4 +71,8 @@ def timed(engine: Engine) -> tuple[float, dict, str]:
 
 def training_curve(trained: Trained) -> dict:
     """{"points": [(step, training loss)]} as logged."""
-    return {"points": [(row["step"], row["loss"]) for row in read_metrics(trained.workdir) if "loss" in row]}
+    return {
+        "points": [
+            (row["step"], row["loss"]) for row in read_metrics(trained.workdir) if "loss" in row
+        ]
+    }

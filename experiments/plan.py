@@ -1,4 +1,6 @@
-"""The plan of a folder of runs: which runs the chosen experiments need, each once, and where each stands. docs/formats.md has the files."""
+"""The plan of a folder of runs: which runs the chosen experiments need, each once, and where each
+stands. docs/formats.md has the files.
+"""
 
 import contextlib
 import dataclasses
@@ -18,8 +20,10 @@ FILE, LOCK = "plan.json", ".lock"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """``runs``: {name: {"name", "overrides", "experiments": names of those that need it}}, in the order in which they are to start. ``budget``: what every
-    variant is made to cost alike, see budgets.equalise; None: as the experiments have it."""
+    """``runs``: {name: {"name", "overrides", "experiments": names of those that need it}}, in the
+    order in which they are to start. ``budget``: what every variant is made to cost alike, see
+    budgets.equalise; None: as the experiments have it.
+    """
 
     scale: str
     experiments: tuple[str, ...]
@@ -27,10 +31,19 @@ class Plan:
     budget: str | None = None
 
 
-def make(names: list[str], scale: str, *, source: str | None = None, seeds: list[int] | None = None, budget: str | None = None) -> Plan:
-    """The plan of some experiments. ``source``: other text for all runs; ``seeds``: in place of the scale's; ``budget``: see budgets.equalise.
+def make(
+    names: list[str],
+    scale: str,
+    *,
+    source: str | None = None,
+    seeds: list[int] | None = None,
+    budget: str | None = None,
+) -> Plan:
+    """The plan of some experiments. ``source``: other text for all runs; ``seeds``: in place of the
+    scale's; ``budget``: see budgets.equalise.
 
-    Raises UserError for an unknown experiment or scale, one name with two meanings, or a sweep that does not go with ``source`` or ``budget``.
+    Raises UserError for an unknown experiment or scale, one name with two meanings, or a sweep that
+    does not go with ``source`` or ``budget``.
     """
     modules = {catalogue.name_of(module): module for module in map(catalogue.load, names)}
     runs: dict[str, dict] = {}
@@ -43,8 +56,20 @@ def make(names: list[str], scale: str, *, source: str | None = None, seeds: list
         rows = [row | {"prepare.source": source} for row in rows] if source else rows
         rows = reseeded(rows, seeds) if seeds is not None else rows
         for row in rows:
-            add(runs, {"name": row["name"], "overrides": {key: value for key, value in row.items() if key != "name"}, "experiments": [name]})
-    return Plan(scale, tuple(modules), dict(sorted(runs.items(), key=lambda item: seed_of(item[1]["overrides"]))), budget)
+            add(
+                runs,
+                {
+                    "name": row["name"],
+                    "overrides": {key: value for key, value in row.items() if key != "name"},
+                    "experiments": [name],
+                },
+            )
+    return Plan(
+        scale,
+        tuple(modules),
+        dict(sorted(runs.items(), key=lambda item: seed_of(item[1]["overrides"]))),
+        budget,
+    )
 
 
 def reseeded(rows: list[dict], seeds: list[int]) -> list[dict]:
@@ -53,7 +78,11 @@ def reseeded(rows: list[dict], seeds: list[int]) -> list[dict]:
         return rows
     first = seed_of(rows[0])
     variants = [row for row in rows if seed_of(row) == first]
-    return [row | {"name": f"{row['name'].removesuffix(f'-s{first}')}-s{seed}", "train.seed": seed} for row in variants for seed in seeds]
+    return [
+        row | {"name": f"{row['name'].removesuffix(f'-s{first}')}-s{seed}", "train.seed": seed}
+        for row in variants
+        for seed in seeds
+    ]
 
 
 def seed_of(row: dict) -> int:
@@ -61,38 +90,55 @@ def seed_of(row: dict) -> int:
 
 
 def add(runs: dict[str, dict], run: dict) -> None:
-    """Puts a run among others: one of equal name must be equal. Raises UserError naming what differs."""
+    """Puts a run among others: one of equal name must be equal. Raises UserError naming what
+    differs.
+    """
     known = runs.setdefault(run["name"], run)
     if known["overrides"] != run["overrides"]:
         key = differing(known["overrides"], run["overrides"])
         raise UserError(
-            f"two runs are named {run['name']!r}: {key} is {known['overrides'].get(key)!r} for {', '.join(known['experiments'])} and "
-            f"{run['overrides'].get(key)!r} for {', '.join(run['experiments'])}; give one another name, or each experiment its own --out"
+            f"two runs are named {run['name']!r}: {key} is {known['overrides'].get(key)!r} for"
+            f" {', '.join(known['experiments'])} and {run['overrides'].get(key)!r} for"
+            f" {', '.join(run['experiments'])}; give one another name, or each experiment its own"
+            " --out"
         )
-    known["experiments"] += [name for name in run["experiments"] if name not in known["experiments"]]
+    known["experiments"] += [
+        name for name in run["experiments"] if name not in known["experiments"]
+    ]
 
 
 def merged(out: Path, plan: Plan) -> Plan:
-    """The plan with what the folder plans already; of experiments that have lost a variant since, that variant's runs are left out (their folders stay).
+    """The plan with what the folder plans already; of experiments that have lost a variant since,
+    that variant's runs are left out (their folders stay).
 
-    Raises UserError where the folder is something else's, of another scale or budget, or gives a run of equal name another meaning.
+    Raises UserError where the folder is something else's, of another scale or budget, or gives a
+    run of equal name another meaning.
     """
     if not (out / FILE).exists():
         if out.exists() and {path.name for path in out.iterdir()} - {LOCK}:
             raise UserError(f"--out {out}: not empty and not a folder of runs; give a new one")
         return plan
     old = read(out)
-    for name, mine, theirs in (("scale", plan.scale, old.scale), ("budget", plan.budget, old.budget)):
+    for name, mine, theirs in (
+        ("scale", plan.scale, old.scale),
+        ("budget", plan.budget, old.budget),
+    ):
         if mine != theirs:
-            raise UserError(f"--out {out}: holds runs of {name} {theirs!r}, not {mine!r}; give a new folder")
+            raise UserError(
+                f"--out {out}: holds runs of {name} {theirs!r}, not {mine!r}; give a new folder"
+            )
     variants = {
-        name: {variant_of(row["name"]) for row in catalogue.sweep_of(catalogue.load(name), old.scale)}
+        name: {
+            variant_of(row["name"]) for row in catalogue.sweep_of(catalogue.load(name), old.scale)
+        }
         for name in old.experiments
         if name in catalogue.names()
     }
     runs: dict[str, dict] = {}
     for name, run in old.runs.items():
-        needed = [other for other in run["experiments"] if variant_of(name) in variants.get(other, ())]
+        needed = [
+            other for other in run["experiments"] if variant_of(name) in variants.get(other, ())
+        ]
         if needed:
             runs[name] = run | {"experiments": needed}
     for run in plan.runs.values():
@@ -101,22 +147,37 @@ def merged(out: Path, plan: Plan) -> Plan:
 
 
 def claim(out: Path, plan: Plan) -> Plan:
-    """Creates the folder of the plan or adds the plan to the one that is there; returns what the folder now plans. Raises UserError as :func:`merged`."""
+    """Creates the folder of the plan or adds the plan to the one that is there; returns what the
+    folder now plans. Raises UserError as :func:`merged`.
+    """
     plan = merged(out, plan)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / FILE, {"scale": plan.scale, "budget": plan.budget, "experiments": list(plan.experiments), "runs": list(plan.runs.values())})
+    write_json(
+        out / FILE,
+        {
+            "scale": plan.scale,
+            "budget": plan.budget,
+            "experiments": list(plan.experiments),
+            "runs": list(plan.runs.values()),
+        },
+    )
     return plan
 
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Keeps other launchers of this machine out of the folder. Raises UserError where one is at work."""
+    """Keeps other launchers of this machine out of the folder. Raises UserError where one is at
+    work.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--out {out}: another launcher is at work there; wait for it, or give another folder") from None
+            raise UserError(
+                f"--out {out}: another launcher is at work there; wait for it, or give another"
+                " folder"
+            ) from None
         yield
 
 
@@ -124,11 +185,21 @@ def read(out: Path) -> Plan:
     """The plan of a folder. Raises UserError where there is none or it cannot be read."""
     try:
         values = json.loads((Path(out) / FILE).read_text())
-        return Plan(values["scale"], tuple(values["experiments"]), {run["name"]: run for run in values["runs"]}, values.get("budget"))
+        return Plan(
+            values["scale"],
+            tuple(values["experiments"]),
+            {run["name"]: run for run in values["runs"]},
+            values.get("budget"),
+        )
     except FileNotFoundError:
-        raise UserError(f"{out}: no {FILE}; give the --out of `python -m experiments.run`") from None
+        raise UserError(
+            f"{out}: no {FILE}; give the --out of `python -m experiments.run`"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{Path(out) / FILE}: not readable ({type(error).__name__}: {error}); put it back, or give a new folder") from None
+        raise UserError(
+            f"{Path(out) / FILE}: not readable ({type(error).__name__}: {error}); put it back, or"
+            " give a new folder"
+        ) from None
 
 
 def run_of(plan: Plan, name: str) -> dict:
@@ -141,18 +212,27 @@ def run_of(plan: Plan, name: str) -> dict:
 def data_folder(out: Path, run: dict) -> Path:
     """Where the run's text is: runs with equal arguments of `prepare` share it."""
     arguments = prepare_arguments(run)
-    return out / "data" / hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
+    return (
+        out
+        / "data"
+        / hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
+    )
 
 
 def prepare_arguments(run: dict) -> dict:
-    return {name: run["overrides"][f"prepare.{name}"] for name in PREPARE if f"prepare.{name}" in run["overrides"]}
+    return {
+        name: run["overrides"][f"prepare.{name}"]
+        for name in PREPARE
+        if f"prepare.{name}" in run["overrides"]
+    }
 
 
 def finished(out: Path, run: dict, measures: set[str] | None = None) -> dict | None:
-    """What is known of a run that is trained and measured: trained.json with "measures", "variant" and "seed"; else None, also where it was made of other
-    overrides.
+    """What is known of a run that is trained and measured: trained.json with "measures", "variant"
+    and "seed"; else None, also where it was made of other overrides.
 
-    measures: the names of those that it must have, by default those of all experiments that need it.
+    measures: the names of those that it must have, by default those of all experiments that need
+    it.
     """
     folder = out / run["name"]
     try:
@@ -167,7 +247,11 @@ def finished(out: Path, run: dict, measures: set[str] | None = None) -> dict | N
             known[name], trained["seconds"][name] = measure["result"], measure["seconds"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return trained | {"measures": known, "variant": variant_of(run["name"]), "seed": seed_of(run["overrides"])}
+    return trained | {
+        "measures": known,
+        "variant": variant_of(run["name"]),
+        "seed": seed_of(run["overrides"]),
+    }
 
 
 def identity(result: dict) -> list:
@@ -176,7 +260,9 @@ def identity(result: dict) -> list:
 
 
 def measures_of(run: dict) -> dict:
-    """{function name: function} of all experiments that need the run. Raises UserError where two have one name."""
+    """{function name: function} of all experiments that need the run. Raises UserError where two
+    have one name.
+    """
     made = {}
     for name in run["experiments"]:
         for function in catalogue.measures_of(catalogue.load(name)):
@@ -191,4 +277,7 @@ def unfinished(out: Path, plan: Plan) -> list[str]:
 
 def steps(plan: Plan) -> dict[str, int]:
     """{run: its training steps}"""
-    return {name: run["overrides"].get("train.steps", Config().train.steps) for name, run in plan.runs.items()}
+    return {
+        name: run["overrides"].get("train.steps", Config().train.steps)
+        for name, run in plan.runs.items()
+    }

@@ -1,7 +1,8 @@
-"""Runs experiments: python -m experiments.run e1 e2 --scale=cpu [--out=runs/cpu] [--launcher=local|slurm|here] [--dry_run]
+"""Runs experiments: python -m experiments.run e1 e2 --scale=cpu [--out=runs/cpu]
+[--launcher=local|slurm|here] [--dry_run]
 
-Experiments that need the same run share it. Finished runs are kept, broken ones resumed; a failed one is shown and the others go on. The same command
-again continues, and ends with the report.
+Experiments that need the same run share it. Finished runs are kept, broken ones resumed; a failed
+one is shown and the others go on. The same command again continues, and ends with the report.
 """
 
 import json
@@ -21,27 +22,51 @@ LAUNCHERS = ("local", "slurm", "here")
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m experiments.run", __doc__)
-    parser.add_argument("experiments", nargs="*", help="names or ids; python -m experiments.list shows them")
-    parser.add_argument("--all", action="store_true", help="every experiment of the catalogue that has the scale")
-    parser.add_argument("--scale", required=True, help="smoke, cpu, gpu or paper; cm_ratio also quickstart")
-    parser.add_argument("--out", type=Path, help="folder of the runs, continued where it exists; default runs/SCALE")
+    parser.add_argument(
+        "experiments", nargs="*", help="names or ids; python -m experiments.list shows them"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every experiment of the catalogue that has the scale"
+    )
+    parser.add_argument(
+        "--scale", required=True, help="smoke, cpu, gpu or paper; cm_ratio also quickstart"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the runs, continued where it exists; default runs/SCALE"
+    )
     parser.add_argument("--source", help="other text than the scale's, as for flexmemory prepare")
     parser.add_argument("--seeds", help="in place of the scale's, e.g. 0 or 0,1,2,3,4,5")
-    parser.add_argument("--budget", help="make every variant cost what the first one does: total, active, flops or bytes")
+    parser.add_argument(
+        "--budget",
+        help="make every variant cost what the first one does: total, active, flops or bytes",
+    )
     parser.add_argument(
         "--launcher",
         default="local",
-        help="local (one process per device), slurm, or here (this process; on every host of a slice with --distributed)",
+        help=(
+            "local (one process per device), slurm, or here (this process; on every host of a slice"
+            " with --distributed)"
+        ),
     )
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="with --launcher=here: one of several processes that a TPU pod, SLURM or Kubernetes started; trains only",
+        help=(
+            "with --launcher=here: one of several processes that a TPU pod, SLURM or Kubernetes"
+            " started; trains only"
+        ),
     )
     parser.add_argument(
-        "--devices", type=int, help="with --launcher=local: processes at a time; default one per accelerator, on a CPU one per core up to 8"
+        "--devices",
+        type=int,
+        help=(
+            "with --launcher=local: processes at a time; default one per accelerator, on a CPU one"
+            " per core up to 8"
+        ),
     )
-    parser.add_argument("--status", action="store_true", help="print where every run stands, and stop")
+    parser.add_argument(
+        "--status", action="store_true", help="print where every run stands, and stop"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print what would start and stop")
     try:
         args, rest = parser.parse_known_args(argv)
@@ -57,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(args, rest: list[str]) -> int:
     check(args, rest)
     out = args.out or Path("runs") / args.scale
-    plan = plans.make(chosen(args), args.scale, source=args.source, seeds=seeds_of(args.seeds), budget=args.budget)
+    plan = plans.make(
+        chosen(args), args.scale, source=args.source, seeds=seeds_of(args.seeds), budget=args.budget
+    )
     if args.dry_run:
         print(dry_run(out, plans.merged(out, plan), args, rest))
         return 0
@@ -93,7 +120,9 @@ def report(out: Path, failed: list[str]) -> int:
     from experiments.report import headline, write
 
     print(headline(write(out)))
-    print(f"\nreport: {out / 'report.html'}, report.md, report.tex; numbers: {out / 'results.json'}")
+    print(
+        f"\nreport: {out / 'report.html'}, report.md, report.tex; numbers: {out / 'results.json'}"
+    )
     return 1 if failed else 0
 
 
@@ -102,7 +131,9 @@ def check(args, rest: list[str]) -> None:
     if args.launcher not in LAUNCHERS:
         raise UserError(f"--launcher {args.launcher!r}: {nearest(args.launcher, LAUNCHERS)}")
     if rest and args.launcher != "slurm":
-        raise UserError(f"argument {rest[0]!r}: not understood; see python -m experiments.run --help")
+        raise UserError(
+            f"argument {rest[0]!r}: not understood; see python -m experiments.run --help"
+        )
     if bool(args.experiments) == args.all:
         raise UserError("give names of experiments or --all; python -m experiments.list shows them")
     if args.distributed and args.launcher != "here":
@@ -112,10 +143,15 @@ def check(args, rest: list[str]) -> None:
 def chosen(args) -> list[str]:
     if not args.all:
         return args.experiments
-    known = [name for name in catalogue.names() if args.scale in catalogue.scales_of(catalogue.load(name))]
+    known = [
+        name
+        for name in catalogue.names()
+        if args.scale in catalogue.scales_of(catalogue.load(name))
+    ]
     if not known:
         raise UserError(
-            f"--scale {args.scale!r}: {nearest(args.scale, sorted({s for n in catalogue.names() for s in catalogue.scales_of(catalogue.load(n))}))}"
+            f"--scale {args.scale!r}:"
+            f" {nearest(args.scale, sorted({s for n in catalogue.names() for s in catalogue.scales_of(catalogue.load(n))}))}"
         )
     return known
 
@@ -137,7 +173,12 @@ def texts(out: Path, plan: plans.Plan) -> dict[Path, dict]:
 def dry_run(out: Path, plan: plans.Plan, args, rest: list[str]) -> str:
     """The commands that would start, in their order."""
     lines = [
-        command("flexmemory.cli.main", "prepare", *(f"--{key}={value}" for key, value in arguments.items()), f"--out={folder}")
+        command(
+            "flexmemory.cli.main",
+            "prepare",
+            *(f"--{key}={value}" for key, value in arguments.items()),
+            f"--out={folder}",
+        )
         for folder, arguments in texts(out, plan).items()
     ]
     todo = plans.unfinished(out, plan)
@@ -149,7 +190,9 @@ def dry_run(out: Path, plan: plans.Plan, args, rest: list[str]) -> str:
 
 
 def status(out: Path, plan: plans.Plan, args) -> str:
-    """A line per run: finished, failed with its last line, how far it is, or not started; with --launcher=slurm what SLURM says of the unfinished."""
+    """A line per run: finished, failed with its last line, how far it is, or not started; with
+    --launcher=slurm what SLURM says of the unfinished.
+    """
     todo, steps = plans.unfinished(out, plan), plans.steps(plan)
     states = {name: ("finished", "") for name in plan.runs if name not in todo}
     if args.launcher == "slurm":
@@ -163,9 +206,17 @@ def status(out: Path, plan: plans.Plan, args) -> str:
         if failed.exists():
             states[name] = "failed", json.loads(failed.read_text())["error"]
         else:
-            states[name] = ("step", f"{metrics[-1]['step']} of {steps[name]}") if metrics else ("not started", "")
+            states[name] = (
+                ("step", f"{metrics[-1]['step']} of {steps[name]}")
+                if metrics
+                else ("not started", "")
+            )
     width = max(map(len, plan.runs), default=0)
-    lines = [f"{name:<{width}}  {state} {(more.strip().splitlines() or [''])[-1]}".rstrip() for name in plan.runs for state, more in [states[name]]]
+    lines = [
+        f"{name:<{width}}  {state} {(more.strip().splitlines() or [''])[-1]}".rstrip()
+        for name in plan.runs
+        for state, more in [states[name]]
+    ]
     return "\n".join([*lines, f"{len(plan.runs) - len(todo)} of {len(plan.runs)} finished"])
 
 
@@ -174,7 +225,9 @@ def command(module: str, *rest: str) -> str:
 
 
 def here(out: Path, plan: plans.Plan, args) -> int:
-    """Does the runs in this process, one after another; of several processes each calls this, and all train each run together."""
+    """Does the runs in this process, one after another; of several processes each calls this, and
+    all train each run together.
+    """
     from experiments.worker import work
     from flexmemory import cluster
 
@@ -198,7 +251,10 @@ def here(out: Path, plan: plans.Plan, args) -> int:
         return code
     if args.distributed:
         if cluster.is_first():
-            print("trained; the same command without --distributed, on one host, measures and writes the report")
+            print(
+                "trained; the same command without --distributed, on one host, measures and writes"
+                " the report"
+            )
         return code
     return report(out, ["a run"] if code else [])
 

@@ -1,6 +1,8 @@
-"""How big an experiment runs: the data, model and training settings of each scale, and the variants that many experiments share.
+"""How big an experiment runs: the data, model and training settings of each scale, and the variants
+that many experiments share.
 
-Experiments that ask for the same run at the same scale get the same name and the same overrides, so that it is trained once.
+Experiments that ask for the same run at the same scale get the same name and the same overrides, so
+that it is trained once.
 
     smoke   seconds; in the test suite
     cpu     one to two minutes a run on one core
@@ -14,7 +16,9 @@ from flexmemory.recipes import MEMORYLLM_SIZES, STEM_SIZES, memoryllm_recipe, st
 
 SCALES = ("smoke", "cpu", "gpu", "paper")
 SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "gpu": (0, 1, 2), "paper": (0,)}
-MORE_SEEDS = SEEDS | {"cpu": (0, 1, 2, 3, 4)}  # for what a headline rests on: an order over three steps is rarely decided by three seeds
+MORE_SEEDS = SEEDS | {
+    "cpu": (0, 1, 2, 3, 4)
+}  # for what a headline rests on: an order over three steps is rarely decided by three seeds
 ONE_SEED = dict.fromkeys(SEEDS, (0,))  # for what depends on the text alone
 LAYERS = {"smoke": 3, "cpu": 6, "gpu": 12}
 BASE = {
@@ -76,16 +80,29 @@ PAPER_DATA = {  # (source, tokenizer); the STEM paper's first stage is a subset 
 
 
 def settings(scale: str, paper: str = "memoryllm-1b") -> dict:
-    """Overrides of every run at ``scale``, the pattern left out; at paper scale those of ``paper``: memoryllm-250m|750m|1b or stem-350m|1b."""
+    """Overrides of every run at ``scale``, the pattern left out; at paper scale those of ``paper``:
+    memoryllm-250m|750m|1b or stem-350m|1b.
+    """
     if scale != "paper":
         return BASE[scale]
     family, _, size = paper.partition("-")
-    recipe = memoryllm_recipe(MEMORYLLM_SIZES[size], "dense*2") if family == "memoryllm" else stem_recipe(STEM_SIZES[size], "dense")
+    recipe = (
+        memoryllm_recipe(MEMORYLLM_SIZES[size], "dense*2")
+        if family == "memoryllm"
+        else stem_recipe(STEM_SIZES[size], "dense")
+    )
     defaults, values = default_config().to_dict(), recipe.to_dict()
-    fields = {f"{section}.{name}": value for section, names in values.items() for name, value in names.items() if value != defaults[section][name]}
+    fields = {
+        f"{section}.{name}": value
+        for section, names in values.items()
+        for name, value in names.items()
+        if value != defaults[section][name]
+    }
     source, tokenizer = PAPER_DATA[family if family == "memoryllm" else paper]
     return {"prepare.source": source, "prepare.tokenizer": tokenizer} | {
-        key: value for key, value in fields.items() if key not in ("model.pattern", "model.vocab_size")
+        key: value
+        for key, value in fields.items()
+        if key not in ("model.pattern", "model.vocab_size")
     }
 
 
@@ -95,8 +112,15 @@ def layers(scale: str, paper: str = "memoryllm-1b") -> int:
     return 24 if paper.startswith("memoryllm") else {"stem-350m": 32, "stem-1b": 16}[paper]
 
 
-def sweep(scale: str, variants: Sweep, paper: str = "memoryllm-1b", numbers: dict[str, tuple[int, ...]] = SEEDS) -> Sweep:
-    """Every variant, laid over the scale's settings, at every seed of the scale in ``numbers``. At paper scale names hold the size: "dense@memoryllm-1b-s0"."""
+def sweep(
+    scale: str,
+    variants: Sweep,
+    paper: str = "memoryllm-1b",
+    numbers: dict[str, tuple[int, ...]] = SEEDS,
+) -> Sweep:
+    """Every variant, laid over the scale's settings, at every seed of the scale in ``numbers``. At
+    paper scale names hold the size: "dense@memoryllm-1b-s0".
+    """
     rows = [settings(scale, paper) | row for row in variants]
     if scale == "paper":
         rows = [row | {"name": f"{row['name']}@{paper}"} for row in rows]
@@ -106,12 +130,16 @@ def sweep(scale: str, variants: Sweep, paper: str = "memoryllm-1b", numbers: dic
 def changed(variant: dict, *others: dict) -> dict:
     """A variant with other settings laid over it, their names after its own."""
     names = "-".join(row["name"] for row in (variant, *others) if row.get("name"))
-    return {key: value for row in (variant, *others) for key, value in row.items()} | {"name": names}
+    return {key: value for row in (variant, *others) for key, value in row.items()} | {
+        "name": names
+    }
 
 
 def variant(name: str, pattern: str, **fields) -> dict:
     """One variant; fields are of the model's config, e.g. beta="3"."""
-    return {"name": name, "model.pattern": pattern} | {f"model.{key}": value for key, value in fields.items()}
+    return {"name": name, "model.pattern": pattern} | {
+        f"model.{key}": value for key, value in fields.items()
+    }
 
 
 def dense(n: int) -> dict:
@@ -128,7 +156,13 @@ def flex(n: int, beta: int) -> dict:
 
 
 def stem(n: int, share: str = "third", kind: str = "stem") -> dict:
-    """STEM layers as the paper places them: the middle one of every whole three, every second from layer 1, or all but layer 0."""
-    is_stem = {"third": lambda i: i % 3 == 1 and i + 1 < n, "half": lambda i: i % 2 == 1, "full": lambda i: i > 0}[share]
+    """STEM layers as the paper places them: the middle one of every whole three, every second from
+    layer 1, or all but layer 0.
+    """
+    is_stem = {
+        "third": lambda i: i % 3 == 1 and i + 1 < n,
+        "half": lambda i: i % 2 == 1,
+        "full": lambda i: i > 0,
+    }[share]
     name = f"{kind}-{share}" if kind == "stem" else kind
     return variant(name, " ".join(kind if is_stem(i) else "dense" for i in range(n)))

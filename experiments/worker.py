@@ -1,7 +1,10 @@
-"""Does whole runs in this process: text, training, measures. python -m experiments.worker OUT NAME [NAME ...]
+"""Does whole runs in this process: text, training, measures. python -m experiments.worker OUT NAME
+[NAME ...]
 
-With "-" in place of the names they are read from stdin, a line each, so that a launcher keeps one warm process per device. What a run prints goes to
-OUT/NAME/log.txt; the words for the launcher, "start NAME", "done NAME SECONDS", "failed NAME MESSAGE", to stdout. A run that fails does not end the others.
+With "-" in place of the names they are read from stdin, a line each, so that a launcher keeps one
+warm process per device. What a run prints goes to OUT/NAME/log.txt; the words for the launcher,
+"start NAME", "done NAME SECONDS", "failed NAME MESSAGE", to stdout. A run that fails does not end
+the others.
 """
 
 import contextlib
@@ -44,16 +47,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = False) -> int:
-    """Does the runs; returns 0 when all came to their end, 1 when one failed, 130 when asked to stop.
+    """Does the runs; returns 0 when all came to their end, 1 when one failed, 130 when asked to
+    stop.
 
-    together: of several processes that share the devices; the runs are only trained, over all of them, and measured another time by one process.
+    together: of several processes that share the devices; the runs are only trained, over all of
+    them, and measured another time by one process.
     """
     from flexmemory.cli.main import start_process
     from flexmemory.cluster import is_first
 
     start_process()
     if plan.scale == "smoke":  # models that run for milliseconds are not worth the compiler's care
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        )
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     launcher, failed = os.fdopen(os.dup(1), "w", buffering=1), False
     for name in names:
@@ -71,7 +78,10 @@ def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = Fal
             print(f"stopped {name}", file=launcher)
             return 130
         except Exception as error:  # whatever a run dies of, the others go on
-            failed, message = True, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            failed, message = (
+                True,
+                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
+            )
             if is_first():
                 (out / name).mkdir(parents=True, exist_ok=True)
                 write_json(out / name / "failed.json", {"name": name, "exit": 1, "error": message})
@@ -81,7 +91,9 @@ def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = Fal
 
 @contextlib.contextmanager
 def logged(folder: Path):
-    """Sends stdout and stderr, also of C++ code, to the folder's log.txt; of processes after the first to log.<process>.txt."""
+    """Sends stdout and stderr, also of C++ code, to the folder's log.txt; of processes after the
+    first to log.<process>.txt.
+    """
     from flexmemory.cluster import is_first
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +118,9 @@ def logged(folder: Path):
 
 
 def do(out: Path, run: dict) -> None:
-    """One run from text over trained.json and its measures to done.json; what was finished before is kept."""
+    """One run from text over trained.json and its measures to done.json; what was finished before
+    is kept.
+    """
     from flexmemory.analysis.trained import load
     from flexmemory.models.accounting import account
 
@@ -133,18 +147,26 @@ def do(out: Path, run: dict) -> None:
         began, result = time.perf_counter(), function(model)
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"seconds": time.perf_counter() - began, "of": identity, "result": result})
-    write_json(folder / "done.json", {"name": run["name"], "measures": sorted(plans.measures_of(run))})
+    write_json(
+        folder / "done.json", {"name": run["name"], "measures": sorted(plans.measures_of(run))}
+    )
 
 
-def trained_run(out: Path, run: dict, plan: str | None = None) -> tuple[Config, dict | None, dict, float]:
-    """(config, what the budget chose, final_result, seconds of training) of one run, trained or found trained. plan: of sharding, in place of the
-    config's, for several processes that share the run."""
+def trained_run(
+    out: Path, run: dict, plan: str | None = None
+) -> tuple[Config, dict | None, dict, float]:
+    """(config, what the budget chose, final_result, seconds of training) of one run, trained or
+    found trained. plan: of sharding, in place of the config's, for several processes that share the
+    run.
+    """
     from flexmemory.train.loop import train
 
     cfg, budget = config_of(out, run)
     if plan:
         cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, plan=plan))
-    with asked_to_stop(() if plan else (signal.SIGINT, signal.SIGTERM)) as asked:  # of several processes JAX hears SIGTERM, for all of them
+    with asked_to_stop(
+        () if plan else (signal.SIGINT, signal.SIGTERM)
+    ) as asked:  # of several processes JAX hears SIGTERM, for all of them
         final = train(cfg, out / run["name"], stop=lambda: bool(asked))
     if asked:  # in the last evaluation, which training finishes
         raise KeyboardInterrupt
@@ -152,9 +174,14 @@ def trained_run(out: Path, run: dict, plan: str | None = None) -> tuple[Config, 
 
 
 def config_of(out: Path, run: dict) -> tuple[Config, dict | None]:
-    """The run's config with the data's vocabulary, and its budget solved. Raises UserError where `prepare` has not made the data."""
+    """The run's config with the data's vocabulary, and its budget solved. Raises UserError where
+    `prepare` has not made the data.
+    """
     data = plans.data_folder(out, run)
-    fields = {"data.path": str(data.absolute()), "model.vocab_size": read_index(data)["vocab_size"]} | run["overrides"]
+    fields = {
+        "data.path": str(data.absolute()),
+        "model.vocab_size": read_index(data)["vocab_size"],
+    } | run["overrides"]
     cfg = with_fields(Config(), fields)
     return solve(cfg, run["overrides"]["budget"]) if "budget" in run["overrides"] else (cfg, None)
 

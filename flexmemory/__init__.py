@@ -1,1 +1,3 @@
-"""flexmemory: token-addressed memory language models, trained from scratch, folded to disk, served offloaded."""
+"""flexmemory: token-addressed memory language models, trained from scratch, folded to disk, served
+offloaded.
+"""

@@ -1,4 +1,6 @@
-"""Several processes as one run: how they find each other, agree before the first step, and stop together."""
+"""Several processes as one run: how they find each other, agree before the first step, and stop
+together.
+"""
 
 import contextlib
 import json
@@ -15,17 +17,34 @@ from flexmemory.errors import UserError
 GO, NO = "go", "no: "  # what process 0 says: all are there; the start is refused, and why
 
 
-def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int = 300) -> None:
-    """Joins this process to the run, before anything touches a device. All None: JAX finds the others itself, under SLURM, Open MPI, on a TPU pod, or in
-    Kubernetes.
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    timeout: int = 300,
+) -> None:
+    """Joins this process to the run, before anything touches a device. All None: JAX finds the
+    others itself, under SLURM, Open MPI, on a TPU pod, or in Kubernetes.
 
-    coordinator: HOST:PORT of process 0. timeout: seconds to wait for the others. Raises UserError naming what is missing.
+    coordinator: HOST:PORT of process 0. timeout: seconds to wait for the others. Raises UserError
+    naming what is missing.
     """
-    given = [name for name, value in (("coordinator", coordinator), ("processes", processes), ("process", process)) if value is not None]
+    given = [
+        name
+        for name, value in (
+            ("coordinator", coordinator),
+            ("processes", processes),
+            ("process", process),
+        )
+        if value is not None
+    ]
     if given and len(given) < 3:
         missing = sorted({"coordinator", "processes", "process"} - set(given))
-        raise UserError(f"--{', --'.join(missing)}: missing beside --{', --'.join(given)}; give all three, or --distributed alone where SLURM, Open MPI, "
-                        "a TPU pod or Kubernetes starts the processes")
+        raise UserError(
+            f"--{', --'.join(missing)}: missing beside --{', --'.join(given)}; give all three, or"
+            " --distributed alone where SLURM, Open MPI, a TPU pod or Kubernetes starts the"
+            " processes"
+        )
     if given and not 0 <= process < processes:
         raise UserError(f"--process: {process} is outside 0..{processes - 1}, the --processes")
     if given:
@@ -35,25 +54,35 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     except ValueError as error:
         if given:
             raise
-        raise UserError(f"--distributed: JAX does not see what starts the processes here ({error}); give --coordinator=HOST:PORT, --processes and "
-                        "--process") from None
+        raise UserError(
+            f"--distributed: JAX does not see what starts the processes here ({error}); give"
+            " --coordinator=HOST:PORT, --processes and --process"
+        ) from None
 
 
 def meet(coordinator: str, processes: int, process: int, timeout: float) -> None:
-    """Waits until all processes are there, by a word to process 0 each: JAX's own wait ends the program without saying who is missing.
+    """Waits until all processes are there, by a word to process 0 each: JAX's own wait ends the
+    program without saying who is missing.
 
     Raises UserError naming those that have not come within ``timeout`` seconds.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise UserError(f"--coordinator: {coordinator!r} is not HOST:PORT with a port from 1 to 65535")
+        raise UserError(
+            f"--coordinator: {coordinator!r} is not HOST:PORT with a port from 1 to 65535"
+        )
     end = time.monotonic() + timeout
     if process == 0:
         try:
             # of all interfaces, as JAX does: a host's own name is often its loopback
-            listening = socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", int(port)), backlog=processes)
+            listening = socket.create_server(
+                ("127.0.0.1" if host == "127.0.0.1" else "", int(port)), backlog=processes
+            )
         except OSError as error:
-            raise UserError(f"--coordinator: process 0 cannot listen on {coordinator} ({error.strerror}); give a free port of its own host") from None
+            raise UserError(
+                f"--coordinator: process 0 cannot listen on {coordinator} ({error.strerror}); give"
+                " a free port of its own host"
+            ) from None
         with contextlib.ExitStack() as closing:
             closing.enter_context(listening)
             came, callers = {0}, []
@@ -73,8 +102,11 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
                     caller = closing.enter_context(listening.accept()[0])
                 except TimeoutError:
                     missing = ", ".join(str(i) for i in range(processes) if i not in came)
-                    refuse(f"process {missing} of {processes} did not come to {coordinator} within {timeout} s; see that it runs and can reach it, or give "
-                           "a longer --start_timeout")
+                    refuse(
+                        f"process {missing} of {processes} did not come to {coordinator} within"
+                        f" {timeout} s; see that it runs and can reach it, or give a longer"
+                        " --start_timeout"
+                    )
                 try:
                     caller.settimeout(5)
                     number, theirs = map(int, caller.recv(32).split(b"/"))
@@ -82,15 +114,23 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
                     continue
                 callers.append(caller)
                 if theirs != processes:
-                    refuse(f"--processes: {processes} on process 0, {theirs} on process {number}; start all processes with the same")
+                    refuse(
+                        f"--processes: {processes} on process 0, {theirs} on process {number};"
+                        " start all processes with the same"
+                    )
                 if number in came:
-                    refuse(f"--process: {number} was given to two processes; number them 0 to {processes - 1}")
+                    refuse(
+                        f"--process: {number} was given to two processes; number them 0 to"
+                        f" {processes - 1}"
+                    )
                 came.add(number)
             answer(GO)
     else:
         while True:
             try:
-                with socket.create_connection((host, int(port)), timeout=max(end - time.monotonic(), 0.001)) as caller:
+                with socket.create_connection(
+                    (host, int(port)), timeout=max(end - time.monotonic(), 0.001)
+                ) as caller:
                     caller.sendall(f"{process}/{processes}".encode())
                     caller.settimeout(max(end - time.monotonic(), 0.001))
                     word = caller.recv(1024).decode(errors="replace")
@@ -101,8 +141,11 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
             except OSError:
                 pass
             if time.monotonic() > end:
-                raise UserError(f"process {process}: process 0 did not answer on {coordinator} within {timeout} s, or others are missing; see that it "
-                                "runs there, or give a longer --start_timeout")
+                raise UserError(
+                    f"process {process}: process 0 did not answer on {coordinator} within {timeout}"
+                    " s, or others are missing; see that it runs there, or give a longer"
+                    " --start_timeout"
+                )
             time.sleep(0.1)
 
 
@@ -112,16 +155,23 @@ def is_first() -> bool:
 
 
 def agree(facts: dict) -> None:
-    """Raises UserError on every process, naming the fact and both values, where processes were started with different ones."""
+    """Raises UserError on every process, naming the fact and both values, where processes were
+    started with different ones.
+    """
     first, *others = gather(facts)
     for process, other in enumerate(others, 1):
         for name in first:
             if first[name] != other.get(name):
-                raise UserError(f"{name}: {first[name]!r} on process 0, {other.get(name)!r} on process {process}; start all processes with the same")
+                raise UserError(
+                    f"{name}: {first[name]!r} on process 0, {other.get(name)!r} on process"
+                    f" {process}; start all processes with the same"
+                )
 
 
 def together(f: Callable, first_only: bool = False):
-    """``f()`` on every process, or on process 0 alone (None elsewhere); an error of any of them is raised on all, so that none waits for it in vain."""
+    """``f()`` on every process, or on process 0 alone (None elsewhere); an error of any of them is
+    raised on all, so that none waits for it in vain.
+    """
     result, error = None, None
     if is_first() or not first_only:
         try:
@@ -135,7 +185,9 @@ def together(f: Callable, first_only: bool = False):
 
 
 def preempted(step: int) -> bool:
-    """Has any process of the run been asked to end (SIGTERM)? All answer alike after the same step; outside :func:`start` always False."""
+    """Has any process of the run been asked to end (SIGTERM)? All answer alike after the same step;
+    outside :func:`start` always False.
+    """
     return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step)
 
 

@@ -1,7 +1,8 @@
 """Configuration: ml_collections at the border, checked once, frozen dataclasses inside.
 
-The dataclasses below are the only list of fields and defaults. A config file's ``get_config(arg)`` starts from
-:func:`default_config`, sets what differs and returns the ConfigDict; :func:`from_dict` turns it into a :class:`Config`.
+The dataclasses below are the only list of fields and defaults. A config file's ``get_config(arg)``
+starts from :func:`default_config`, sets what differs and returns the ConfigDict; :func:`from_dict`
+turns it into a :class:`Config`.
 """
 
 import dataclasses
@@ -36,7 +37,9 @@ class ModelConfig:
     init_std: float = 0.02
     table_init_std: float = 0.0  # of learned tables; 0: Xavier-normal over [V, W], as the STEM code
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
-    attention: str = "auto"  # auto (cudnn on GPU in bfloat16, blocks of queries on a CPU) | xla | cudnn
+    attention: str = (
+        "auto"  # auto (cudnn on GPU in bfloat16, blocks of queries on a CPU) | xla | cudnn
+    )
     scan_layers: bool = True  # scan over the repeating unit; False unrolls, same numbers
     remat: bool = False  # keep only the inputs of each repeating unit for the backward pass, and
     remat_keep: str = ""  # tensors kept beside them, e.g. "attention gate up"; see models/memory.py
@@ -86,7 +89,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices; norms never decay
     clip_norm: float = 1.0  # global norm over all parameters that have no clip of their own; 0 off
-    table_optimizer: str = "adamw"  # of learned tables: adamw (dense, as the papers) | lazy_adam | rowwise_adagrad (touched rows only)
+    # of learned tables: adamw (dense, as the papers) | lazy_adam | rowwise_adagrad (touched rows
+    # only)
+    table_optimizer: str = "adamw"
     table_lr: float = 1.0  # multiple of lr for learned tables
     table_weight_decay: float = 0.0  # the papers use 0.1: see docs/numerics.md
     table_clip_norm: float = 0.0  # own norm for learned tables; 0 counts them into clip_norm
@@ -95,8 +100,12 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     plan: str = "single"  # single (one device) | dp | fsdp | fsdp_tp; see docs/scaling.md
-    mesh: str = ""  # sizes of the axes, e.g. "data=8,fsdp=4,tensor=2"; "" gives all devices to fsdp, or in plan dp to data
-    table_memory: str = "device"  # of tables trained by touched rows, and their moments: device | host (rows go in, rows come out)
+    # sizes of the axes, e.g. "data=8,fsdp=4,tensor=2"; "" gives all devices to fsdp, or in plan dp
+    # to data
+    mesh: str = ""
+    # of tables trained by touched rows, and their moments: device | host (rows go in, rows come
+    # out)
+    table_memory: str = "device"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +128,45 @@ CHOICES = {
     "parallel.plan": ("single", "dp", "fsdp", "fsdp_tp"),
     "parallel.table_memory": ("device", "host"),
 }
-SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.decay_fraction")  # 0 <= value < 1; decay_fraction may be 1
-POSITIVE = ("model.d_model", "model.n_heads", "model.d_ff", "data.seq_len", "data.batch_size", "train.accum_steps",
-            "train.log_every", "train.keep_checkpoints", "optimizer.lr", "optimizer.eps", "model.rope_base", "model.norm_eps")
-NOT_NEGATIVE = ("model.vocab_size", "model.n_kv_heads", "model.head_dim", "model.init_std", "model.table_init_std", "train.steps", "train.z_loss", "train.eval_every",
-                "train.seed", "train.eval_tokens", "train.checkpoint_every", "optimizer.min_lr", "optimizer.warmup_steps",
-                "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.table_lr", "optimizer.table_weight_decay",
-                "optimizer.table_clip_norm")
+SHARES = (
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.decay_fraction",
+)  # 0 <= value < 1; decay_fraction may be 1
+POSITIVE = (
+    "model.d_model",
+    "model.n_heads",
+    "model.d_ff",
+    "data.seq_len",
+    "data.batch_size",
+    "train.accum_steps",
+    "train.log_every",
+    "train.keep_checkpoints",
+    "optimizer.lr",
+    "optimizer.eps",
+    "model.rope_base",
+    "model.norm_eps",
+)
+NOT_NEGATIVE = (
+    "model.vocab_size",
+    "model.n_kv_heads",
+    "model.head_dim",
+    "model.init_std",
+    "model.table_init_std",
+    "train.steps",
+    "train.z_loss",
+    "train.eval_every",
+    "train.seed",
+    "train.eval_tokens",
+    "train.checkpoint_every",
+    "optimizer.min_lr",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.table_lr",
+    "optimizer.table_weight_decay",
+    "optimizer.table_clip_norm",
+)
 
 
 def default_config() -> ConfigDict:
@@ -150,7 +191,9 @@ def _build(cls, values, prefix: str):
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not kind:
-            raise UserError(f"config {path}: {value!r} is a {type(value).__name__}, give a {kind.__name__}")
+            raise UserError(
+                f"config {path}: {value!r} is a {type(value).__name__}, give a {kind.__name__}"
+            )
         if kind is float and not math.isfinite(value):
             raise UserError(f"config {path}: {value!r} is not a finite number")
         made[name] = value
@@ -183,35 +226,59 @@ def from_dict(values: ConfigDict | dict) -> Config:
     if config.train.seed >= 1 << 32:
         raise UserError(f"config train.seed: {config.train.seed} must be below 2^32")
     if config.optimizer.min_lr > config.optimizer.lr:
-        raise UserError(f"config optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}")
+        raise UserError(
+            f"config optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr"
+            f" {config.optimizer.lr}"
+        )
     check_model(config.model)
     if config.parallel.table_memory == "host" and config.optimizer.table_optimizer == "adamw":
-        raise UserError("config parallel.table_memory: host with optimizer.table_optimizer=adamw, which reads and writes whole tables in every step; "
-                        "set lazy_adam or rowwise_adagrad")
+        raise UserError(
+            "config parallel.table_memory: host with optimizer.table_optimizer=adamw, which reads"
+            " and writes whole tables in every step; set lazy_adam or rowwise_adagrad"
+        )
     if config.data.batch_size % config.train.accum_steps:
-        raise UserError(f"config train.accum_steps: {config.train.accum_steps} does not divide data.batch_size {config.data.batch_size}")
+        raise UserError(
+            f"config train.accum_steps: {config.train.accum_steps} does not divide data.batch_size"
+            f" {config.data.batch_size}"
+        )
     return config
 
 
 def check_model(model: ModelConfig) -> None:
     """Shape rules of a model. Raises UserError."""
-    from flexmemory.models.blocks import layer_specs  # late: the pattern's words are the block kinds, which need ModelConfig
+    from flexmemory.models.blocks import (
+        layer_specs,
+    )  # late: the pattern's words are the block kinds, which need ModelConfig
     from flexmemory.models.memory import KEEPABLE
 
     if not model.head_dim and model.d_model % model.n_heads:
-        raise UserError(f"config model.n_heads: {model.n_heads} does not divide d_model {model.d_model}; set model.head_dim or another count")
+        raise UserError(
+            f"config model.n_heads: {model.n_heads} does not divide d_model {model.d_model}; set"
+            " model.head_dim or another count"
+        )
     if model.n_heads % model.kv_heads:
-        raise UserError(f"config model.n_kv_heads: {model.n_kv_heads} does not divide n_heads {model.n_heads}")
+        raise UserError(
+            f"config model.n_kv_heads: {model.n_kv_heads} does not divide n_heads {model.n_heads}"
+        )
     if model.head_width % 2:
-        raise UserError(f"config model.head_dim: {model.head_width} is odd; RoPE needs an even width")
+        raise UserError(
+            f"config model.head_dim: {model.head_width} is odd; RoPE needs an even width"
+        )
     if model.attention == "cudnn" and (model.head_width % 8 or model.compute_dtype != "bfloat16"):
-        raise UserError(f"config model.attention: cudnn needs bfloat16 and a head width that is a multiple of 8, not {model.head_width} in "
-                        f"{model.compute_dtype}; use auto")
+        raise UserError(
+            "config model.attention: cudnn needs bfloat16 and a head width that is a multiple of"
+            f" 8, not {model.head_width} in {model.compute_dtype}; use auto"
+        )
     for name in model.remat_keep.split():
         if name not in KEEPABLE:
-            raise UserError(f"config model.remat_keep: no tensor {name!r}; {nearest(name, KEEPABLE)}")
+            raise UserError(
+                f"config model.remat_keep: no tensor {name!r}; {nearest(name, KEEPABLE)}"
+            )
     if model.remat_keep and not model.remat:
-        raise UserError(f"config model.remat_keep: {model.remat_keep!r} without model.remat, which keeps everything; set model.remat")
+        raise UserError(
+            f"config model.remat_keep: {model.remat_keep!r} without model.remat, which keeps"
+            " everything; set model.remat"
+        )
     layer_specs(model)
 
 
@@ -224,7 +291,9 @@ def load_json(path: Path) -> Config:
     try:
         values = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(f"no {path}: give the folder of a run that `flexmemory train` wrote") from None
+        raise UserError(
+            f"no {path}: give the folder of a run that `flexmemory train` wrote"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     return from_dict(values)
@@ -233,12 +302,14 @@ def load_json(path: Path) -> Config:
 def parse_arg(arg: str | None, sizes: dict[str, dict], **defaults) -> tuple[dict, dict]:
     """Splits a config argument such as ``"1b,beta=3"``.
 
-    Returns (settings of the chosen size, values of the named options). ``sizes`` maps a bare word to settings; its
-    first entry is the default. ``defaults`` lists the options; a value is converted to its default's type, and a tuple is the
-    choices, its first the default.
+    Returns (settings of the chosen size, values of the named options). ``sizes`` maps a bare word
+    to settings; its first entry is the default. ``defaults`` lists the options; a value is
+    converted to its default's type, and a tuple is the choices, its first the default.
     """
     size = next(iter(sizes))
-    options = {name: value[0] if isinstance(value, tuple) else value for name, value in defaults.items()}
+    options = {
+        name: value[0] if isinstance(value, tuple) else value for name, value in defaults.items()
+    }
     for word in filter(None, (arg or "").split(",")):
         name, equals, value = word.partition("=")
         if not equals:
@@ -246,14 +317,20 @@ def parse_arg(arg: str | None, sizes: dict[str, dict], **defaults) -> tuple[dict
                 raise UserError(f"config argument {name!r}: no such size; {nearest(name, sizes)}")
             size = name
         elif name not in defaults:
-            raise UserError(f"config argument {name!r}: no such option; {nearest(name, defaults or ['none'])}")
+            raise UserError(
+                f"config argument {name!r}: no such option; {nearest(name, defaults or ['none'])}"
+            )
         else:
             if isinstance(defaults[name], tuple) and value not in defaults[name]:
-                raise UserError(f"config argument {name}: {value!r}; {nearest(value, defaults[name])}")
+                raise UserError(
+                    f"config argument {name}: {value!r}; {nearest(value, defaults[name])}"
+                )
             kind = type(options[name])
             words = {"true": True, "false": False, "1": True, "0": False} if kind is bool else None
             try:
                 options[name] = words[value.lower()] if words else kind(value)
             except (ValueError, KeyError):
-                raise UserError(f"config argument {name}: {value!r} is not a {kind.__name__}") from None
+                raise UserError(
+                    f"config argument {name}: {value!r} is not a {kind.__name__}"
+                ) from None
     return dict(sizes[size]), options

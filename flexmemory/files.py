@@ -22,11 +22,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_parts(path: Path, parts: Iterable) -> None:
-    """Writes the parts (bytes or other buffers) one after another under another name, syncs, renames, syncs the directory: on the disk when it
-    returns. Where something raises before the file has its name, nothing is left.
+    """Writes the parts (bytes or other buffers) one after another under another name, syncs,
+    renames, syncs the directory: on the disk when it returns. Where something raises before the
+    file has its name, nothing is left.
 
-    None of the parts is kept, and whole pieces go past the page cache where the file system lets them: a table is not read again soon, and
-    the copies into the cache cost more of the processor than the disk takes time.
+    None of the parts is kept, and whole pieces go past the page cache where the file system lets
+    them: a table is not read again soon, and the copies into the cache cost more of the processor
+    than the disk takes time.
     """
     scratch = path.with_name(path.name + SCRATCH)
     try:
@@ -49,7 +51,11 @@ def _write(descriptor: int, parts: Iterable) -> None:
     piece, held, direct = np.frombuffer(memory, np.uint8), 0, DIRECT
     for part in parts:
         data = np.frombuffer(part, np.uint8)
-        if not held and len(data) >= len(piece) // 2 and (data.ctypes.data | len(data)) % mmap.PAGESIZE == 0:  # can be written as it lies
+        if (
+            not held
+            and len(data) >= len(piece) // 2
+            and (data.ctypes.data | len(data)) % mmap.PAGESIZE == 0
+        ):  # can be written as it lies
             direct, data = _write_whole(descriptor, data, direct), data[:0]
         while len(data):
             count = min(len(data), len(piece) - held)
@@ -61,7 +67,9 @@ def _write(descriptor: int, parts: Iterable) -> None:
 
 
 def _write_whole(descriptor: int, data: np.ndarray, direct: int) -> int:
-    """Writes all of ``data``, past the page cache with ``direct``. Returns ``direct``, or 0 where the file system refuses that."""
+    """Writes all of ``data``, past the page cache with ``direct``. Returns ``direct``, or 0 where
+    the file system refuses that.
+    """
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~DIRECT
     while len(data):
         try:
@@ -95,4 +103,6 @@ def is_disk_full(error: BaseException) -> bool:
     """Is this ENOSPC or EDQUOT, from the system or as TensorStore and Orbax word it?"""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return any(f"[os_error_code='{code}']" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(error)
+    return any(
+        f"[os_error_code='{code}']" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)
+    ) or "No space left on device" in str(error)

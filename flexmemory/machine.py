@@ -7,7 +7,9 @@ import jax
 
 
 def peak_rss() -> int | None:
-    """Bytes of main memory that this program held at most; None where the system does not say. (ru_maxrss counts the parent's before exec.)"""
+    """Bytes of main memory that this program held at most; None where the system does not say.
+    (ru_maxrss counts the parent's before exec.)
+    """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -16,5 +18,7 @@ def peak_rss() -> int | None:
 
 
 def peak_device_bytes() -> int | None:
-    """Bytes that this program held at most on the first device; None where the backend does not count them, as on the CPU."""
+    """Bytes that this program held at most on the first device; None where the backend does not
+    count them, as on the CPU.
+    """
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -1,7 +1,8 @@
 """One mesh, named plans, and what a step needs of them. The home of the axes' names.
 
-Training runs the same code on one device and on many: outside a mesh every function below does what is left of it on one device. Arrays carry
-their shardings in their types (JAX's explicit mode): an operation that would need an unplanned transfer does not trace.
+Training runs the same code on one device and on many: outside a mesh every function below does what
+is left of it on one device. Arrays carry their shardings in their types (JAX's explicit mode): an
+operation that would need an unplanned transfer does not trace.
 """
 
 import dataclasses
@@ -19,12 +20,20 @@ from flexmemory.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # a batch, and whatever follows from its tokens, is cut over both
-COLUMNS = ("tensor", "data", "fsdp")  # of a table: tensor first, so that columns of all batch sections make one whole slice of a tensor axis
+COLUMNS = (
+    "tensor",
+    "data",
+    "fsdp",
+    # of a table: tensor first, so that columns of all batch sections make one whole slice of a
+    # tensor axis
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where each kind of tensor lies; letters as in docs/architecture.md, axes in front of them (layers, accumulation steps) are never cut."""
+    """Where each kind of tensor lies; letters as in docs/architecture.md, axes in front of them
+    (layers, accumulation steps) are never cut.
+    """
 
     batch_BT: P = P(BATCH, None)  # ids, targets, inverse, segments, weights of tokens
     ids_R: P = P(BATCH)  # unique ids and their places: a section for every section of the batch
@@ -40,14 +49,32 @@ class Plan:
     sums_V: P = P(None)  # one number per row of a table
 
 
-FSDP = Plan(embed_VD=P(None, "fsdp"), head_DV=P("fsdp", None), q_DNH=P("fsdp", None, None), o_NHD=P(None, None, "fsdp"), up_DF=P("fsdp", None),
-            down_FD=P(None, "fsdp"))
-FSDP_TP = Plan(embed_VD=P(None, "fsdp"), head_DV=P("fsdp", "tensor"), q_DNH=P("fsdp", "tensor", None), o_NHD=P("tensor", None, "fsdp"),
-               up_DF=P("fsdp", "tensor"), down_FD=P("tensor", "fsdp"))
+FSDP = Plan(
+    embed_VD=P(None, "fsdp"),
+    head_DV=P("fsdp", None),
+    q_DNH=P("fsdp", None, None),
+    o_NHD=P(None, None, "fsdp"),
+    up_DF=P("fsdp", None),
+    down_FD=P(None, "fsdp"),
+)
+FSDP_TP = Plan(
+    embed_VD=P(None, "fsdp"),
+    head_DV=P("fsdp", "tensor"),
+    q_DNH=P("fsdp", "tensor", None),
+    o_NHD=P("tensor", None, "fsdp"),
+    up_DF=P("fsdp", "tensor"),
+    down_FD=P("tensor", "fsdp"),
+)
 # name: (plan, axes that its mesh may have above 1)
-PLANS = {"single": (Plan(), ()), "dp": (Plan(), ("data",)), "fsdp": (FSDP, ("data", "fsdp")), "fsdp_tp": (FSDP_TP, AXES)}
+PLANS = {
+    "single": (Plan(), ()),
+    "dp": (Plan(), ("data",)),
+    "fsdp": (FSDP, ("data", "fsdp")),
+    "fsdp_tp": (FSDP_TP, AXES),
+}
 
-# The field of Plan for each parameter, by its path; first match wins, a parameter that matches nothing raises.
+# The field of Plan for each parameter, by its path; first match wins, a parameter that matches
+# nothing raises.
 FIELDS = (
     ("table_VW", r"^memory\..*\.table$"),
     ("norm_D", r"(^|\.)\w*norm\.(scale|bias)$|\.(alpha|beta)$"),
@@ -64,21 +91,30 @@ FIELDS = (
 
 
 def mesh_sizes(cfg: ParallelConfig, devices: int | None = None) -> dict[str, int]:
-    """{axis: size} of a config's mesh. "" gives all ``devices`` (None: not known) to fsdp, or in plan dp to data.
+    """{axis: size} of a config's mesh. "" gives all ``devices`` (None: not known) to fsdp, or in
+    plan dp to data.
 
-    Raises UserError for a bad text, an axis that the plan does not use, sizes that do not make up ``devices``.
+    Raises UserError for a bad text, an axis that the plan does not use, sizes that do not make up
+    ``devices``.
     """
     sizes, may = dict.fromkeys(AXES, 1), PLANS[cfg.plan][1]
     for word in filter(None, cfg.mesh.split(",")):
         axis, equals, size = word.partition("=")
         if axis not in AXES or not equals or not size.isdecimal() or not int(size):
-            raise UserError(f"config parallel.mesh: {word!r} in {cfg.mesh!r} is not AXIS=SIZE; write for example data=8,fsdp=4 (axes {', '.join(AXES)})")
+            raise UserError(
+                f"config parallel.mesh: {word!r} in {cfg.mesh!r} is not AXIS=SIZE; write for"
+                f" example data=8,fsdp=4 (axes {', '.join(AXES)})"
+            )
         if axis + "=" in cfg.mesh[: cfg.mesh.rindex(word)]:
-            raise UserError(f"config parallel.mesh: axis {axis} twice in {cfg.mesh!r}; give each once")
+            raise UserError(
+                f"config parallel.mesh: axis {axis} twice in {cfg.mesh!r}; give each once"
+            )
         if int(size) > 1 and axis not in may:
             good = [name for name, (_, axes) in PLANS.items() if axis in axes]
-            raise UserError(f"config parallel.mesh: axis {axis} of size {size} under plan {cfg.plan}, which uses {', '.join(may) or 'none'}; "
-                            f"set parallel.plan={good[0]}")
+            raise UserError(
+                f"config parallel.mesh: axis {axis} of size {size} under plan {cfg.plan}, which"
+                f" uses {', '.join(may) or 'none'}; set parallel.plan={good[0]}"
+            )
         sizes[axis] = int(size)
     if not cfg.mesh and may and devices:
         sizes["fsdp" if "fsdp" in may else may[0]] = devices
@@ -86,8 +122,15 @@ def mesh_sizes(cfg: ParallelConfig, devices: int | None = None) -> dict[str, int
     if devices is not None and may and count != devices:
         tensor = math.gcd(sizes["tensor"], devices)
         data = math.gcd(sizes["data"], devices // tensor) if "fsdp" in may else devices
-        near = ",".join(f"{axis}={size}" for axis, size in zip(AXES, (data, devices // tensor // data, tensor), strict=True) if axis in may)
-        raise UserError(f"config parallel.mesh: {cfg.mesh!r} is for {count} devices, there are {devices}; the nearest is {near}")
+        near = ",".join(
+            f"{axis}={size}"
+            for axis, size in zip(AXES, (data, devices // tensor // data, tensor), strict=True)
+            if axis in may
+        )
+        raise UserError(
+            f"config parallel.mesh: {cfg.mesh!r} is for {count} devices, there are {devices}; the"
+            f" nearest is {near}"
+        )
     return sizes
 
 
@@ -97,23 +140,35 @@ def sections_of(sizes: dict[str, int]) -> int:
 
 
 def make_mesh(cfg: ParallelConfig, devices=None) -> Mesh | None:
-    """The mesh of a config over ``devices`` (all of the run by default), to be entered with ``jax.set_mesh``; None for plan "single"."""
+    """The mesh of a config over ``devices`` (all of the run by default), to be entered with
+    ``jax.set_mesh``; None for plan "single".
+    """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(cfg, len(devices))
     if cfg.plan == "single":
         if jax.process_count() > 1:
-            raise UserError(f"config parallel.plan: single in a run of {jax.process_count()} processes; set dp, fsdp or fsdp_tp")
+            raise UserError(
+                f"config parallel.plan: single in a run of {jax.process_count()} processes; set dp,"
+                " fsdp or fsdp_tp"
+            )
         return None
     return mesh_of(sizes, devices)
 
 
 def mesh_of(sizes: dict[str, int], devices) -> Mesh:
-    return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    return jax.make_mesh(
+        tuple(sizes[axis] for axis in AXES),
+        AXES,
+        axis_types=(AxisType.Explicit,) * len(AXES),
+        devices=devices,
+    )
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     """A mesh without devices, to trace under."""
-    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return AbstractMesh(
+        tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
+    )
 
 
 def sections() -> int:
@@ -123,12 +178,18 @@ def sections() -> int:
 
 
 def own_sections() -> tuple[int, ...]:
-    """The sections that this process's devices compute, ascending; all without a mesh. They need not be neighbours: JAX orders devices as they are wired."""
+    """The sections that this process's devices compute, ascending; all without a mesh. They need
+    not be neighbours: JAX orders devices as they are wired.
+    """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return (0,)
     devices = mesh.devices.reshape(sections(), -1)  # tensor is the last axis
-    return tuple(s for s, row in enumerate(devices) if any(device.process_index == jax.process_index() for device in row))
+    return tuple(
+        s
+        for s, row in enumerate(devices)
+        if any(device.process_index == jax.process_index() for device in row)
+    )
 
 
 def putter() -> Callable[[dict], dict]:
@@ -143,7 +204,9 @@ def putter() -> Callable[[dict], dict]:
         for name, spec in batch_specs(batch).items():
             local = batch[name]
             if BATCH not in spec:
-                made[name] = jax.make_array_from_callback(local.shape, NamedSharding(mesh, spec), local.__getitem__)
+                made[name] = jax.make_array_from_callback(
+                    local.shape, NamedSharding(mesh, spec), local.__getitem__
+                )
                 continue
             axis = spec.index(BATCH)
             size = local.shape[axis] // len(place_of)  # of a section
@@ -172,7 +235,9 @@ def plan_of(cfg: Config) -> Plan:
 
 
 def spec(plan: Plan, path: str, ndim: int) -> P:
-    """Of the parameter ``path`` (dotted), of its gradient and moments. Raises ValueError for one that no field of the plan covers."""
+    """Of the parameter ``path`` (dotted), of its gradient and moments. Raises ValueError for one
+    that no field of the plan covers.
+    """
     return padded(getattr(plan, field(path)), ndim)
 
 
@@ -181,23 +246,34 @@ def field(path: str) -> str:
     for name, pattern in FIELDS:
         if re.search(pattern, path):
             return name
-    raise ValueError(f"parameter {path} has no place in a plan: add a row to flexmemory.parallel.FIELDS")
+    raise ValueError(
+        f"parameter {path} has no place in a plan: add a row to flexmemory.parallel.FIELDS"
+    )
 
 
 def padded(spec: P, ndim: int) -> P:
     """The spec of an array with more axes in front, which are not cut."""
-    return P(*(None,) * (ndim - len(spec)), *spec) if ndim >= len(spec) else P(*spec[len(spec) - ndim :])
+    return (
+        P(*(None,) * (ndim - len(spec)), *spec)
+        if ndim >= len(spec)
+        else P(*spec[len(spec) - ndim :])
+    )
 
 
 def param_specs(plan: Plan, params: dict) -> dict:
     """A tree of specs shaped like ``params``."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec(plan, path_name(path), leaf.ndim), params)
+        lambda path, leaf: spec(plan, path_name(path), leaf.ndim), params
+    )
 
 
 def state_specs(plan: Plan, state: dict) -> dict:
-    """A tree of specs shaped like a train state: moments lie where their parameters do, counts and the step everywhere."""
-    params = {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])}
+    """A tree of specs shaped like a train state: moments lie where their parameters do, counts and
+    the step everywhere.
+    """
+    params = {
+        keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])
+    }
 
     def place(path, leaf):
         if leaf.ndim == 0:
@@ -210,13 +286,18 @@ def state_specs(plan: Plan, state: dict) -> dict:
                     return spec(plan, ".".join(parts[start:]), leaf.ndim)
                 if at.shape[:-1] == leaf.shape:
                     return padded(plan.sums_V, leaf.ndim)
-        raise ValueError(f"state {'.'.join(parts)} of shape {leaf.shape} belongs to no parameter: it has no place in a plan")
+        raise ValueError(
+            f"state {'.'.join(parts)} of shape {leaf.shape} belongs to no parameter: it has no"
+            " place in a plan"
+        )
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
 def is_table(path, leaf) -> bool:
-    """Is a leaf of a train state or of parameters a table [L, V, W], or a moment or a number of each of its rows?"""
+    """Is a leaf of a train state or of parameters a table [L, V, W], or a moment or a number of
+    each of its rows?
+    """
     return leaf.ndim > 0 and bool(re.search(r"\bmemory\..*\.table$", path_name(path)))
 
 
@@ -232,18 +313,24 @@ def keys(path) -> tuple[str, ...]:
 def batch_specs(batch: dict) -> dict:
     """Specs of a batch as data/pipeline.py makes it, the same in every plan."""
     of = {"unique_ids": Plan.ids_R, "places": Plan.ids_R, "table_ids": Plan.ids_C}
-    return {name: padded(of.get(name, Plan.batch_BT), np.ndim(leaf)) for name, leaf in batch.items()}
+    return {
+        name: padded(of.get(name, Plan.batch_BT), np.ndim(leaf)) for name, leaf in batch.items()
+    }
 
 
 def placed(cfg: Config, state):
-    """Shardings of a train state or of parameters (shapes or arrays): on the mesh in force, on the first own device without one. Tables trained by
-    touched rows, and their moments, lie in the host's memory where the config wants that."""
+    """Shardings of a train state or of parameters (shapes or arrays): on the mesh in force, on the
+    first own device without one. Tables trained by touched rows, and their moments, lie in the
+    host's memory where the config wants that.
+    """
     mesh, plan = jax.sharding.get_mesh(), plan_of(cfg)
     mesh = get_abstract_mesh() if mesh.empty else mesh
     specs = state_specs(plan, state) if "params" in state else param_specs(plan, state)
 
     def place(path, spec, leaf):
-        memory = "pinned_host" if cfg.parallel.table_memory == "host" and is_table(path, leaf) else None
+        memory = (
+            "pinned_host" if cfg.parallel.table_memory == "host" and is_table(path, leaf) else None
+        )
         if mesh.empty:
             return jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory)
         return NamedSharding(mesh, spec, memory_kind=memory)
@@ -253,17 +340,31 @@ def placed(cfg: Config, state):
 
 def on_devices(cfg: Config) -> Config:
     """The config by which tables, or rows of those in the host's memory, lie on the devices."""
-    return dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, table_memory="device"))
+    return dataclasses.replace(
+        cfg, parallel=dataclasses.replace(cfg.parallel, table_memory="device")
+    )
 
 
 def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
-    """Raises UserError where the mesh does not divide what it cuts: the batch or a width. ``params``: shapes."""
+    """Raises UserError where the mesh does not divide what it cuts: the batch or a width.
+    ``params``: shapes.
+    """
     pieces, batch, accum = sections_of(sizes), cfg.data.batch_size, cfg.train.accum_steps
     if batch // accum % pieces:
-        near = max((n for n in range(1, batch + 1) if batch % (n * pieces) == 0), key=lambda n: -abs(n - accum), default=None)
-        mend = f"train.accum_steps={near}" if near else f"data.batch_size={-(-batch // (pieces * accum)) * pieces * accum}"
-        raise UserError(f"config data.batch_size: {batch} in {accum} micro-batches makes {batch // accum} sequences, which data*fsdp={pieces} does not "
-                        f"divide; set {mend}")
+        near = max(
+            (n for n in range(1, batch + 1) if batch % (n * pieces) == 0),
+            key=lambda n: -abs(n - accum),
+            default=None,
+        )
+        mend = (
+            f"train.accum_steps={near}"
+            if near
+            else f"data.batch_size={-(-batch // (pieces * accum)) * pieces * accum}"
+        )
+        raise UserError(
+            f"config data.batch_size: {batch} in {accum} micro-batches makes {batch // accum}"
+            f" sequences, which data*fsdp={pieces} does not divide; set {mend}"
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
         for axis, entry in enumerate(spec(plan_of(cfg), name, leaf.ndim)):
@@ -272,8 +373,11 @@ def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
                 cut, size = [a for a in names(entry) if sizes[a] > 1], leaf.shape[axis]
                 letter = field(name).rpartition("_")[2][axis - leaf.ndim]
                 near = max(n for n in range(1, count + 1) if size % n == 0)
-                raise UserError(f"config parallel.mesh: {'*'.join(cut)}={count} does not divide {letter}={size} of {name}; the nearest mesh does with "
-                                f"{near}, the nearest {letter} is {-(-size // count) * count}")
+                raise UserError(
+                    f"config parallel.mesh: {'*'.join(cut)}={count} does not divide {letter}={size}"
+                    f" of {name}; the nearest mesh does with {near}, the nearest {letter} is"
+                    f" {-(-size // count) * count}"
+                )
 
 
 # --- inside a step ---
@@ -285,8 +389,9 @@ def spec_of(x) -> P:
 
 
 def local(f: Callable, out_specs: Callable) -> Callable:
-    """``f`` on every device's own part of its arguments (arrays or None). ``out_specs`` gives the specs of the result from those of the
-    arguments. Without a mesh ``f`` itself."""
+    """``f`` on every device's own part of its arguments (arrays or None). ``out_specs`` gives the
+    specs of the result from those of the arguments. Without a mesh ``f`` itself.
+    """
     if get_abstract_mesh().empty:
         return f
 
@@ -298,10 +403,15 @@ def local(f: Callable, out_specs: Callable) -> Callable:
 
 
 def gathered(weight: jax.Array) -> jax.Array:
-    """The weight whole over the axes that cut the batch, for use by every section; cut over "tensor" still."""
+    """The weight whole over the axes that cut the batch, for use by every section; cut over
+    "tensor" still.
+    """
     if get_abstract_mesh().empty:
         return weight
-    return jax.reshard(weight, P(*(tuple(a for a in names(entry) if a not in BATCH) or None for entry in spec_of(weight))))
+    return jax.reshard(
+        weight,
+        P(*(tuple(a for a in names(entry) if a not in BATCH) or None for entry in spec_of(weight))),
+    )
 
 
 def like(x: jax.Array, spec: P) -> jax.Array:
@@ -310,18 +420,31 @@ def like(x: jax.Array, spec: P) -> jax.Array:
 
 
 def sum_over_batch(grad: jax.Array, spec: P) -> jax.Array:
-    """Inside :func:`local`: the sum over all sections of the batch of a weight's gradient, of which this device keeps the part that ``spec`` gives it."""
+    """Inside :func:`local`: the sum over all sections of the batch of a weight's gradient, of which
+    this device keeps the part that ``spec`` gives it.
+    """
     if get_abstract_mesh().empty:
         return grad
-    places = {axis: next((i for i, entry in enumerate(spec) if axis in names(entry)), None) for axis in BATCH}
-    for axis in sorted(BATCH, key=lambda axis: places[axis] is None):  # cut first: what the other axes sum is then a part
+    places = {
+        axis: next((i for i, entry in enumerate(spec) if axis in names(entry)), None)
+        for axis in BATCH
+    }
+    for axis in sorted(
+        BATCH, key=lambda axis: places[axis] is None
+    ):  # cut first: what the other axes sum is then a part
         place = places[axis]
-        grad = jax.lax.psum(grad, axis) if place is None else jax.lax.psum_scatter(grad, axis, scatter_dimension=place, tiled=True)
+        grad = (
+            jax.lax.psum(grad, axis)
+            if place is None
+            else jax.lax.psum_scatter(grad, axis, scatter_dimension=place, tiled=True)
+        )
     return grad
 
 
 def varying(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-    """Inside :func:`local`: a constant x as the start of a sum that differs between sections of the batch, and along ``axes``."""
+    """Inside :func:`local`: a constant x as the start of a sum that differs between sections of the
+    batch, and along ``axes``.
+    """
     return x if get_abstract_mesh().empty else jax.lax.pcast(x, (*BATCH, *axes), to="varying")
 
 

@@ -1,4 +1,6 @@
-"""One progress line for long work: a live bar on a terminal, a line about every 20 seconds elsewhere; always on stderr."""
+"""One progress line for long work: a live bar on a terminal, a line about every 20 seconds
+elsewhere; always on stderr.
+"""
 
 import sys
 import time
@@ -14,33 +16,62 @@ def eta(seconds: float) -> str:
 
 
 class ProgressLine:
-    """``with ProgressLine("train", total, "steps") as line: line.update(done, "loss 3.2")``. ``total`` may be 0: unknown."""
+    """``with ProgressLine("train", total, "steps") as line: line.update(done, "loss 3.2")``.
+    ``total`` may be 0: unknown.
+    """
 
-    def __init__(self, label: str, total: float, unit: str, enabled: bool = True, every: float = 20.0, start: float = 0):
+    def __init__(
+        self,
+        label: str,
+        total: float,
+        unit: str,
+        enabled: bool = True,
+        every: float = 20.0,
+        start: float = 0,
+    ):
         self.label, self.total, self.unit, self.every = label, total, unit, every
         self.done = self.first = start
         self.text = ""
         self.enabled, self.live = enabled, enabled and sys.stderr.isatty()
         self.began = self.printed = time.perf_counter()
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[note]}"),
-                            console=Console(stderr=True)) if self.live else None
+        self.bar = (
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            if self.live
+            else None
+        )
 
     def __enter__(self):
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task(self.label, total=self.total or None, completed=self.done, note="")
+            self.task = self.bar.add_task(
+                self.label, total=self.total or None, completed=self.done, note=""
+            )
         return self
 
     def __exit__(self, *exc):
         if self.bar:
             self.bar.stop()
-        elif self.enabled and self.printed > self.began:  # something was printed: close it with the end state
+        elif (
+            self.enabled and self.printed > self.began
+        ):  # something was printed: close it with the end state
             self._line()
 
     def note(self) -> str:
         spent = time.perf_counter() - self.began
         rate = (self.done - self.first) / spent if spent else 0.0
-        parts = [f"{self.done:,.0f}/{self.total:,.0f}" if self.total else f"{self.done:,.0f} {self.unit}", f"{rate:,.1f} {self.unit}/s"]
+        parts = [
+            (
+                f"{self.done:,.0f}/{self.total:,.0f}"
+                if self.total
+                else f"{self.done:,.0f} {self.unit}"
+            ),
+            f"{rate:,.1f} {self.unit}/s",
+        ]
         if self.total and rate:
             parts.append(f"ETA {eta((self.total - self.done) / rate)}")
         return "  ".join(parts + [self.text] if self.text else parts)

@@ -4,12 +4,25 @@ import gc
 import os
 import tempfile
 
-gc.set_threshold(200_000, 10, 10)  # tracing makes millions of small objects that live on: looking through them takes a tenth of the time
+gc.set_threshold(
+    200_000,
+    10,
+    10,
+    # tracing makes millions of small objects that live on: looking through them takes a tenth of
+    # the time
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # programs that several tests or their child processes compile are compiled once
-CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.TemporaryDirectory(prefix="flexmemory-tests-")
+CACHE = (
+    None
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ
+    else tempfile.TemporaryDirectory(prefix="flexmemory-tests-")
+)
 if CACHE:
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
 
 import pytest
 from absl import flags
@@ -41,13 +54,27 @@ def tiny_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_data):
-    """``tiny_config(pattern, **{"train.steps": 6, ...}) -> Config`` of a model that trains in seconds."""
+    """``tiny_config(pattern, **{"train.steps": 6, ...}) -> Config`` of a model that trains in
+    seconds.
+    """
     from experiments.sweeps import with_fields
     from flexmemory.config import Config
 
-    base = {"model.d_model": 32, "model.n_heads": 4, "model.d_ff": 88, "model.init_std": 0.08, "data.seq_len": 96,
-            "data.batch_size": 4, "data.path": str(tiny_data), "train.steps": 6, "train.log_every": 1, "train.eval_tokens": 512,
-            "optimizer.warmup_steps": 2, "optimizer.lr": 1e-2, "optimizer.min_lr": 1e-3}
+    base = {
+        "model.d_model": 32,
+        "model.n_heads": 4,
+        "model.d_ff": 88,
+        "model.init_std": 0.08,
+        "data.seq_len": 96,
+        "data.batch_size": 4,
+        "data.path": str(tiny_data),
+        "train.steps": 6,
+        "train.log_every": 1,
+        "train.eval_tokens": 512,
+        "optimizer.warmup_steps": 2,
+        "optimizer.lr": 1e-2,
+        "optimizer.min_lr": 1e-3,
+    }
 
     def make(pattern="flex memoryllm stem", **sets):
         return with_fields(Config(), base | {"model.pattern": pattern} | sets)

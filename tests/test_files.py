@@ -13,7 +13,9 @@ from flexmemory import files
 
 @pytest.fixture(params=["as it is", "refused", "refused when written", "short"])
 def disk(request, monkeypatch):
-    """What a file system may do with direct writes. Returns the calls of os.write: (bytes given, direct)."""
+    """What a file system may do with direct writes. Returns the calls of os.write: (bytes given,
+    direct).
+    """
     calls, write, control = [], os.write, fcntl.fcntl
 
     def direct(descriptor):
@@ -23,7 +25,9 @@ def disk(request, monkeypatch):
         calls.append((len(data), direct(descriptor)))
         if request.param == "refused when written" and direct(descriptor):
             raise OSError(errno.EINVAL, "not here")
-        return write(descriptor, data[: 1000 + len(data) // 2] if request.param == "short" else data)
+        return write(
+            descriptor, data[: 1000 + len(data) // 2] if request.param == "short" else data
+        )
 
     def refusing_control(descriptor, command, flags=0):
         if request.param == "refused" and command == fcntl.F_SETFL and flags & files.DIRECT:
@@ -35,10 +39,25 @@ def disk(request, monkeypatch):
     return request.param, calls
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [5], [files.PIECE_BYTES], [3, files.PIECE_BYTES - 3], [3 * files.PIECE_BYTES + 7, 0, 100_000, files.PIECE_BYTES]])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [],
+        [0],
+        [5],
+        [files.PIECE_BYTES],
+        [3, files.PIECE_BYTES - 3],
+        [3 * files.PIECE_BYTES + 7, 0, 100_000, files.PIECE_BYTES],
+    ],
+)
 def test_any_parts_on_any_disk(sizes, disk, tmp_path):
-    parts = [np.random.default_rng(i).integers(0, 256, size, dtype=np.uint8) for i, size in enumerate(sizes)]
-    files.write_parts(tmp_path / "f", (part.data if i % 2 else part.tobytes() for i, part in enumerate(parts)))
+    parts = [
+        np.random.default_rng(i).integers(0, 256, size, dtype=np.uint8)
+        for i, size in enumerate(sizes)
+    ]
+    files.write_parts(
+        tmp_path / "f", (part.data if i % 2 else part.tobytes() for i, part in enumerate(parts))
+    )
     assert (tmp_path / "f").read_bytes() == b"".join(part.tobytes() for part in parts)
     assert os.listdir(tmp_path) == ["f"]
     kind, calls = disk
@@ -48,8 +67,14 @@ def test_any_parts_on_any_disk(sizes, disk, tmp_path):
 
 def test_the_rest_goes_through_the_page_cache(tmp_path, monkeypatch):
     calls, write = [], os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, data: calls.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & files.DIRECT)) or write(
-        descriptor, data))
+    monkeypatch.setattr(
+        os,
+        "write",
+        lambda descriptor, data: (
+            calls.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & files.DIRECT))
+            or write(descriptor, data)
+        ),
+    )
     files.write_parts(tmp_path / "f", [bytes(2 * files.PIECE_BYTES + 5)])
     # file systems of temporary folders may refuse direct writes, at once or when they are tried
     assert calls in ([True, True, False], [False, False, False], [True, False, False, False])
@@ -67,7 +92,9 @@ def test_aligned_memory_is_written_as_it_lies_and_may_be_used_again(before, disk
             yield memory
 
     files.write_parts(tmp_path / "f", parts())
-    assert (tmp_path / "f").read_bytes() == bytes(before) + b"".join(bytes([value]) * size for value in range(5))
+    assert (tmp_path / "f").read_bytes() == bytes(before) + b"".join(
+        bytes([value]) * size for value in range(5)
+    )
     kind, calls = disk
     if kind == "as it is":
         assert all((count == size) != bool(before) for count, _ in calls[:2])

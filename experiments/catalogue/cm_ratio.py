@@ -1,13 +1,16 @@
 """How much of the FFN must compute on the context, and how much may be read from a table?
 
-Two ways to move the ratio C/M at equal total parameters: beta = 0..3 of every layer's 8h^2 (flex, MemoryLLM section 4.2), and n_C of N layers dense
-near the input, the rest memoryllm near the output. Ends: dense (all C) and attn_only (no FFN at all, so fewer parameters: what memoryllm is without
-its rows). stem stands beside them, its width solved for equal totals. Every run is also folded, proved equal to its store, and decoded from disk.
+Two ways to move the ratio C/M at equal total parameters: beta = 0..3 of every layer's 8h^2 (flex,
+MemoryLLM section 4.2), and n_C of N layers dense near the input, the rest memoryllm near the
+output. Ends: dense (all C) and attn_only (no FFN at all, so fewer parameters: what memoryllm is
+without its rows). stem stands beside them, its width solved for equal totals. Every run is also
+folded, proved equal to its store, and decoded from disk.
 
-    python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo        # make demo: six minutes on two cores
+    python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo        # make demo: six
+    minutes on two cores
 
-The paper's claim at equal totals (Table 2, Figure 9): loss rises from dense over flex beta 3, 2, 1 to memoryllm; E2 judges it, with more seeds. The second
-way is not in the paper and is judged here.
+The paper's claim at equal totals (Table 2, Figure 9): loss rises from dense over flex beta 3, 2, 1
+to memoryllm; E2 judges it, with more seeds. The second way is not in the paper and is judged here.
 """
 
 from experiments import scales
@@ -15,7 +18,14 @@ from experiments.chart import compute_share, family, loss_against, means, noise_
 from experiments.figure import Figure, Series
 from experiments.measures import decode, fold
 from experiments.sweeps import product, seeds
-from experiments.verdicts import by_variant, exact_claim, mean_spread, number, order_claim, sign_claim
+from experiments.verdicts import (
+    by_variant,
+    exact_claim,
+    mean_spread,
+    number,
+    order_claim,
+    sign_claim,
+)
 
 IDS = ("CM",)
 SOURCE = "MemoryLLM section 4.2; ours"
@@ -49,7 +59,11 @@ def variants(n):
         *(scales.variant(f"layers-c{c}", f"dense*{c} memoryllm*{n - c}") for c in splits),
         *(scales.flex(n, beta) for beta in BETAS),
         scales.memoryllm(n),
-        scales.stem(n) | {"name": "stem-equal", "budget": {"mode": "total", "knob": "model.d_ff", "like": like}},
+        scales.stem(n)
+        | {
+            "name": "stem-equal",
+            "budget": {"mode": "total", "knob": "model.d_ff", "like": like},
+        },
         scales.variant("attn_only", f"attn_only*{n}"),
     ]
 
@@ -92,7 +106,10 @@ def loss_against_share(runs):
     """The two ways as lines between the same ends, the rest as reference lines."""
     groups, beside = by_variant(runs), []
     points = {
-        name: (100 * compute_share(group[0]), *mean_spread([number(run, "result.val_loss") for run in group]))
+        name: (
+            100 * compute_share(group[0]),
+            *mean_spread([number(run, "result.val_loss") for run in group]),
+        )
         for name, group in groups.items()
         if compute_share(group[0]) is not None
     }
@@ -109,13 +126,19 @@ def loss_against_share(runs):
         )
     for name, group in groups.items():
         mean, _ = mean_spread([number(run, "result.val_loss") for run in group])
-        if compute_share(group[0]) is None and mean is not None and points and mean < 1.1 * max(y for _, y, _ in points.values()):
+        if (
+            compute_share(group[0]) is None
+            and mean is not None
+            and points
+            and mean < 1.1 * max(y for _, y, _ in points.values())
+        ):
             beside.append((mean, name))
     return Figure(
         "loss-share",
         "Validation loss against the C/M ratio",
-        "Solid: β moves weights of every layer between FFN-C and FFN-M; dashed: the first layers are dense. "
-        "Both ways share their ends, memoryllm and dense. Bar: standard deviation between seeds.",
+        "Solid: β moves weights of every layer between FFN-C and FFN-M; dashed: the first layers"
+        " are dense. Both ways share their ends, memoryllm and dense. Bar: standard deviation"
+        " between seeds.",
         "compute share C of the FFN weights, %",
         "validation loss, nat per token",
         tuple(way for way in ways if way.points),
@@ -127,9 +150,14 @@ def loss_against_share(runs):
 def recall_against_reasoning(runs):
     series = []
     for name, group in by_variant(runs).items():
-        recall, reasoning = (mean_spread([number(run, f"result.{task}_acc") for run in group])[0] for task in ("recall", "reasoning"))
+        recall, reasoning = (
+            mean_spread([number(run, f"result.{task}_acc") for run in group])[0]
+            for task in ("recall", "reasoning")
+        )
         if recall is not None and reasoning is not None:
-            series.append(Series(name, ((100 * reasoning, 100 * recall),), "points", family(group[0])))
+            series.append(
+                Series(name, ((100 * reasoning, 100 * recall),), "points", family(group[0]))
+            )
     return Figure(
         "recall-reasoning",
         "Recall against reasoning",
@@ -151,7 +179,14 @@ def claims(runs):
             runs,
             ["dense", *layers, "memoryllm"],
         ),
-        sign_claim("Rows are worth their parameters: MemoryLLM beats attention alone", "not in the papers", runs, "memoryllm", "attn_only", -1),
+        sign_claim(
+            "Rows are worth their parameters: MemoryLLM beats attention alone",
+            "not in the papers",
+            runs,
+            "memoryllm",
+            "attn_only",
+            -1,
+        ),
         exact_claim(
             "Served from disk, every model with rows gives its resident logits and text",
             "exact up to storage precision (section 4.1)",

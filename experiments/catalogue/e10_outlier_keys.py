@@ -1,7 +1,8 @@
 """Do late layers use a few keys far more than the rest?
 
-MemoryLLM, Figure 6b (1B; the threshold is not given): the mean number of outlier coefficients per token is higher in the last layers. Here an outlier is
-above 6 (and 3) standard deviations of its token's coefficients. Expected: more in the last third of the layers than in the first.
+MemoryLLM, Figure 6b (1B; the threshold is not given): the mean number of outlier coefficients per
+token is higher in the last layers. Here an outlier is above 6 (and 3) standard deviations of its
+token's coefficients. Expected: more in the last third of the layers than in the first.
 
     python -m experiments.run e10 --scale=cpu         # E1's runs
 """
@@ -32,7 +33,12 @@ def analyse(runs):
         "Means over all tokens of the vocabulary and over seeds.",
     )
     return {
-        "rows": measured(runs, "outliers", "layers", ("layer", "keys", "above_3", "above_6", "fresh_above_3", "fresh_above_6")),
+        "rows": measured(
+            runs,
+            "outliers",
+            "layers",
+            ("layer", "keys", "above_3", "above_6", "fresh_above_3", "fresh_above_6"),
+        ),
         "figures": [figure],
     }
 
@@ -40,12 +46,22 @@ def analyse(runs):
 def claims(runs):
     made = []
     for sigma in (6, 3):
-        text, paper = f"More coefficients above {sigma} σ in the last layers than in the first", "more in the last layers (figure only)"
+        text, paper = (
+            f"More coefficients above {sigma} σ in the last layers than in the first",
+            "more in the last layers (figure only)",
+        )
 
         def late(run, third, key=f"above_{sigma}"):
             parts = thirds(layer_values(run, "outliers", key))
             return parts and parts[third]
 
-        found = within(runs, "memoryllm", lambda run, late=late: late(run, 2), lambda run, late=late: late(run, 0))
-        made.append(judge(text, paper, found, 1, "per token", needs="memoryllm with at least three layers"))
+        found = within(
+            runs,
+            "memoryllm",
+            lambda run, late=late: late(run, 2),
+            lambda run, late=late: late(run, 0),
+        )
+        made.append(
+            judge(text, paper, found, 1, "per token", needs="memoryllm with at least three layers")
+        )
     return made

@@ -1,9 +1,12 @@
 """Fewer active weights by pruning a dense model, or by flex from the start?
 
-MemoryLLM, Figure 11 (1B and 750M; sparsity pattern, calibration and numbers not given): base models pruned by magnitude, SparseGPT and Wanda to the
-active parameters of MemoryLLM and flex are clearly worse. Here magnitude and Wanda, unstructured, per matrix; SparseGPT is not done. A dense model
-pruned to beta/8 of its FFN weights has the active weights of flex beta; MemoryLLM itself would be a dense model without any FFN weight.
-Expected: flex is better at each of beta = 1, 2, 3. Fine-tuning after pruning is not part of the paper's comparison and not of this one.
+MemoryLLM, Figure 11 (1B and 750M; sparsity pattern, calibration and numbers not given): base models
+pruned by magnitude, SparseGPT and Wanda to the active parameters of MemoryLLM and flex are clearly
+worse. Here magnitude and Wanda, unstructured, per matrix; SparseGPT is not done. A dense model
+pruned to beta/8 of its FFN weights has the active weights of flex beta; MemoryLLM itself would be a
+dense model without any FFN weight.
+Expected: flex is better at each of beta = 1, 2, 3. Fine-tuning after pruning is not part of the
+paper's comparison and not of this one.
 
     python -m experiments.run e11 --scale=cpu         # E2's runs
 """
@@ -22,12 +25,21 @@ BETAS = (3, 2, 1)
 
 def sweep(scale):
     n = scales.layers(scale)
-    return scales.sweep(scale, [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in BETAS)])
+    return scales.sweep(
+        scale, [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in BETAS)]
+    )
 
 
 def loss_of(run, rule, kept):
     points = (number(run, "measures.pruned") or {}).get("points", [])
-    return next((point["val_loss"] for point in points if point["rule"] == rule and abs(point["kept"] - kept) < 1e-9), None)
+    return next(
+        (
+            point["val_loss"]
+            for point in points
+            if point["rule"] == rule and abs(point["kept"] - kept) < 1e-9
+        ),
+        None,
+    )
 
 
 def analyse(runs):
@@ -39,15 +51,27 @@ def analyse(runs):
                 if point["rule"] in (rule, "none"):
                     at.setdefault(point["active"], []).append(point["val_loss"])
         points = tuple(
-            (active, mean, spread or 0.0) for active, (mean, spread) in ((a, mean_spread(v)) for a, v in sorted(at.items())) if mean is not None
+            (active, mean, spread or 0.0)
+            for active, (mean, spread) in ((a, mean_spread(v)) for a, v in sorted(at.items()))
+            if mean is not None
         )
         series.append(Series(f"dense, {rule}", points, "line", "dense", dashed=rule == "wanda"))
     trained = [
-        (number(group[0], "account.active"), *mean_spread([number(run, "result.val_loss") for run in group]))
+        (
+            number(group[0], "account.active"),
+            *mean_spread([number(run, "result.val_loss") for run in group]),
+        )
         for name, group in groups.items()
         if name != "dense"
     ]
-    series.append(Series("memoryllm, flex", tuple(sorted((x, y, s or 0.0) for x, y, s in trained)), "line", "flex"))
+    series.append(
+        Series(
+            "memoryllm, flex",
+            tuple(sorted((x, y, s or 0.0) for x, y, s in trained)),
+            "line",
+            "flex",
+        )
+    )
     figure = Figure(
         "loss-active",
         "Pruned after training, or flex from the start",
@@ -57,7 +81,12 @@ def analyse(runs):
         tuple(s for s in series if s.points),
     )
     return {
-        "rows": measured(groups.get("dense", []), "pruned", "points", ("rule", "kept", "active", "val_loss", "recall_acc", "reasoning_acc")),
+        "rows": measured(
+            groups.get("dense", []),
+            "pruned",
+            "points",
+            ("rule", "kept", "active", "val_loss", "recall_acc", "reasoning_acc"),
+        ),
         "figures": [figure],
     }
 
@@ -66,8 +95,21 @@ def claims(runs):
     made = []
     for rule in ("magnitude", "wanda"):
         for beta in BETAS:
-            text, paper = f"Flex β = {beta} beats a dense model pruned by {rule} to its active parameters", "clearly better (figure only)"
-            judged = [run | {"loss": loss_of(run, rule, beta / 8) if run["variant"] == "dense" else number(run, "result.val_loss")} for run in runs]
+            text, paper = (
+                f"Flex β = {beta} beats a dense model pruned by {rule} to its active parameters",
+                "clearly better (figure only)",
+            )
+            judged = [
+                run
+                | {
+                    "loss": (
+                        loss_of(run, rule, beta / 8)
+                        if run["variant"] == "dense"
+                        else number(run, "result.val_loss")
+                    )
+                }
+                for run in runs
+            ]
             found = difference(judged, f"flex-b{beta}", "dense", "loss")
             made.append(judge(text, paper, found, -1, needs=f"dense and flex-b{beta} of one seed"))
     text, paper = "…and pruned by SparseGPT", "clearly better (figure only)"

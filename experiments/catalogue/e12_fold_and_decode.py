@@ -1,8 +1,10 @@
 """Is the folded table exactly the FFN, and does decoding from it cost less than computing?
 
-MemoryLLM, equations 2.9 and 2.10, and Table 6 (1B, one A100, BF16, sequence 2,048, loading from storage included): decoding 21.50 ms a token for base, 18.75,
-20.28, 21.47 for flex beta 1, 2, 3, 14.42 for MemoryLLM (1.49 times base); batch size, storage and cache are not given. Expected: equality bit by bit in float32, MemoryLLM
-faster than base, beta 3 hardly. A small model's step is mostly overhead and its speed is not judged: `flexmemory bench decode` is the benchmark.
+MemoryLLM, equations 2.9 and 2.10, and Table 6 (1B, one A100, BF16, sequence 2,048, loading from
+storage included): decoding 21.50 ms a token for base, 18.75, 20.28, 21.47 for flex beta 1, 2, 3,
+14.42 for MemoryLLM (1.49 times base); batch size, storage and cache are not given. Expected:
+equality bit by bit in float32, MemoryLLM faster than base, beta 3 hardly. A small model's step is
+mostly overhead and its speed is not judged: `flexmemory bench decode` is the benchmark.
 
     python -m experiments.run e12 --scale=cpu         # E2's runs
 """
@@ -20,7 +22,9 @@ LARGE = 50_000_000  # parameters: the step of a smaller model is mostly overhead
 
 def sweep(scale):
     n = scales.layers(scale)
-    return scales.sweep(scale, [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in (3, 2, 1))])
+    return scales.sweep(
+        scale, [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in (3, 2, 1))]
+    )
 
 
 def ms(where):
@@ -39,15 +43,40 @@ def analyse(runs):
         from_disk_ms=ms("offloaded"),
         hit_rate="measures.decode.hit_rate",
     )
-    return {"rows": rows, "figures": [bars("decode", "Decoding one sequence, a quarter of the table in RAM", runs, ms("offloaded"), "ms per token")]}
+    return {
+        "rows": rows,
+        "figures": [
+            bars(
+                "decode",
+                "Decoding one sequence, a quarter of the table in RAM",
+                runs,
+                ms("offloaded"),
+                "ms per token",
+            )
+        ],
+    }
 
 
 def claims(runs):
-    proofs = [proof for run in runs if number(run, "account.row_bytes_per_token") and (proof := number(run, "measures.fold"))]
-    exact = [proof["rows_max_abs_diff"] == 0 and proof["logits_max_abs_diff"] == 0 and proof["greedy_equal"] for proof in proofs]
+    proofs = [
+        proof
+        for run in runs
+        if number(run, "account.row_bytes_per_token") and (proof := number(run, "measures.fold"))
+    ]
+    exact = [
+        proof["rows_max_abs_diff"] == 0
+        and proof["logits_max_abs_diff"] == 0
+        and proof["greedy_equal"]
+        for proof in proofs
+    ]
     large = [run for run in runs if run["account"]["total"] >= LARGE]
-    text, paper = "MemoryLLM decodes faster than a dense model of equal total parameters", "14.42 against 21.50 ms (1B, A100)"
-    speed = difference([run | {"ms": ms("resident")(run)} for run in large], "memoryllm", "dense", "ms")
+    text, paper = (
+        "MemoryLLM decodes faster than a dense model of equal total parameters",
+        "14.42 against 21.50 ms (1B, A100)",
+    )
+    speed = difference(
+        [run | {"ms": ms("resident")(run)} for run in large], "memoryllm", "dense", "ms"
+    )
     return [
         exact_claim(
             "A folded table gives the live model's rows, logits and text exactly",
@@ -63,6 +92,9 @@ def claims(runs):
             speed,
             -1,
             "ms",
-            needs=f"dense and memoryllm of {LARGE // 10**6} million parameters; for small models see flexmemory bench decode",
+            needs=(
+                f"dense and memoryllm of {LARGE // 10**6} million parameters; for small models see"
+                " flexmemory bench decode"
+            ),
         ),
     ]

@@ -1,7 +1,9 @@
 """What do 16, 8 and 4 bits a number cost a table?
 
-MemoryLLM, Table 7 (1B; method and granularity not given): WikiText-2 perplexity 24.348 in 16 bits, 24.347 in 8 (-0.00004 nat), 24.439 in 4 (+0.0037 nat); tasks
-move within a percent (its Winogrande column jumps by 2 points in one row, probably a misprint). Here round to nearest, symmetric, one scale per row or per 32 numbers.
+MemoryLLM, Table 7 (1B; method and granularity not given): WikiText-2 perplexity 24.348 in 16 bits,
+24.347 in 8 (-0.00004 nat), 24.439 in 4 (+0.0037 nat); tasks move within a percent (its Winogrande
+column jumps by 2 points in one row, probably a misprint). Here round to nearest, symmetric, one
+scale per row or per 32 numbers.
 Expected: 8 bits cost less than 0.001 nat, 4 bits less than 0.01.
 
     python -m experiments.run e13 --scale=cpu         # E2's runs
@@ -16,7 +18,10 @@ from flexmemory.analysis.compress import quantised
 IDS = ("E13",)
 SOURCE = "MemoryLLM Table 7"
 MEASURES = (quantised,)
-LIMITS = {"int8": (0.001, "−0.00004 nat (WikiText-2, 1B)"), "int4": (0.01, "+0.0037 nat (WikiText-2, 1B)")}
+LIMITS = {
+    "int8": (0.001, "−0.00004 nat (WikiText-2, 1B)"),
+    "int4": (0.01, "+0.0037 nat (WikiText-2, 1B)"),
+}
 
 
 def sweep(scale):
@@ -28,7 +33,14 @@ def cost(run, dtype, group=0):
     """Rise of the loss over the float32 table, nat."""
     points = (number(run, "measures.quantised") or {}).get("points", [])
     exact = next((point["val_loss"] for point in points if point["dtype"] == "float32"), None)
-    found = next((point["val_loss"] for point in points if point["dtype"] == dtype and point["scale_group"] == group), None)
+    found = next(
+        (
+            point["val_loss"]
+            for point in points
+            if point["dtype"] == dtype and point["scale_group"] == group
+        ),
+        None,
+    )
     return None if None in (exact, found) else found - exact
 
 
@@ -38,8 +50,17 @@ def analyse(runs):
         for j, (variant, members) in enumerate(by_variant(runs).items()):
             mean, spread = mean_spread([cost(run, dtype, group) for run in members])
             if mean is not None:
-                series.append(Series(variant, ((i + 0.25 * (j - 0.5), 1000 * mean, 1000 * (spread or 0.0)),), "bars", variant.partition("-")[0]))
-    ticks = tuple((i, dtype + (f"/{group}" if group else "")) for i, (dtype, group) in enumerate(kinds))
+                series.append(
+                    Series(
+                        variant,
+                        ((i + 0.25 * (j - 0.5), 1000 * mean, 1000 * (spread or 0.0)),),
+                        "bars",
+                        variant.partition("-")[0],
+                    )
+                )
+    ticks = tuple(
+        (i, dtype + (f"/{group}" if group else "")) for i, (dtype, group) in enumerate(kinds)
+    )
     figure = Figure(
         "cost",
         "What smaller numbers cost",
@@ -51,7 +72,19 @@ def analyse(runs):
     )
     return {
         "rows": measured(
-            runs, "quantised", "points", ("dtype", "scale_group", "table_bytes", "saved", "relative_error", "val_loss", "recall_acc", "reasoning_acc")
+            runs,
+            "quantised",
+            "points",
+            (
+                "dtype",
+                "scale_group",
+                "table_bytes",
+                "saved",
+                "relative_error",
+                "val_loss",
+                "recall_acc",
+                "reasoning_acc",
+            ),
         ),
         "figures": [figure] if series else [],
     }

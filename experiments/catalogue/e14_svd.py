@@ -1,11 +1,14 @@
 """How far can a table's rank be cut, the same in every layer?
 
-MemoryLLM, Table 8 (1B, C4 perplexity): rank cut by 10, 20, 30, 40, 50%: +0.0002, +0.0021, +0.0051, +0.0109, +0.0347 nat, saving 8.6 to 49% of the bytes.
-Only savings beyond the useful rank |V| d / (|V| + d) count. Expected: 10% costs less than 0.005 nat, 50% less than 0.1, and every further cut costs more.
+MemoryLLM, Table 8 (1B, C4 perplexity): rank cut by 10, 20, 30, 40, 50%: +0.0002, +0.0021, +0.0051,
++0.0109, +0.0347 nat, saving 8.6 to 49% of the bytes. Only savings beyond the useful rank |V| d /
+(|V| + d) count. Expected: 10% costs less than 0.005 nat, 50% less than 0.1, and every further cut
+costs more.
 
     python -m experiments.run e14 --scale=cpu         # E2's runs
 
-At a small vocabulary the basis [r, W] is no longer small beside the numbers [V, r]: "saved" says what is left of the saving.
+At a small vocabulary the basis [r, W] is no longer small beside the numbers [V, r]: "saved" says
+what is left of the saving.
 """
 
 from experiments import scales
@@ -27,14 +30,38 @@ def sweep(scale):
 def costs(run):
     """[(cut, rise of the loss over the uncut table in nat)]"""
     points = (number(run, "measures.svd") or {}).get("points", [])
-    return [(point["cut"], point["val_loss"] - points[0]["val_loss"]) for point in points if None not in (point["val_loss"], points[0]["val_loss"])]
+    return [
+        (point["cut"], point["val_loss"] - points[0]["val_loss"])
+        for point in points
+        if None not in (point["val_loss"], points[0]["val_loss"])
+    ]
 
 
 def analyse(runs):
     return {
-        "rows": measured(runs, "svd", "points", ("cut", "table_bytes", "saved", "relative_error", "val_loss", "recall_acc", "reasoning_acc")),
+        "rows": measured(
+            runs,
+            "svd",
+            "points",
+            (
+                "cut",
+                "table_bytes",
+                "saved",
+                "relative_error",
+                "val_loss",
+                "recall_acc",
+                "reasoning_acc",
+            ),
+        ),
         "figures": [
-            mean_lines("cost", "What a cut of the rank costs", runs, costs, "share of the rank that is cut", "rise of the loss, nat per token")
+            mean_lines(
+                "cost",
+                "What a cut of the rank costs",
+                runs,
+                costs,
+                "share of the rank that is cut",
+                "rise of the loss, nat per token",
+            )
         ],
     }
 
@@ -53,7 +80,22 @@ def claims(runs):
     ]
     cuts = [cut for cut, _ in costs(runs[0])] if runs else []
     steps = [
-        (f"{a:.0%}→{b:.0%}", within(runs, "memoryllm", lambda run, b=b: dict(costs(run)).get(b), lambda run, a=a: dict(costs(run)).get(a)))
+        (
+            f"{a:.0%}→{b:.0%}",
+            within(
+                runs,
+                "memoryllm",
+                lambda run, b=b: dict(costs(run)).get(b),
+                lambda run, a=a: dict(costs(run)).get(a),
+            ),
+        )
         for a, b in zip(cuts, cuts[1:], strict=False)
     ]
-    return [*made, steps_claim("Every further cut costs more", "18.919 < 18.923 < 18.958 < 19.015 < 19.126 < 19.586 perplexity", steps)]
+    return [
+        *made,
+        steps_claim(
+            "Every further cut costs more",
+            "18.919 < 18.923 < 18.958 < 19.015 < 19.126 < 19.586 perplexity",
+            steps,
+        ),
+    ]

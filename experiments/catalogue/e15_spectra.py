@@ -1,7 +1,8 @@
 """Which layers' tables are nearly low-rank?
 
-MemoryLLM, Figure 13 (1B, MemoryLLM and flex; values not given): the normalised singular values are heavy-tailed, and the last layers' tables are easier to
-compress than the middle ones'. Expected: a smaller effective rank in the last third of the layers than in the middle one.
+MemoryLLM, Figure 13 (1B, MemoryLLM and flex; values not given): the normalised singular values are
+heavy-tailed, and the last layers' tables are easier to compress than the middle ones'. Expected: a
+smaller effective rank in the last third of the layers than in the middle one.
 
     python -m experiments.run e15 --scale=cpu         # E2's runs
 """
@@ -23,12 +24,24 @@ def sweep(scale):
 
 
 def analyse(runs):
-    figures = [by_layer("effective-rank", "Effective rank by layer", runs, "spectra", "effective_rank", "exp of the entropy of the spectrum")]
+    figures = [
+        by_layer(
+            "effective-rank",
+            "Effective rank by layer",
+            runs,
+            "spectra",
+            "effective_rank",
+            "exp of the entropy of the spectrum",
+        )
+    ]
     for variant, group in by_variant(runs).items():
         found = [number(run, "measures.spectra.layers") for run in group]
         series = []
         for entries in zip(*(layers for layers in found if layers), strict=False):
-            values = [mean_spread(column)[0] for column in zip(*(entry["singular_values"] for entry in entries), strict=True)]
+            values = [
+                mean_spread(column)[0]
+                for column in zip(*(entry["singular_values"] for entry in entries), strict=True)
+            ]
             series.append(
                 Series(
                     f"layer {entries[0]['layer']}",
@@ -50,18 +63,26 @@ def analyse(runs):
                     log_y=True,
                 )
             )
-    return {"rows": measured(runs, "spectra", "layers", ("layer", "width", "effective_rank")), "figures": figures}
+    return {
+        "rows": measured(runs, "spectra", "layers", ("layer", "width", "effective_rank")),
+        "figures": figures,
+    }
 
 
 def claims(runs):
     made = []
     for variant in ("memoryllm", "flex-b3"):
-        text, paper = f"{variant}: the last layers' tables are easier to compress than the middle ones'", "yes (figure only)"
+        text, paper = (
+            f"{variant}: the last layers' tables are easier to compress than the middle ones'",
+            "yes (figure only)",
+        )
 
         def rank(run, third):
             parts = thirds(layer_values(run, "spectra", "effective_rank"))
             return parts and parts[third]
 
         found = within(runs, variant, lambda run: rank(run, 2), lambda run: rank(run, 1))
-        made.append(judge(text, paper, found, -1, "ranks", needs=f"{variant} with at least three layers"))
+        made.append(
+            judge(text, paper, found, -1, "ranks", needs=f"{variant} with at least three layers")
+        )
     return made

@@ -1,8 +1,9 @@
 """Which layers' tables matter for which task?
 
-MemoryLLM, Figure 12 (1B, eight tasks; values not given): leaving out one layer's ToL hurts only for the first few layers; the middle ones are nearly
-redundant. Expected: on the loss and on each task the first third of the layers matters most. Tasks at chance cannot fall and say nothing, so these are models of
-the knowledge experiment, which have learned theirs.
+MemoryLLM, Figure 12 (1B, eight tasks; values not given): leaving out one layer's ToL hurts only for
+the first few layers; the middle ones are nearly redundant. Expected: on the loss and on each task
+the first third of the layers matters most. Tasks at chance cannot fall and say nothing, so these
+are models of the knowledge experiment, which have learned theirs.
 
     python -m experiments.run e16 --scale=cpu         # E7's runs
 """
@@ -17,7 +18,11 @@ SOURCE = "MemoryLLM Fig 12"
 SCALES = knowledge.SCALES
 MEASURES = (drop_layer,)
 LEARNED = 0.05  # above chance: a task that is not learned cannot be unlearned
-TASKS = {"val_loss": ("loss", 1, "nat"), "recall_acc": ("recall", -1, ""), "reasoning_acc": ("reasoning", -1, "")}
+TASKS = {
+    "val_loss": ("loss", 1, "nat"),
+    "recall_acc": ("recall", -1, ""),
+    "reasoning_acc": ("reasoning", -1, ""),
+}
 
 
 def sweep(scale):
@@ -37,7 +42,12 @@ def analyse(runs):
         for key, (word, _, _) in TASKS.items()
     ]
     return {
-        "rows": measured(runs, "drop_layer", "layers", ("layer", "kind", "val_loss", "recall_acc", "reasoning_acc")),
+        "rows": measured(
+            runs,
+            "drop_layer",
+            "layers",
+            ("layer", "kind", "val_loss", "recall_acc", "reasoning_acc"),
+        ),
         "figures": [f for f in figures if f.series],
     }
 
@@ -45,15 +55,36 @@ def analyse(runs):
 def claims(runs):
     runs, made = [run | {"variant": knowledge.model_of(run)} for run in runs], []
     for key, (word, sign, unit) in TASKS.items():
-        text, paper = f"The first layers' tables matter more for {word} than the middle ones'", "only the first few matter (figure only)"
+        text, paper = (
+            f"The first layers' tables matter more for {word} than the middle ones'",
+            "only the first few matter (figure only)",
+        )
 
         def of(run, third, key=key):
-            chance = number(run, f"result.{key.replace('_acc', '_chance')}") if key.endswith("_acc") else None
-            if chance is not None and number(run, f"measures.drop_layer.whole.{key}") < chance + LEARNED:
+            chance = (
+                number(run, f"result.{key.replace('_acc', '_chance')}")
+                if key.endswith("_acc")
+                else None
+            )
+            if (
+                chance is not None
+                and number(run, f"measures.drop_layer.whole.{key}") < chance + LEARNED
+            ):
                 return None
             parts = thirds(layer_values(run, "drop_layer", key))
             return parts and parts[third]
 
-        found = within(runs, "memoryllm", lambda run, of=of: of(run, 0), lambda run, of=of: of(run, 1))
-        made.append(judge(text, paper, found, sign, unit, needs=f"memoryllm with at least three layers, and {word} well above chance"))
+        found = within(
+            runs, "memoryllm", lambda run, of=of: of(run, 0), lambda run, of=of: of(run, 1)
+        )
+        made.append(
+            judge(
+                text,
+                paper,
+                found,
+                sign,
+                unit,
+                needs=f"memoryllm with at least three layers, and {word} well above chance",
+            )
+        )
     return made

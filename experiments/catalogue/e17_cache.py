@@ -1,8 +1,10 @@
 """How large must a cache of rows be, and which policy?
 
-MemoryLLM, section 2.3.2, proposes to keep the rows of frequent tokens at hand (Zipf) and measures nothing; STEM states more than 80% hits for LFU at an
-unstated size. Here lru, lfu, and the static set of the training data's most frequent tokens, decoding the validation text one token at a time, between nothing
-and the clairvoyant bound (Belady). Expected: lfu reaches 80% with a quarter of the rows; a static set does as well as lfu, so no policy is needed.
+MemoryLLM, section 2.3.2, proposes to keep the rows of frequent tokens at hand (Zipf) and measures
+nothing; STEM states more than 80% hits for LFU at an unstated size. Here lru, lfu, and the static
+set of the training data's most frequent tokens, decoding the validation text one token at a time,
+between nothing and the clairvoyant bound (Belady). Expected: lfu reaches 80% with a quarter of the
+rows; a static set does as well as lfu, so no policy is needed.
 
     python -m experiments.run e17 --scale=cpu         # E1's memoryllm
 """
@@ -36,7 +38,13 @@ def analyse(runs):
             }
         )
     for policy in POLICIES:
-        series.append(Series(policy, tuple((100 * row["share_of_rows"], 100 * row[policy]) for row in rows), dashed=policy == "clairvoyant"))
+        series.append(
+            Series(
+                policy,
+                tuple((100 * row["share_of_rows"], 100 * row[policy]) for row in rows),
+                dashed=policy == "clairvoyant",
+            )
+        )
     figure = Figure(
         "hits",
         "Hit rate against the size of the cache",
@@ -53,15 +61,28 @@ def analyse(runs):
 def claims(runs):
     found = runs[0]["measures"]["hit_curves"] if runs else None
     texts = (
-        ("LFU answers more than 80% of lookups (here with a quarter of the rows)", "more than 80% (size not given)"),
-        ("The most frequent tokens, kept for good, do within two points of LFU (our limit)", "not in the papers (proposed, not measured)"),
+        (
+            "LFU answers more than 80% of lookups (here with a quarter of the rows)",
+            "more than 80% (size not given)",
+        ),
+        (
+            "The most frequent tokens, kept for good, do within two points of LFU (our limit)",
+            "not in the papers (proposed, not measured)",
+        ),
     )
-    missing = "needs memoryllm" if found is None else f"the text is too short: {found['cold']:.0%} of its lookups are a row's first"
+    missing = (
+        "needs memoryllm"
+        if found is None
+        else f"the text is too short: {found['cold']:.0%} of its lookups are a row's first"
+    )
     if found is None or found["cold"] > 0.2:
         return [not_run(text, paper, missing) for text, paper in texts]
     quarter = next(point for point in found["points"] if point["share"] == 0.25)
     lfu, static, bound = (quarter[policy] for policy in ("lfu", "static", "clairvoyant"))
-    detail = f"of the text, whatever the model; {found['cold']:.1%} of the lookups are a row's first; at best {bound:.1%}"
+    detail = (
+        f"of the text, whatever the model; {found['cold']:.1%} of the lookups are a row's first; at"
+        f" best {bound:.1%}"
+    )
     return [
         exact_claim(*texts[0], f"{lfu:.1%}", lfu > 0.8, 1, detail=detail),
         exact_claim(

@@ -1,7 +1,8 @@
 """Can the last layers' tables be left out for good?
 
-MemoryLLM, section 2.3.2, proposes to leave the later layers' ToLs out of memory because they matter less; nothing is measured. Expected: leaving out the last
-layer's table costs less than leaving out the first one's; the figure has loss against the bytes that are saved.
+MemoryLLM, section 2.3.2, proposes to leave the later layers' ToLs out of memory because they matter
+less; nothing is measured. Expected: leaving out the last layer's table costs less than leaving out
+the first one's; the figure has loss against the bytes that are saved.
 
     python -m experiments.run e18 --scale=cpu         # E2's runs
 """
@@ -37,8 +38,29 @@ def saved(run):
 
 def analyse(runs):
     return {
-        "rows": measured(runs, "drop_last", "points", ("dropped", "table_bytes_gone", "val_loss", "perplexity_rise", "recall_acc", "reasoning_acc")),
-        "figures": [mean_lines("rise", "The last layers' tables left out", runs, saved, "table bytes saved, %", "rise of the loss, nat per token")],
+        "rows": measured(
+            runs,
+            "drop_last",
+            "points",
+            (
+                "dropped",
+                "table_bytes_gone",
+                "val_loss",
+                "perplexity_rise",
+                "recall_acc",
+                "reasoning_acc",
+            ),
+        ),
+        "figures": [
+            mean_lines(
+                "rise",
+                "The last layers' tables left out",
+                runs,
+                saved,
+                "table bytes saved, %",
+                "rise of the loss, nat per token",
+            )
+        ],
     }
 
 
@@ -46,9 +68,17 @@ def claims(runs):
     made = []
     for variant in ("memoryllm", "flex-b3"):
         text, paper = (
-            f"{variant}: leaving out the last layer's table costs less than leaving out the first one's",
+            (
+                f"{variant}: leaving out the last layer's table costs less than leaving out the"
+                " first one's"
+            ),
             "not in the papers (proposed, not measured)",
         )
-        found = within(runs, variant, lambda run: points(run)[1]["val_loss"], lambda run: number(run, "measures.drop_layer")["layers"][0]["val_loss"])
+        found = within(
+            runs,
+            variant,
+            lambda run: points(run)[1]["val_loss"],
+            lambda run: number(run, "measures.drop_layer")["layers"][0]["val_loss"],
+        )
         made.append(judge(text, paper, found, -1, needs=variant))
     return made

@@ -1,8 +1,11 @@
-"""Does the gap between MemoryLLM and a dense model close as FFN parameters move back to compute (flex, beta = 0..3)?
+"""Does the gap between MemoryLLM and a dense model close as FFN parameters move back to compute
+(flex, beta = 0..3)?
 
-MemoryLLM, Figure 9 (1B, up to 150B tokens; values not given; paper scale here plans 50B): at equal total parameters perplexity falls from MemoryLLM (beta 0) through beta 1, 2, 3
-to the dense model, and beta 3 is close to dense. The paper gives no equation for the flex block: docs/variants.md. Expected: the order over beta, dense below
-all of them, and beta 3 nearer to dense than MemoryLLM is.
+MemoryLLM, Figure 9 (1B, up to 150B tokens; values not given; paper scale here plans 50B): at equal
+total parameters perplexity falls from MemoryLLM (beta 0) through beta 1, 2, 3 to the dense model,
+and beta 3 is close to dense. The paper gives no equation for the flex block: docs/variants.md.
+Expected: the order over beta, dense below all of them, and beta 3 nearer to dense than MemoryLLM
+is.
 
     python -m experiments.run e2 --scale=cpu
 
@@ -20,7 +23,11 @@ ORDER = ["dense", "flex-b3", "flex-b2", "flex-b1", "memoryllm"]
 
 def sweep(scale):
     n = scales.layers(scale)
-    return scales.sweep(scale, [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in (3, 2, 1))], numbers=scales.MORE_SEEDS)
+    return scales.sweep(
+        scale,
+        [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in (3, 2, 1))],
+        numbers=scales.MORE_SEEDS,
+    )
 
 
 def analyse(runs):
@@ -36,7 +43,13 @@ def analyse(runs):
     return {
         "rows": rows,
         "figures": [
-            bars("loss", "Loss from all compute to all memory, at equal total parameters", runs, "result.val_loss", "validation loss, nat per token"),
+            bars(
+                "loss",
+                "Loss from all compute to all memory, at equal total parameters",
+                runs,
+                "result.val_loss",
+                "validation loss, nat per token",
+            ),
             loss_against(runs, "active"),
             loss_against(runs, "read_bytes_per_token"),
         ],
@@ -44,8 +57,21 @@ def analyse(runs):
 
 
 def claims(runs):
-    order = order_claim("Loss rises as β falls from 3 to 0 (MemoryLLM)", "that order (1B, 150B tokens)", runs, ORDER[1:])
-    still = sign_claim("β = 3 is still worse than dense", "a small gap (figure only)", runs, "flex-b3", "dense", 1)
+    order = order_claim(
+        "Loss rises as β falls from 3 to 0 (MemoryLLM)",
+        "that order (1B, 150B tokens)",
+        runs,
+        ORDER[1:],
+    )
+    still = sign_claim(
+        "β = 3 is still worse than dense", "a small gap (figure only)", runs, "flex-b3", "dense", 1
+    )
     text, paper = "β = 3 is nearer to dense than MemoryLLM is", "the gap shrinks (figure only)"
-    found = combined(runs, ("memoryllm", "flex-b3", "dense"), lambda m, f, d: abs(m - d) - abs(f - d))
-    return [order, still, judge(text, paper, found, 1, needs="dense, flex-b3 and memoryllm of one seed")]
+    found = combined(
+        runs, ("memoryllm", "flex-b3", "dense"), lambda m, f, d: abs(m - d) - abs(f - d)
+    )
+    return [
+        order,
+        still,
+        judge(text, paper, found, 1, needs="dense, flex-b3 and memoryllm of one seed"),
+    ]

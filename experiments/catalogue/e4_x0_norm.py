@@ -1,6 +1,7 @@
 """Does every memory layer need its own norm on the token embedding?
 
-MemoryLLM, section 2.2.2: one independent norm per layer on X_0 is called significantly helpful for convergence; no number or curve is given.
+MemoryLLM, section 2.2.2: one independent norm per layer on X_0 is called significantly helpful for
+convergence; no number or curve is given.
 Expected: with one norm shared by all layers the loss is higher.
 
     python -m experiments.run e4 --scale=cpu
@@ -16,19 +17,34 @@ SOURCE = "MemoryLLM section 2.2.2"
 
 def sweep(scale):
     own = scales.memoryllm(scales.layers(scale))
-    return scales.sweep(scale, [own, own | {"name": "memoryllm-shared-norm", "model.x0_norm_shared": True}])
+    return scales.sweep(
+        scale, [own, own | {"name": "memoryllm-shared-norm", "model.x0_norm_shared": True}]
+    )
 
 
 def analyse(runs):
     return {
         "rows": means(runs, val_loss="result.val_loss", bits_per_byte="result.val_bits_per_byte"),
-        "figures": [bars("loss", "A norm for each layer, or one for all", runs, "result.val_loss", "validation loss, nat per token")],
+        "figures": [
+            bars(
+                "loss",
+                "A norm for each layer, or one for all",
+                runs,
+                "result.val_loss",
+                "validation loss, nat per token",
+            )
+        ],
     }
 
 
 def claims(runs):
     return [
         sign_claim(
-            "One norm shared by all layers is worse than a norm each", "significantly (no number)", runs, "memoryllm-shared-norm", "memoryllm", 1
+            "One norm shared by all layers is worse than a norm each",
+            "significantly (no number)",
+            runs,
+            "memoryllm-shared-norm",
+            "memoryllm",
+            1,
         )
     ]

@@ -1,7 +1,8 @@
 """Which layers' FFNs matter: what happens when one of them is left out?
 
-MemoryLLM, Figure 4 (1B; values not given): for the base model perplexity rises most for the first and the last layers (a U over depth), for MemoryLLM
-only for the first few. Expected: both shapes. Judged by thirds of the stack: the mean rise of the loss when a layer of that third is left out.
+MemoryLLM, Figure 4 (1B; values not given): for the base model perplexity rises most for the first
+and the last layers (a U over depth), for MemoryLLM only for the first few. Expected: both shapes.
+Judged by thirds of the stack: the mean rise of the loss when a layer of that third is left out.
 
     python -m experiments.run e5 --scale=cpu          # E1's runs
 """
@@ -25,26 +26,71 @@ def analyse(runs):
     rises = [value for run in runs for value in layer_values(run, "drop_layer", "perplexity_rise")]
     wide = bool(rises) and None not in rises and min(rises) > 0
     return {
-        "rows": measured(runs, "drop_layer", "layers", ("layer", "kind", "val_loss", "perplexity_rise", "recall_acc", "reasoning_acc")),
-        "figures": [by_layer("rise", "One layer's FFN or row left out", runs, "drop_layer", "perplexity_rise", "rise of perplexity, %", log_y=wide)],
+        "rows": measured(
+            runs,
+            "drop_layer",
+            "layers",
+            ("layer", "kind", "val_loss", "perplexity_rise", "recall_acc", "reasoning_acc"),
+        ),
+        "figures": [
+            by_layer(
+                "rise",
+                "One layer's FFN or row left out",
+                runs,
+                "drop_layer",
+                "perplexity_rise",
+                "rise of perplexity, %",
+                log_y=wide,
+            )
+        ],
     }
 
 
 def rise(run, third):
     """Mean rise of the loss, in nat, when a layer of that third is left out."""
     losses = layer_values(run, "drop_layer", "val_loss")
-    parts = thirds([loss - number(run, "measures.drop_layer.whole.val_loss") for loss in losses]) if losses and None not in losses else None
+    parts = (
+        thirds([loss - number(run, "measures.drop_layer.whole.val_loss") for loss in losses])
+        if losses and None not in losses
+        else None
+    )
     return parts and parts[third]
 
 
 def claims(runs):
     made = []
     for text, paper, variant, more, less in (
-        ("Base: the first layers' FFNs matter more than the middle ones'", "a U over depth (figure only)", "dense", 0, 1),
-        ("Base: the last layers' FFNs matter more than the middle ones'", "a U over depth (figure only)", "dense", 2, 1),
-        ("MemoryLLM: the first layers' FFNs matter more than the last ones'", "early layers only (figure only)", "memoryllm", 0, 2),
-        ("MemoryLLM: the first layers' FFNs matter more than the middle ones'", "early layers only (figure only)", "memoryllm", 0, 1),
+        (
+            "Base: the first layers' FFNs matter more than the middle ones'",
+            "a U over depth (figure only)",
+            "dense",
+            0,
+            1,
+        ),
+        (
+            "Base: the last layers' FFNs matter more than the middle ones'",
+            "a U over depth (figure only)",
+            "dense",
+            2,
+            1,
+        ),
+        (
+            "MemoryLLM: the first layers' FFNs matter more than the last ones'",
+            "early layers only (figure only)",
+            "memoryllm",
+            0,
+            2,
+        ),
+        (
+            "MemoryLLM: the first layers' FFNs matter more than the middle ones'",
+            "early layers only (figure only)",
+            "memoryllm",
+            0,
+            1,
+        ),
     ):
-        found = within(runs, variant, lambda run, i=more: rise(run, i), lambda run, i=less: rise(run, i))
+        found = within(
+            runs, variant, lambda run, i=more: rise(run, i), lambda run, i=less: rise(run, i)
+        )
         made.append(judge(text, paper, found, 1, needs=f"{variant} with at least three layers"))
     return made

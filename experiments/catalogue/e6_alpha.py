@@ -1,6 +1,7 @@
 """Scaled-down FFNs: does the base model suffer more than MemoryLLM?
 
-MemoryLLM, section 3.2 and Figure 7 (values not given): with x' = x + Attn + alpha FFN at inference, alpha from 1.0 to 0.5, the base model degrades more.
+MemoryLLM, section 3.2 and Figure 7 (values not given): with x' = x + Attn + alpha FFN at inference,
+alpha from 1.0 to 0.5, the base model degrades more.
 Expected: the base model's loss rises more at every alpha; judged at 0.5.
 
     python -m experiments.run e6 --scale=cpu          # E1's runs
@@ -24,18 +25,39 @@ def sweep(scale):
 def rises(run):
     """[(alpha, rise of the loss in nat)]"""
     points = (number(run, "measures.alpha") or {}).get("points", [])
-    return [(point["alpha"], point["val_loss"] - points[0]["val_loss"]) for point in points if None not in (point["val_loss"], points[0]["val_loss"])]
+    return [
+        (point["alpha"], point["val_loss"] - points[0]["val_loss"])
+        for point in points
+        if None not in (point["val_loss"], points[0]["val_loss"])
+    ]
 
 
 def analyse(runs):
     return {
-        "rows": measured(runs, "alpha", "points", ("alpha", "val_loss", "perplexity", "recall_acc", "reasoning_acc")),
-        "figures": [mean_lines("rise", "The α-probe", runs, rises, "α, scale of what FFNs and rows add", "rise of the loss, nat per token")],
+        "rows": measured(
+            runs,
+            "alpha",
+            "points",
+            ("alpha", "val_loss", "perplexity", "recall_acc", "reasoning_acc"),
+        ),
+        "figures": [
+            mean_lines(
+                "rise",
+                "The α-probe",
+                runs,
+                rises,
+                "α, scale of what FFNs and rows add",
+                "rise of the loss, nat per token",
+            )
+        ],
     }
 
 
 def claims(runs):
-    text, paper = "Scaling FFNs by 0.5 costs the base model more than MemoryLLM", "base degrades more (figure only)"
+    text, paper = (
+        "Scaling FFNs by 0.5 costs the base model more than MemoryLLM",
+        "base degrades more (figure only)",
+    )
     runs = [run | {"rise": dict(rises(run)).get(0.5)} for run in runs]
     found = difference(runs, "dense", "memoryllm", "rise")
     return [judge(text, paper, found, 1, needs="dense and memoryllm of one seed")]

@@ -1,7 +1,8 @@
 """How well do the keys' coefficients cluster, layer by layer?
 
-MemoryLLM, Figure 6a (1B; the coefficient is not defined, about 0.9 by eye): high in all 24 layers, with a slight dip in some middle ones. Ours is the
-mean silhouette (flexmemory/analysis/keys.py), so heights need not compare. Expected: well above 0 and above both controls; the middle third below the
+MemoryLLM, Figure 6a (1B; the coefficient is not defined, about 0.9 by eye): high in all 24 layers,
+with a slight dip in some middle ones. Ours is the mean silhouette (flexmemory/analysis/keys.py), so
+heights need not compare. Expected: well above 0 and above both controls; the middle third below the
 others.
 
     python -m experiments.run e9 --scale=cpu          # E1's runs
@@ -24,18 +25,41 @@ def sweep(scale):
 
 def analyse(runs):
     keys = {"coefficient": "trained", "fresh": "before training", "permuted": "permuted"}
-    figure = layer_lines("coefficient", "Mean silhouette of the coefficients by layer", runs, "cluster_coefficient", keys, "mean silhouette")
-    return {"rows": measured(runs, "cluster_coefficient", "layers", ("layer", "coefficient", "fresh", "permuted")), "figures": [figure]}
+    figure = layer_lines(
+        "coefficient",
+        "Mean silhouette of the coefficients by layer",
+        runs,
+        "cluster_coefficient",
+        keys,
+        "mean silhouette",
+    )
+    return {
+        "rows": measured(
+            runs, "cluster_coefficient", "layers", ("layer", "coefficient", "fresh", "permuted")
+        ),
+        "figures": [figure],
+    }
 
 
 def claims(runs):
     made = []
     for control, words in (("permuted", "permuted ones"), ("fresh", "those before training")):
-        text, paper = f"Coefficients cluster better than {words}, mean over the layers", "not in the papers (no control)"
-        found = within(runs, "memoryllm", lambda run: layer_mean(run, "coefficient"), lambda run, control=control: layer_mean(run, control))
+        text, paper = (
+            f"Coefficients cluster better than {words}, mean over the layers",
+            "not in the papers (no control)",
+        )
+        found = within(
+            runs,
+            "memoryllm",
+            lambda run: layer_mean(run, "coefficient"),
+            lambda run, control=control: layer_mean(run, control),
+        )
         made.append(judge(text, paper, found, 1, "silhouette", needs="memoryllm"))
     text, paper = (
-        "Coefficients form clear clusters: their silhouette is above 0.5 (our limit), mean over the layers",
+        (
+            "Coefficients form clear clusters: their silhouette is above 0.5 (our limit), mean over"
+            " the layers"
+        ),
         "about 0.9 (figure, not defined)",
     )
     found = within(runs, "memoryllm", lambda run: layer_mean(run, "coefficient"), lambda run: CLEAR)
@@ -47,7 +71,10 @@ def claims(runs):
         return parts and parts[1] - (parts[0] + parts[2]) / 2
 
     found = within(runs, "memoryllm", dip)
-    return [*made, judge(text, paper, found, -1, "silhouette", needs="memoryllm with at least three layers")]
+    return [
+        *made,
+        judge(text, paper, found, -1, "silhouette", needs="memoryllm with at least three layers"),
+    ]
 
 
 def layer_mean(run, key):

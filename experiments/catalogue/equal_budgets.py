@@ -1,12 +1,15 @@
 """Does memory still pay when something other than total parameters is held equal?
 
-The papers compare at equal total parameters, or show two active counts. Here MemoryLLM is widened until it costs what the dense model does by each of
-three more measures: active parameters, forward FLOPs (head included), bytes read per decoded token. Widths come in steps, so the costs are equal within some percent. Expected from Table 2's second pair: at
-equal active parameters MemoryLLM is better (-0.049 nat at 245M against 265M); the other two are not in the papers.
+The papers compare at equal total parameters, or show two active counts. Here MemoryLLM is widened
+until it costs what the dense model does by each of three more measures: active parameters, forward
+FLOPs (head included), bytes read per decoded token. Widths come in steps, so the costs are equal
+within some percent. Expected from Table 2's second pair: at equal active parameters MemoryLLM is
+better (-0.049 nat at 245M against 265M); the other two are not in the papers.
 
     python -m experiments.run equal_budgets --scale=cpu
 
-Any other sweep takes the same modes: --budget=total|active|flops|bytes makes all its variants cost what its first one does.
+Any other sweep takes the same modes: --budget=total|active|flops|bytes makes all its variants cost
+what its first one does.
 """
 
 from experiments import scales
@@ -23,7 +26,15 @@ def sweep(scale):
     n = scales.layers(scale)
     dense, memory = scales.dense(n), scales.memoryllm(n)
     wider = [
-        memory | {"name": f"memoryllm-{mode}", "budget": {"mode": mode, "knob": "model.d_model", "like": {"model.pattern": dense["model.pattern"]}}}
+        memory
+        | {
+            "name": f"memoryllm-{mode}",
+            "budget": {
+                "mode": mode,
+                "knob": "model.d_model",
+                "like": {"model.pattern": dense["model.pattern"]},
+            },
+        }
         for mode in MODES
     ]
     return scales.sweep(scale, [dense, memory, *wider])
@@ -41,7 +52,13 @@ def analyse(runs):
         val_loss="result.val_loss",
         recall_acc="result.recall_acc",
     )
-    return {"rows": rows, "figures": [loss_against(runs, cost) for cost in ("total", "active", "flops_per_token", "read_bytes_per_token")]}
+    return {
+        "rows": rows,
+        "figures": [
+            loss_against(runs, cost)
+            for cost in ("total", "active", "flops_per_token", "read_bytes_per_token")
+        ],
+    }
 
 
 def claims(runs):
@@ -52,7 +69,19 @@ def claims(runs):
     }
     made = []
     for mode, (what, paper) in words.items():
-        residual = next((run["budget"]["residual"] for run in runs if run["variant"] == f"memoryllm-{mode}"), None)
+        residual = next(
+            (run["budget"]["residual"] for run in runs if run["variant"] == f"memoryllm-{mode}"),
+            None,
+        )
         near = "" if residual is None else f" (costs {residual:+.1%})".replace("-", "−")
-        made.append(sign_claim(f"MemoryLLM is better than dense at equal {what}{near}", paper, runs, f"memoryllm-{mode}", "dense", -1))
+        made.append(
+            sign_claim(
+                f"MemoryLLM is better than dense at equal {what}{near}",
+                paper,
+                runs,
+                f"memoryllm-{mode}",
+                "dense",
+                -1,
+            )
+        )
     return made

@@ -1,10 +1,15 @@
-"""Intelligence computes, knowledge is read: does the C/M ratio move facts and in-context tasks in opposite ways?
+"""Intelligence computes, knowledge is read: does the C/M ratio move facts and in-context tasks in
+opposite ways?
 
-No paper tests this directly; MemoryLLM's Table 1 suggests it (scaling FFNs down by alpha costs recall tasks more than reasoning tasks). Models are trained on
-nothing but invented biographies and puzzles whose answer stands in the prompt, at two sizes and two numbers of people, with all compute, flex beta 3, and
-all memory at equal total parameters. Recall counts in bits: a question has 16 possible answers, so an accuracy p is worth log2(16) - H(p) - (1-p) log2(15) bits of
-each of a person's five facts; divided by parameters, total and active; the verdict counts embedding and head, which hold facts too. Expected from the
-slogan: memory holds more bits per active parameter; compute is better at the puzzles; and alpha hurts recall first.
+No paper tests this directly; MemoryLLM's Table 1 suggests it (scaling FFNs down by alpha costs
+recall tasks more than reasoning tasks). Models are trained on nothing but invented biographies and
+puzzles whose answer stands in the prompt, at two sizes and two numbers of people, with all compute,
+flex beta 3, and all memory at equal total parameters. Recall counts in bits: a question has 16
+possible answers, so an accuracy p is worth log2(16) - H(p) - (1-p) log2(15) bits of each of a
+person's five facts; divided by parameters, total and active; the verdict counts embedding and head,
+which hold facts too. Expected from the
+slogan: memory holds more bits per active parameter; compute is better at the puzzles; and alpha
+hurts recall first.
 
     python -m experiments.run knowledge --scale=cpu
 
@@ -23,11 +28,26 @@ IDS = ("KNOWLEDGE",)
 SOURCE = "MemoryLLM Table 1; ours"
 SCALES = ("smoke", "cpu", "gpu")
 MEASURES = (alpha,)
-LEARNED = 0.5  # above chance, as a share of what is above it: below that a task says nothing when it falls
+# above chance, as a share of what is above it: below that a task says nothing when it falls
+LEARNED = 0.5
 ANSWERS, FACTS = 16, 5  # possible answers of a question, facts of a person
-TEXT = {  # source with the number of people left open, the two numbers, layers, widths (d_model, d_ff), other settings
-    "smoke": ("facts:people={},docs=6+tasks:n=60,eval=12,length=4,pairs=3", (3, 4), 3, ((32, 88),), {}),
-    "cpu": ("facts:people={},docs=40+tasks:n=24000,words=32,length=24,pairs=3", (32, 128), 4, ((32, 88), (48, 128)), {"data.document_mask": True}),
+# source with the number of people left open, the two numbers, layers, widths (d_model, d_ff), other
+# settings
+TEXT = {
+    "smoke": (
+        "facts:people={},docs=6+tasks:n=60,eval=12,length=4,pairs=3",
+        (3, 4),
+        3,
+        ((32, 88),),
+        {},
+    ),
+    "cpu": (
+        "facts:people={},docs=40+tasks:n=24000,words=32,length=24,pairs=3",
+        (32, 128),
+        4,
+        ((32, 88), (48, 128)),
+        {"data.document_mask": True},
+    ),
     "gpu": (
         "facts:people={},docs=40+tasks:n=400000",
         (1000, 10000),
@@ -45,15 +65,25 @@ def models(scale, n):
 def sweep(scale):
     source, counts, n, widths, others = TEXT[scale]
     places = [
-        {"name": f"p{people}-d{d}", "prepare.source": source.format(people), "model.d_model": d, "model.d_ff": d_ff} | others
+        {
+            "name": f"p{people}-d{d}",
+            "prepare.source": source.format(people),
+            "model.d_model": d,
+            "model.d_ff": d_ff,
+        }
+        | others
         for people in counts
         for d, d_ff in widths
     ]
-    return scales.sweep(scale, [scales.changed(place, model) for place in places for model in models(scale, n)])
+    return scales.sweep(
+        scale, [scales.changed(place, model) for place in places for model in models(scale, n)]
+    )
 
 
 def bits(accuracy):
-    """Bits that answers right with probability p carry of one of 16 equally likely values; 0 at chance and below."""
+    """Bits that answers right with probability p carry of one of 16 equally likely values; 0 at
+    chance and below.
+    """
     if accuracy is None or accuracy <= 1 / ANSWERS:
         return None if accuracy is None else 0.0
     p = accuracy
@@ -90,7 +120,10 @@ def places(runs):
 
 def scale_of(runs):
     """The scale of the runs; cpu without any."""
-    return next((scale for scale, (_, counts, *_) in TEXT.items() if runs and people(runs[0]) in counts), "cpu")
+    return next(
+        (scale for scale, (_, counts, *_) in TEXT.items() if runs and people(runs[0]) in counts),
+        "cpu",
+    )
 
 
 def planned_places(scale):
@@ -100,7 +133,9 @@ def planned_places(scale):
 
 
 def easiest(scale):
-    """The place with the fewest facts and the widest models, which have learned the most: E7's and E16's."""
+    """The place with the fewest facts and the widest models, which have learned the most: E7's and
+    E16's.
+    """
     _, counts, _, widths, _ = TEXT[scale]
     return f"p{counts[0]}-d{widths[-1][0]}"
 
@@ -116,7 +151,10 @@ def percent(path):
 def ratio_figure(name, title, runs, value, y):
     series = []
     for place in places(runs):
-        points = [(100 * compute_share(group[0]), *mean_of(group, value)) for group in by_variant(of(runs, place)).values()]
+        points = [
+            (100 * compute_share(group[0]), *mean_of(group, value))
+            for group in by_variant(of(runs, place)).values()
+        ]
         series.append(
             Series(
                 place,
@@ -134,16 +172,27 @@ def ratio_figure(name, title, runs, value, y):
 
 
 def above_chance(task, accuracy, run):
-    """How far an accuracy of "recall" or "copy" is above guessing, as a share of what is above it; None where it is not given."""
-    chance = 1 / ANSWERS if task == "recall" else 1 / int(run["overrides"]["prepare.source"].partition("length=")[2].partition(",")[0] or 8)
+    """How far an accuracy of "recall" or "copy" is above guessing, as a share of what is above it;
+    None where it is not given.
+    """
+    chance = (
+        1 / ANSWERS
+        if task == "recall"
+        else 1
+        / int(run["overrides"]["prepare.source"].partition("length=")[2].partition(",")[0] or 8)
+    )
     return None if accuracy is None else (accuracy - chance) / (1 - chance)
 
 
 def remaining(task):
-    """Of a task, "recall" or "copy", what is left of its accuracy above chance at each alpha, in percent; nothing where it was hardly above."""
+    """Of a task, "recall" or "copy", what is left of its accuracy above chance at each alpha, in
+    percent; nothing where it was hardly above.
+    """
 
     def at(point, run):
-        return above_chance(task, point["recall_acc"] if task == "recall" else point["kinds"].get("copy"), run)
+        return above_chance(
+            task, point["recall_acc"] if task == "recall" else point["kinds"].get("copy"), run
+        )
 
     def curve(run):
         points = (number(run, "measures.alpha") or {}).get("points", [])
@@ -175,7 +224,13 @@ def analyse(runs):
     return {
         "rows": rows,
         "figures": [
-            ratio_figure("recall", "Recall against the C/M ratio", runs, percent("result.recall_acc"), "recall of trained facts, % right"),
+            ratio_figure(
+                "recall",
+                "Recall against the C/M ratio",
+                runs,
+                percent("result.recall_acc"),
+                "recall of trained facts, % right",
+            ),
             ratio_figure(
                 "reasoning",
                 "Copying in the context against the C/M ratio",
@@ -183,7 +238,13 @@ def analyse(runs):
                 percent("result.kinds.copy"),
                 "copying, % right",
             ),
-            ratio_figure("bits-active", "Bits recalled per active parameter", runs, lambda run: per(run, "active_all"), "bits per active parameter"),
+            ratio_figure(
+                "bits-active",
+                "Bits recalled per active parameter",
+                runs,
+                lambda run: per(run, "active_all"),
+                "bits per active parameter",
+            ),
             mean_lines(
                 "alpha-recall",
                 "Recall under the α-probe",
@@ -208,22 +269,62 @@ def claims(runs):
     made = []
     judged = (
         ("memory recalls more facts at equal total parameters", recalled, 1, "bits"),
-        ("memory recalls more bits per active parameter, embedding and head counted", lambda run: per(run, "active_all"), 1, "bits"),
-        ("compute copies better in the context", lambda run: number(run, "result.kinds.copy"), -1, "accuracy"),
-        ("compute is better at all in-context tasks", lambda run: number(run, "result.reasoning_acc"), -1, "accuracy"),
+        (
+            "memory recalls more bits per active parameter, embedding and head counted",
+            lambda run: per(run, "active_all"),
+            1,
+            "bits",
+        ),
+        (
+            "compute copies better in the context",
+            lambda run: number(run, "result.kinds.copy"),
+            -1,
+            "accuracy",
+        ),
+        (
+            "compute is better at all in-context tasks",
+            lambda run: number(run, "result.reasoning_acc"),
+            -1,
+            "accuracy",
+        ),
     )
     scale = scale_of(runs)
     for place in planned_places(scale):
         here = of(runs, place)
         for what, value, sign, unit in judged:
-            found = difference([run | {"value": value(run)} for run in here], "memoryllm", "dense", "value")
+            found = difference(
+                [run | {"value": value(run)} for run in here], "memoryllm", "dense", "value"
+            )
             text = f"{place}: {what}"
-            made.append(judge(text, "not in the papers", found, sign, unit, needs="dense and memoryllm of one seed"))
+            made.append(
+                judge(
+                    text,
+                    "not in the papers",
+                    found,
+                    sign,
+                    unit,
+                    needs="dense and memoryllm of one seed",
+                )
+            )
         if place != easiest(scale):  # that one is E7's
-            found = within(here, "memoryllm", lambda run: dict(remaining("recall")(run)).get(0.5), lambda run: dict(remaining("copy")(run)).get(0.5))
+            found = within(
+                here,
+                "memoryllm",
+                lambda run: dict(remaining("recall")(run)).get(0.5),
+                lambda run: dict(remaining("copy")(run)).get(0.5),
+            )
             text, paper = (
                 f"{place}: α = 0.5 costs MemoryLLM more of its recall than of its copying",
                 "recall tasks fall, reasoning tasks hardly (Table 1)",
             )
-            made.append(judge(text, paper, found, -1, "% of what was above chance", needs="memoryllm with both tasks well above chance"))
+            made.append(
+                judge(
+                    text,
+                    paper,
+                    found,
+                    -1,
+                    "% of what was above chance",
+                    needs="memoryllm with both tasks well above chance",
+                )
+            )
     return made

@@ -1,9 +1,12 @@
 """Do the published parameter counts, savings and returns on compute follow from the shapes?
 
-STEM: 1B dense 1.50B, a third STEM 1.41B active and 6.75B total; the saved share of a layer's training FLOPs is d_ff / (4d + 2L + 3 d_ff), quoted as 21.7, 22.8, 23.9,
-19.7, 24.8% for Qwen2.5 1.5B to 32B at L = 4,096; training ROI = accuracy over FLOPs per token, dense = 1: 1.08, 1.20, 1.33 for 350M third, half, full and 1.08 for 1B.
-The published totals of 350M (1.14, 1.85, 3.25B) do not follow from its shapes. MemoryLLM Table 5: totals and active counts, three of whose rows are swapped.
-Arithmetic alone: nothing is trained, so every scale gives the same. Expected: all but the known misprints.
+STEM: 1B dense 1.50B, a third STEM 1.41B active and 6.75B total; the saved share of a layer's
+training FLOPs is d_ff / (4d + 2L + 3 d_ff), quoted as 21.7, 22.8, 23.9, 19.7, 24.8% for Qwen2.5
+1.5B to 32B at L = 4,096; training ROI = accuracy over FLOPs per token, dense = 1: 1.08, 1.20, 1.33
+for 350M third, half, full and 1.08 for 1B. The published totals of 350M (1.14, 1.85, 3.25B) do not
+follow from its shapes. MemoryLLM Table 5: totals and active counts, three of whose rows are
+swapped. Arithmetic alone: nothing is trained, so every scale gives the same. Expected: all but the
+known misprints.
 
     python -m experiments.run s16 --scale=smoke
 """
@@ -45,21 +48,42 @@ def sweep(scale):
 
 
 def stem_model(size, share):
-    """Config of a STEM model: the paper's shape with none, a third, half or all but the first layer as STEM layers."""
+    """Config of a STEM model: the paper's shape with none, a third, half or all but the first layer
+    as STEM layers.
+    """
     model = from_dict(stem_recipe(STEM_SIZES[size], "stem")).model
     n = account(model)["layers"]
     if share == "third":
         return model
-    pattern = {"none": f"dense*{n}", "half": "(dense stem)*" + str(n // 2), "full": f"dense stem*{n - 1}"}[share]
+    pattern = {
+        "none": f"dense*{n}",
+        "half": "(dense stem)*" + str(n // 2),
+        "full": f"dense stem*{n - 1}",
+    }[share]
     return dataclasses.replace(model, pattern=pattern)
 
 
 def counts():
     """Rows of quoted against computed numbers: {"what", "paper", "ours", "unit"}."""
     rows = []
-    for size, quoted in (("1b", {"none": ("dense total", 1.50, "total_all"), "third": ("STEM total", 6.75, "paper_total")}),):
+    for size, quoted in (
+        (
+            "1b",
+            {
+                "none": ("dense total", 1.50, "total_all"),
+                "third": ("STEM total", 6.75, "paper_total"),
+            },
+        ),
+    ):
         for share, (what, paper, key) in quoted.items():
-            rows.append({"what": f"STEM {size}: {what}", "paper": paper, "ours": account(stem_model(size, share))[key] / 1e9, "unit": "B parameters"})
+            rows.append(
+                {
+                    "what": f"STEM {size}: {what}",
+                    "paper": paper,
+                    "ours": account(stem_model(size, share))[key] / 1e9,
+                    "unit": "B parameters",
+                }
+            )
         rows.append(
             {
                 "what": f"STEM {size}: STEM active",
@@ -70,20 +94,46 @@ def counts():
         )
     for name, (d, d_ff, paper) in QWEN.items():
         rows.append(
-            {"what": f"FLOPs saved in a layer, Qwen2.5 {name}", "paper": paper, "ours": 100 * d_ff / (4 * d + 2 * 4096 + 3 * d_ff), "unit": "%"}
+            {
+                "what": f"FLOPs saved in a layer, Qwen2.5 {name}",
+                "paper": paper,
+                "ours": 100 * d_ff / (4 * d + 2 * 4096 + 3 * d_ff),
+                "unit": "%",
+            }
         )
     for name, (size, share, accuracy, paper) in ROI.items():
         dense, stem = (account(stem_model(size, s))["active_all"] for s in ("none", share))
-        rows.append({"what": f"training ROI, {name}", "paper": paper, "ours": accuracy / DENSE_ACCURACY[size] * dense / stem, "unit": "dense = 1"})
+        rows.append(
+            {
+                "what": f"training ROI, {name}",
+                "paper": paper,
+                "ours": accuracy / DENSE_ACCURACY[size] * dense / stem,
+                "unit": "dense = 1",
+            }
+        )
     for size, (total, active) in TABLE5.items():
         for beta, paper in active.items():
             pattern = "flex*24" if beta else "memoryllm*24"
             config = memoryllm_recipe(MEMORYLLM_SIZES[size], pattern)
             config.model.beta = str(beta or 3)
             numbers = account(from_dict(config).model)
-            rows.append({"what": f"MemoryLLM {size}, β = {beta}: active", "paper": paper, "ours": numbers["active"] / 1e6, "unit": "M parameters"})
+            rows.append(
+                {
+                    "what": f"MemoryLLM {size}, β = {beta}: active",
+                    "paper": paper,
+                    "ours": numbers["active"] / 1e6,
+                    "unit": "M parameters",
+                }
+            )
             if not beta:
-                rows.append({"what": f"MemoryLLM {size}: total", "paper": total, "ours": numbers["total"] / 1e6, "unit": "M parameters"})
+                rows.append(
+                    {
+                        "what": f"MemoryLLM {size}: total",
+                        "paper": total,
+                        "ours": numbers["total"] / 1e6,
+                        "unit": "M parameters",
+                    }
+                )
     return [row | {"residual": row["ours"] / row["paper"] - 1} for row in rows]
 
 
@@ -114,14 +164,25 @@ def claims(runs):
         return exact_claim(
             text,
             paper,
-            f"{sum(abs(row['residual']) <= tolerance for row in mine)} of {len(mine)} within {tolerance:.1%}; worst {worst['what']}: {worst['residual']:+.1%}",
+            f"{sum(abs(row['residual']) <= tolerance for row in mine)} of {len(mine)} within"
+            f" {tolerance:.1%}; worst {worst['what']}: {worst['residual']:+.1%}",
             abs(worst["residual"]) <= tolerance,
             0,
         )
 
     return [
-        judged("STEM-1B's parameter counts follow from its shape", "1.50, 1.41, 6.75 B", "STEM 1b", 0.005),
-        judged("The quoted savings of a layer's FLOPs follow from the formula", "21.7 to 24.8 %", "FLOPs saved", 0.005),
+        judged(
+            "STEM-1B's parameter counts follow from its shape",
+            "1.50, 1.41, 6.75 B",
+            "STEM 1b",
+            0.005,
+        ),
+        judged(
+            "The quoted savings of a layer's FLOPs follow from the formula",
+            "21.7 to 24.8 %",
+            "FLOPs saved",
+            0.005,
+        ),
         judged(
             "The quoted training ROI follows from accuracy and active parameters",
             "1.08, 1.20, 1.33, 1.08, from FLOPs printed to two digits",
@@ -129,6 +190,9 @@ def claims(runs):
             0.02,
         ),
         judged(
-            "MemoryLLM's Table 5 follows from its shapes, with its swapped rows put right", "88 to 1208 M, cut to whole millions", "MemoryLLM", 0.01
+            "MemoryLLM's Table 5 follows from its shapes, with its swapped rows put right",
+            "88 to 1208 M, cut to whole millions",
+            "MemoryLLM",
+            0.01,
         ),
     ]

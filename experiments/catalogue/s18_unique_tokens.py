@@ -1,7 +1,7 @@
 """How do the table parameters in use grow with the length of a context?
 
-STEM: |S| d_ff L_uniq parameters are in use over a context of L tokens, and L_uniq grows below proportion (Heaps); no exponent is given. Expected: an exponent
-below 1 on the validation text.
+STEM: |S| d_ff L_uniq parameters are in use over a context of L tokens, and L_uniq grows below
+proportion (Heaps); no exponent is given. Expected: an exponent below 1 on the validation text.
 
     python -m experiments.run s18 --scale=cpu         # S3's run with a third of STEM layers
 """
@@ -17,7 +17,9 @@ MEASURES = (unique_growth,)
 
 
 def sweep(scale):
-    return scales.sweep(scale, [scales.stem(scales.layers(scale, "stem-1b"))], "stem-1b", scales.ONE_SEED)
+    return scales.sweep(
+        scale, [scales.stem(scales.layers(scale, "stem-1b"))], "stem-1b", scales.ONE_SEED
+    )
 
 
 def analyse(runs):
@@ -25,14 +27,18 @@ def analyse(runs):
         "growth",
         "Table parameters in use",
         runs,
-        lambda run: [(p["tokens"], p["values"]) for p in run["measures"]["unique_growth"]["points"]],
+        lambda run: [
+            (p["tokens"], p["values"]) for p in run["measures"]["unique_growth"]["points"]
+        ],
         "tokens of context",
         "table parameters in use",
         log_x=True,
         log_y=True,
     )
     return {
-        "rows": measured(runs[:1], "unique_growth", "points", ("tokens", "unique", "lowest", "highest", "values")),
+        "rows": measured(
+            runs[:1], "unique_growth", "points", ("tokens", "unique", "lowest", "highest", "values")
+        ),
         "figures": [curve] if runs else [],
     }
 
@@ -47,6 +53,7 @@ def claims(runs):
             exponent < 1 if exponent is not None else None,
             1,
             "needs stem-third",
-            "of the text, whatever the model; a finite vocabulary allows nothing else in the long run",
+            "of the text, whatever the model; a finite vocabulary allows nothing else in the"
+            " long run",
         )
     ]

@@ -1,8 +1,10 @@
 """Does the training loss spike?
 
-STEM (figure, 350M): STEM's loss has no spikes, a hash-routed mixture of experts spikes at about 75B, 85B and 112B tokens. Here a spike is a logged training
-loss above the median of the 21 around it by more than 6 times their median deviation, after the warm-up. flexmemory has no hash-routed experts, so the contrast is not run. A run that
-diverges has no result: the report counts it as failed.
+STEM (figure, 350M): STEM's loss has no spikes, a hash-routed mixture of experts spikes at about
+75B, 85B and 112B tokens. Here a spike is a logged training loss above the median of the 21 around
+it by more than 6 times their median deviation, after the warm-up. flexmemory has no hash-routed
+experts, so the contrast is not run. A run that diverges has no result: the report counts it as
+failed.
 
     python -m experiments.run s20 --scale=cpu         # S3's runs
 """
@@ -22,7 +24,9 @@ AROUND, LIMIT = 10, 6.0
 
 def sweep(scale):
     n = scales.layers(scale, "stem-350m")
-    return scales.sweep(scale, [scales.dense(n), scales.stem(n), scales.stem(n, "full")], "stem-350m")
+    return scales.sweep(
+        scale, [scales.dense(n), scales.stem(n), scales.stem(n, "full")], "stem-350m"
+    )
 
 
 def spikes(run):
@@ -42,7 +46,10 @@ def spikes(run):
 def analyse(runs):
     return {
         "rows": means(
-            runs, spikes=spikes, val_loss="result.val_loss", logged_steps=lambda run: len(number(run, "measures.training_curve.points") or ())
+            runs,
+            spikes=spikes,
+            val_loss="result.val_loss",
+            logged_steps=lambda run: len(number(run, "measures.training_curve.points") or ()),
         ),
         "figures": [
             mean_lines(
@@ -58,7 +65,11 @@ def analyse(runs):
 
 
 def claims(runs):
-    counts = [count for run in runs if run["variant"] == "stem-third" and (count := spikes(run)) is not None]
+    counts = [
+        count
+        for run in runs
+        if run["variant"] == "stem-third" and (count := spikes(run)) is not None
+    ]
     return [
         exact_claim(
             "STEM's training loss has no spikes",
@@ -68,5 +79,9 @@ def claims(runs):
             len(counts),
             "needs stem-third",
         ),
-        not_run("A hash-routed mixture of experts spikes", "at about 75B, 85B, 112B tokens (figure)", "flexmemory has no such block"),
+        not_run(
+            "A hash-routed mixture of experts spikes",
+            "at about 75B, 85B, 112B tokens (figure)",
+            "flexmemory has no such block",
+        ),
     ]

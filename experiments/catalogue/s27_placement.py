@@ -1,7 +1,8 @@
 """Where should the STEM layers be: early, in the middle, late, or spread evenly?
 
-STEM spreads a third of the layers evenly and never replaces layer 0; reviewers asked for the comparison, nothing is published. The sign asked: is
-spread evenly at least as good as each cluster of the same number of layers?
+STEM spreads a third of the layers evenly and never replaces layer 0; reviewers asked for the
+comparison, nothing is published. The sign asked: is spread evenly at least as good as each cluster
+of the same number of layers?
 
     python -m experiments.run s27 --scale=cpu
 """
@@ -21,7 +22,12 @@ def sweep(scale):
     count = even["model.pattern"].split().count("stem")
     starts = {"early": 1, "middle": (n - count + 1) // 2, "late": n - count}
     rows = [
-        scales.variant(f"stem-{place}", " ".join("stem" if starts[place] <= i < starts[place] + count else "dense" for i in range(n)))
+        scales.variant(
+            f"stem-{place}",
+            " ".join(
+                "stem" if starts[place] <= i < starts[place] + count else "dense" for i in range(n)
+            ),
+        )
         for place in PLACES
     ]
     return scales.sweep(scale, [even, *rows], "stem-350m")
@@ -29,8 +35,21 @@ def sweep(scale):
 
 def analyse(runs):
     return {
-        "rows": means(runs, val_loss="result.val_loss", recall_acc="result.recall_acc", reasoning_acc="result.reasoning_acc"),
-        "figures": [bars("loss", "Loss by place of the STEM layers", runs, "result.val_loss", "validation loss, nat per token")],
+        "rows": means(
+            runs,
+            val_loss="result.val_loss",
+            recall_acc="result.recall_acc",
+            reasoning_acc="result.reasoning_acc",
+        ),
+        "figures": [
+            bars(
+                "loss",
+                "Loss by place of the STEM layers",
+                runs,
+                "result.val_loss",
+                "validation loss, nat per token",
+            )
+        ],
     }
 
 

@@ -1,13 +1,15 @@
 """How many layers should be STEM layers: none, a third, half, all but the first?
 
-STEM, 350M (figure, loss at equal training FLOPs, read to ±0.01): half 2.36 < full 2.375 < third 2.39 < dense 2.435; 1B after 1T tokens, perplexity: dense 13.19,
-third 12.64 (-0.043 nat). The published accuracies of 350M mix two evaluation pipelines and are no target. The tables add parameters: total
-parameters are not equal, active ones fall with every STEM layer. Here tokens are equal, so that models with more STEM layers have used
-fewer FLOPs. Expected: that order of losses.
+STEM, 350M (figure, loss at equal training FLOPs, read to ±0.01): half 2.36 < full 2.375 < third
+2.39 < dense 2.435; 1B after 1T tokens, perplexity: dense 13.19, third 12.64 (-0.043 nat). The
+published accuracies of 350M mix two evaluation pipelines and are no target. The tables add
+parameters: total parameters are not equal, active ones fall with every STEM layer. Here tokens are
+equal, so that models with more STEM layers have used fewer FLOPs. Expected: that order of losses.
 
     python -m experiments.run s3 --scale=cpu
 
-Cost at cpu scale: four runs a seed, one of them E1's; at paper scale dense and third also at 1B (S2).
+Cost at cpu scale: four runs a seed, one of them E1's; at paper scale dense and third also at 1B
+(S2).
 """
 
 from experiments import scales
@@ -42,7 +44,13 @@ def analyse(runs):
     return {
         "rows": rows,
         "figures": [
-            bars("loss", "Loss by share of STEM layers", runs, "result.val_loss", "validation loss, nat per token"),
+            bars(
+                "loss",
+                "Loss by share of STEM layers",
+                runs,
+                "result.val_loss",
+                "validation loss, nat per token",
+            ),
             loss_against(runs, "flops_per_token"),
         ],
     }
@@ -57,5 +65,12 @@ def claims(runs):
             runs,
             ["stem-half", "stem-full", "stem-third", "dense"],
         ),
-        sign_claim("A third of the layers as STEM layers beats dense", "−0.043 nat (1B, 1T tokens)", runs, f"stem-third{large}", f"dense{large}", -1),
+        sign_claim(
+            "A third of the layers as STEM layers beats dense",
+            "−0.043 nat (1B, 1T tokens)",
+            runs,
+            f"stem-third{large}",
+            f"dense{large}",
+            -1,
+        ),
     ]

@@ -1,7 +1,9 @@
-"""Which of a SwiGLU's parts should the table replace: the up-projection, the gate, or nothing (added to it)?
+"""Which of a SwiGLU's parts should the table replace: the up-projection, the gate, or nothing
+(added to it)?
 
-STEM, 350M, average accuracy: stem 50.90, stem-dagger (row added to the up-projection) 50.60 to 50.74, stem-gate (row in place of the gate)
-49.10 beside dense 49.72; losses are not given. The paper's gate variant leaves its activation open (SiLU assumed). Expected: stem better than
+STEM, 350M, average accuracy: stem 50.90, stem-dagger (row added to the up-projection) 50.60 to
+50.74, stem-gate (row in place of the gate) 49.10 beside dense 49.72; losses are not given. The
+paper's gate variant leaves its activation open (SiLU assumed). Expected: stem better than
 stem-gate; stem-dagger slightly worse than stem although it computes more.
 
     python -m experiments.run s6 --scale=cpu
@@ -17,12 +19,38 @@ SOURCE = "STEM ablation of the replaced part"
 
 def sweep(scale):
     n = scales.layers(scale, "stem-350m")
-    return scales.sweep(scale, [scales.dense(n), scales.stem(n), scales.stem(n, kind="stem-gate"), scales.stem(n, kind="stem-dagger")], "stem-350m")
+    return scales.sweep(
+        scale,
+        [
+            scales.dense(n),
+            scales.stem(n),
+            scales.stem(n, kind="stem-gate"),
+            scales.stem(n, kind="stem-dagger"),
+        ],
+        "stem-350m",
+    )
 
 
 def analyse(runs):
-    rows = means(runs, active="account.active", val_loss="result.val_loss", recall_acc="result.recall_acc", reasoning_acc="result.reasoning_acc")
-    return {"rows": rows, "figures": [bars("loss", "Loss by what the table row does", runs, "result.val_loss", "validation loss, nat per token")]}
+    rows = means(
+        runs,
+        active="account.active",
+        val_loss="result.val_loss",
+        recall_acc="result.recall_acc",
+        reasoning_acc="result.reasoning_acc",
+    )
+    return {
+        "rows": rows,
+        "figures": [
+            bars(
+                "loss",
+                "Loss by what the table row does",
+                runs,
+                "result.val_loss",
+                "validation loss, nat per token",
+            )
+        ],
+    }
 
 
 def claims(runs):
@@ -35,7 +63,14 @@ def claims(runs):
             "stem-third",
             1,
         ),
-        sign_claim("A row in place of the gate is worse than dense", "49.10 against 49.72 % average accuracy", runs, "stem-gate", "dense", 1),
+        sign_claim(
+            "A row in place of the gate is worse than dense",
+            "49.10 against 49.72 % average accuracy",
+            runs,
+            "stem-gate",
+            "dense",
+            1,
+        ),
         sign_claim(
             "A row added to the up-projection is worse than one in its place",
             "50.60 to 50.74 against 50.90 %",

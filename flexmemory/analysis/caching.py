@@ -1,4 +1,6 @@
-"""How many rows a cache has at hand while text is decoded one token at a time, MemoryLLM section 2.3.2 (proposed there, not measured)."""
+"""How many rows a cache has at hand while text is decoded one token at a time, MemoryLLM section
+2.3.2 (proposed there, not measured).
+"""
 
 import heapq
 
@@ -17,40 +19,72 @@ LONGEST = 16_384  # tokens at most: one costs some 20 microseconds in every cach
 
 
 def hit_curves(trained: Trained) -> dict:
-    """Hit rates of runtime/cache.py's policies over the validation tokens, beside a bound and what runtime/plan.py expects.
+    """Hit rates of runtime/cache.py's policies over the validation tokens, beside a bound and what
+    runtime/plan.py expects.
 
-    All caches start empty, so a row's first use is a miss for all of them. static keeps the most frequent tokens of the training data alone and lfu
-    starts from their counts. The bound is clairvoyant (Belady's MIN): it evicts the row that is used again last, and lets a missed row go by where
-    that is the row itself, as static and lfu may too; so no policy can have more hits. "expected": of the plan, after the start, with independent
-    tokens.
+    All caches start empty, so a row's first use is a miss for all of them. static keeps the most
+    frequent tokens of the training data alone and lfu starts from their counts. The bound is
+    clairvoyant (Belady's MIN): it evicts the row that is used again last, and lets a missed row go
+    by where that is the row itself, as static and lfu may too; so no policy can have more hits.
+    "expected": of the plan, after the start, with independent tokens.
 
-    {"tokens", "different", "cold": share of first uses, "row_bytes": of one token in the compute dtype, "points": [{"share": of V, "slots", "bytes",
-    "clairvoyant", "lru", "lfu", "static", "expected": {policy: rate}}]}. Tokens are those of the model's evaluation, LONGEST at most.
+    {"tokens", "different", "cold": share of first uses, "row_bytes": of one token in the compute
+    dtype, "points": [{"share": of V, "slots", "bytes", "clairvoyant", "lru", "lfu", "static",
+    "expected": {policy: rate}}]}. Tokens are those of the model's evaluation, LONGEST at most.
     """
     if not trained.memory_layers:
         return not_applicable("no memory layer, so no rows to cache")
     counts_V, vocab = read_train_counts(trained.cfg.data.path), trained.val.vocab_size
     tokens, points = decoded_tokens(trained), []
-    row_bytes = sum(trained.specs[layer].row_width for layer in trained.memory_layers) * DTYPE_BYTES[trained.cfg.model.compute_dtype]
+    row_bytes = (
+        sum(trained.specs[layer].row_width for layer in trained.memory_layers)
+        * DTYPE_BYTES[trained.cfg.model.compute_dtype]
+    )
     for share in SHARES:
         slots = max(1, round(share * vocab))
-        points.append({"share": share, "slots": slots, "bytes": slots * row_bytes, "clairvoyant": clairvoyant_hits(tokens, slots) / len(tokens),
-                       **{policy: hits(tokens, slots, policy, counts_V) / len(tokens) for policy in POLICIES},
-                       "expected": {policy: hit_rates(counts_V, slots, 0, policy)[0] for policy in POLICIES}})
+        points.append(
+            {
+                "share": share,
+                "slots": slots,
+                "bytes": slots * row_bytes,
+                "clairvoyant": clairvoyant_hits(tokens, slots) / len(tokens),
+                **{
+                    policy: hits(tokens, slots, policy, counts_V) / len(tokens)
+                    for policy in POLICIES
+                },
+                "expected": {
+                    policy: hit_rates(counts_V, slots, 0, policy)[0] for policy in POLICIES
+                },
+            }
+        )
     different = len(np.unique(tokens))
-    return {"applies": True, "tokens": len(tokens), "different": different, "cold": different / len(tokens), "row_bytes": row_bytes, "points": points}
+    return {
+        "applies": True,
+        "tokens": len(tokens),
+        "different": different,
+        "cold": different / len(tokens),
+        "row_bytes": row_bytes,
+        "points": points,
+    }
 
 
 def decoded_tokens(trained: Trained) -> np.ndarray:
     """Input ids of the evaluation's windows, one after another."""
     cfg = trained.cfg
-    batches = eval_batches(trained.val, seq_len=cfg.data.seq_len, batch_size=1, max_tokens=min(cfg.train.eval_tokens or LONGEST, LONGEST))
+    batches = eval_batches(
+        trained.val,
+        seq_len=cfg.data.seq_len,
+        batch_size=1,
+        max_tokens=min(cfg.train.eval_tokens or LONGEST, LONGEST),
+    )
     return np.concatenate([batch["ids"][batch["weight"] > 0] for batch in batches])
 
 
 def hits(tokens: np.ndarray, slots: int, policy: str, counts_V: np.ndarray) -> int:
     """Lookups of a SlotCache, empty at first, that found their row; a missed row is offered to it."""
-    cache = SlotCache(slots, len(counts_V), policy, counts_V=counts_V if policy in ("static", "lfu") else None)
+    cache = SlotCache(
+        slots, len(counts_V), policy, counts_V=counts_V if policy in ("static", "lfu") else None
+    )
     for token in tokens[:, None]:
         if cache.lookup(token)[0] < 0:
             cache.admit(token)
@@ -64,7 +98,13 @@ def clairvoyant_hits(tokens: np.ndarray, slots: int) -> int:
     for i in range(count - 1, -1, -1):
         next_use[i] = upcoming.get(tokens[i], never)
         upcoming[tokens[i]] = i
-    found, resident, latest = 0, set(), []  # latest: heap of (-next use, token); uses that are over stay in it, below all that are to come
+    found, resident, latest = (
+        0,
+        set(),
+        [],
+        # latest: heap of (-next use, token); uses that are over stay in it, below all that are to
+        # come
+    )
     for token, again in zip(tokens.tolist(), next_use.tolist(), strict=True):
         if token in resident:
             found += 1

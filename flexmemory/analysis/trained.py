@@ -1,7 +1,10 @@
-"""What every measure takes, a trained model with its data, and what every measure can ask of it: how good it is.
+"""What every measure takes, a trained model with its data, and what every measure can ask of it:
+how good it is.
 
-A measure is a function ``f(trained) -> dict`` of numbers, strings, lists and None that ``json`` writes as they are. "applies" says whether it means
-anything for this model; where it does not, "why" says so and nothing else is there. Equal models give equal numbers: chance comes from train.seed.
+A measure is a function ``f(trained) -> dict`` of numbers, strings, lists and None that ``json``
+writes as they are. "applies" says whether it means anything for this model; where it does not,
+"why" says so and nothing else is there. Equal models give equal numbers: chance comes from
+train.seed.
 """
 
 import dataclasses
@@ -29,7 +32,9 @@ from flexmemory.train.checkpoint import load_params
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-    """A model and its data. params as ``init_params`` gives them; questions of the data's synthetic sources, may be []."""
+    """A model and its data. params as ``init_params`` gives them; questions of the data's synthetic
+    sources, may be [].
+    """
 
     cfg: Config
     params: dict
@@ -55,30 +60,56 @@ class Trained:
 
     @functools.cached_property
     def fresh_params(self) -> dict:
-        """The weights that the training began with: the control that tells what was learned from what any such model has."""
+        """The weights that the training began with: the control that tells what was learned from
+        what any such model has.
+        """
         return init_params(self.cfg.model, self.cfg.train.seed)
 
 
 def load(workdir: str | Path) -> Trained:
-    """The run folder's latest checkpoint and the data that it was trained on. Raises UserError where one is missing, damaged or not the other's."""
+    """The run folder's latest checkpoint and the data that it was trained on. Raises UserError
+    where one is missing, damaged or not the other's.
+    """
     cfg, params, _ = load_params(Path(workdir))
     tokenizer, data = tokenizers.load(workdir), cfg.data.path
     val = TokenShards(data, "val")
     if val.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{workdir}: its data {data} were prepared again with another tokenizer ({val.tokenizer_fingerprint}, the run's is "
-                        f"{tokenizer.fingerprint}); prepare them as they were")
-    return Trained(cfg, params, val, TokenShards(data, "train"), tokenizer, read_questions(data), Path(workdir))
+        raise UserError(
+            f"{workdir}: its data {data} were prepared again with another tokenizer"
+            f" ({val.tokenizer_fingerprint}, the run's is {tokenizer.fingerprint}); prepare them as"
+            " they were"
+        )
+    return Trained(
+        cfg, params, val, TokenShards(data, "train"), tokenizer, read_questions(data), Path(workdir)
+    )
 
 
-def scores(trained: Trained, *, params: dict | None = None, rows_of: RowsOf | None = None, ffn_scale: float | jax.Array = 1.0) -> dict:
-    """{"val_loss", "perplexity", "recall_acc", "reasoning_acc", "kinds": {kind: accuracy}} as a training's final evaluation has them; None where
-    there are no such questions or the number is not finite. params: others than the model's; rows_of: of ``perplexity``, ffn_scale: of
-    ``make_eval_step``."""
+def scores(
+    trained: Trained,
+    *,
+    params: dict | None = None,
+    rows_of: RowsOf | None = None,
+    ffn_scale: float | jax.Array = 1.0,
+) -> dict:
+    """{"val_loss", "perplexity", "recall_acc", "reasoning_acc", "kinds": {kind: accuracy}} as a
+    training's final evaluation has them; None where there are no such questions or the number is
+    not finite. params: others than the model's; rows_of: of ``perplexity``, ffn_scale: of
+    ``make_eval_step``.
+    """
     params = trained.params if params is None else params
-    found = perplexity(trained.cfg, params, trained.val, make_eval_step(trained.cfg, ffn_scale), rows_of=rows_of)
-    answers = answer_accuracy(trained.cfg, params, trained.tokenizer, trained.questions, ffn_scale, rows_of)
-    return {"val_loss": finite(found["loss"]), "perplexity": finite(found["perplexity"]), "recall_acc": answers.get("recall_acc"),
-            "reasoning_acc": answers.get("reasoning_acc"), "kinds": answers.get("kinds", {})}
+    found = perplexity(
+        trained.cfg, params, trained.val, make_eval_step(trained.cfg, ffn_scale), rows_of=rows_of
+    )
+    answers = answer_accuracy(
+        trained.cfg, params, trained.tokenizer, trained.questions, ffn_scale, rows_of
+    )
+    return {
+        "val_loss": finite(found["loss"]),
+        "perplexity": finite(found["perplexity"]),
+        "recall_acc": answers.get("recall_acc"),
+        "reasoning_acc": answers.get("reasoning_acc"),
+        "kinds": answers.get("kinds", {}),
+    }
 
 
 def finite(x: float) -> float | None:

@@ -1,4 +1,6 @@
-"""`flexmemory bench export`: the export of a table against its two ceilings, the fold's compute and the disk, measured in the same run."""
+"""`flexmemory bench export`: the export of a table against its two ceilings, the fold's compute and
+the disk, measured in the same run.
+"""
 
 import contextlib
 import errno
@@ -23,52 +25,114 @@ from flexmemory.tkv.export import export_params
 
 SCALES = {  # models: pattern, D, d_ff, V
     "smoke": {"computed": ("memoryllm*2", 64, 176, 1024)},
-    # 512 MiB in float32; the tables are as many bytes with next to nothing to compute: the disk alone
+    # 512 MiB in float32; the tables are as many bytes with next to nothing to compute: the disk
+    # alone
     "cpu": {"computed": ("memoryllm*8", 512, 1368, 32_768), "tables": ("stem*8", 64, 512, 32_768)},
-    "gpu": {"computed": ("memoryllm*24", 2048, 5464, 128_256), "tables": ("stem*8", 2048, 8192, 32_768)},
+    "gpu": {
+        "computed": ("memoryllm*24", 2048, 5464, 128_256),
+        "tables": ("stem*8", 2048, 8192, 32_768),
+    },
 }
 
 
 def measure(scratch: Path, scale: str, *, rounds: int = 7) -> dict:
-    """Exports the models of ``scale`` with random weights under ``scratch``, which lies on the disk to measure."""
-    return {"bench": "export", "scale": scale, "machine": facts(scratch),
-            "models": {name: measure_model(scratch, *shape, rounds=rounds) for name, shape in SCALES[scale].items()}}
-
-
-def measure_model(scratch: Path, pattern: str, d: int, d_ff: int, v: int, *, dtype: str = "float32", rounds: int = 7) -> dict:
-    """Every round takes, in this order: the fold alone (folded and encoded on the device, nothing fetched), one file of the same bytes written
-    and synced, the same past the page cache ("direct", [] where the file system has no such writes), the export. Medians. The disk's ceiling is
-    the faster of the two writes; "share" is the time of the slower of fold and disk over the export's, 1.0 would be perfect overlap.
+    """Exports the models of ``scale`` with random weights under ``scratch``, which lies on the disk
+    to measure.
     """
-    config = Config(model=ModelConfig(pattern=pattern, vocab_size=v, d_model=d, n_heads=8, d_ff=d_ff))
+    return {
+        "bench": "export",
+        "scale": scale,
+        "machine": facts(scratch),
+        "models": {
+            name: measure_model(scratch, *shape, rounds=rounds)
+            for name, shape in SCALES[scale].items()
+        },
+    }
+
+
+def measure_model(
+    scratch: Path,
+    pattern: str,
+    d: int,
+    d_ff: int,
+    v: int,
+    *,
+    dtype: str = "float32",
+    rounds: int = 7,
+) -> dict:
+    """Every round takes, in this order: the fold alone (folded and encoded on the device, nothing
+    fetched), one file of the same bytes written and synced, the same past the page cache ("direct",
+    [] where the file system has no such writes), the export. Medians. The disk's ceiling is the
+    faster of the two writes; "share" is the time of the slower of fold and disk over the export's,
+    1.0 would be perfect overlap.
+    """
+    config = Config(
+        model=ModelConfig(pattern=pattern, vocab_size=v, d_model=d, n_heads=8, d_ff=d_ff)
+    )
     tokenizer = tokenizers.build("byte", lambda: iter(()))
     params = init_params(config.model, 0)
     shard_rows = format.default_shard_rows(config.model, dtype)
     groups = format.model_groups(config.model, dtype, shard_rows)
     table_bytes = sum(group.bytes for group in groups)
-    call = dict(cfg=config.model, layouts=fold.layouts_of(groups), fold_rows=min(shard_rows, format.FOLD_ROWS))
+    call = dict(
+        cfg=config.model,
+        layouts=fold.layouts_of(groups),
+        fold_rows=min(shard_rows, format.FOLD_ROWS),
+    )
     bases = {group.name: () for group in groups}
     seconds = {"fold": [], "write": [], "direct": [], "export": []}
     loads = []
     with tempfile.TemporaryDirectory(dir=scratch) as place:
-        jax.block_until_ready(fold.start_block(params, bases, 0, min(shard_rows, v), **call))  # compiles
+        jax.block_until_ready(
+            fold.start_block(params, bases, 0, min(shard_rows, v), **call)
+        )  # compiles
         for _ in range(rounds):
             loads.append(os.getloadavg()[0])
             seconds["fold"].append(_timed(lambda: _fold(params, bases, v, shard_rows, call)))
-            for method, flag in (("write", 0), *((("direct", files.DIRECT),) if files.DIRECT else ())):
+            for method, flag in (
+                ("write", 0),
+                *((("direct", files.DIRECT),) if files.DIRECT else ()),
+            ):
                 with contextlib.suppress(_Refused):
                     seconds[method].append(_write(Path(place) / "file", table_bytes, flag))
                 os.remove(Path(place) / "file")
                 os.sync()
             out = Path(place) / "store"
-            seconds["export"].append(_timed(lambda: export_params(config, params, tokenizer, out, run="bench", step=0, dtype=dtype, progress=False)))
+            seconds["export"].append(
+                _timed(
+                    lambda: export_params(
+                        config,
+                        params,
+                        tokenizer,
+                        out,
+                        run="bench",
+                        step=0,
+                        dtype=dtype,
+                        progress=False,
+                    )
+                )
+            )
             shutil.rmtree(out)
             os.sync()
     median = {name: statistics.median(found) if found else None for name, found in seconds.items()}
-    return {"dtype": dtype, "pattern": pattern, "d_model": d, "d_ff": d_ff, "vocab_size": v, "table_bytes": table_bytes,
-            "shard_rows": shard_rows, "load": loads, "seconds": seconds,
-            "median_seconds": median, "export_mb_per_s": table_bytes / median["export"] / 1e6, "write_mb_per_s": table_bytes / median["write"] / 1e6,
-            "share": max(median["fold"], min(median["write"], median["direct"] or median["write"])) / median["export"]}
+    return {
+        "dtype": dtype,
+        "pattern": pattern,
+        "d_model": d,
+        "d_ff": d_ff,
+        "vocab_size": v,
+        "table_bytes": table_bytes,
+        "shard_rows": shard_rows,
+        "load": loads,
+        "seconds": seconds,
+        "median_seconds": median,
+        "export_mb_per_s": table_bytes / median["export"] / 1e6,
+        "write_mb_per_s": table_bytes / median["write"] / 1e6,
+        "share": (
+            max(median["fold"], min(median["write"], median["direct"] or median["write"]))
+            / median["export"]
+        ),
+    }
 
 
 def _timed(work) -> float:
@@ -79,7 +143,9 @@ def _timed(work) -> float:
 
 def _fold(params: dict, bases: dict, v: int, shard_rows: int, call: dict) -> None:
     for start in range(0, v, shard_rows):
-        jax.block_until_ready(fold.start_block(params, bases, start, min(start + shard_rows, v), **call))
+        jax.block_until_ready(
+            fold.start_block(params, bases, start, min(start + shard_rows, v), **call)
+        )
 
 
 class _Refused(Exception):
@@ -87,7 +153,9 @@ class _Refused(Exception):
 
 
 def _write(path: Path, size: int, flag: int) -> float:
-    """Seconds in which a file of ``size`` bytes is written and synced, 32 MiB at a time; ``flag``: O_DIRECT or 0."""
+    """Seconds in which a file of ``size`` bytes is written and synced, 32 MiB at a time; ``flag``:
+    O_DIRECT or 0.
+    """
     memory = mmap.mmap(-1, 32 << 20)  # page-aligned
     memory.write(np.random.default_rng(0).bytes(len(memory)))
     began = time.perf_counter()

@@ -14,10 +14,18 @@ from flexmemory.tkv.uring import CacheStat
 def facts(directory: Path) -> dict:
     """Kernel, file system and versions; nothing that names the machine."""
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    inside = [(len(point), kind) for point, kind in mounts if directory.resolve().is_relative_to(point)]
-    return {"device": jax.devices()[0].device_kind, "kernel": platform.release(), "machine": platform.machine(), "cpus": os.cpu_count(),
-            "filesystem": max(inside)[1], "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("jax", "numpy", "tensorstore")}}
+    inside = [
+        (len(point), kind) for point, kind in mounts if directory.resolve().is_relative_to(point)
+    ]
+    return {
+        "device": jax.devices()[0].device_kind,
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "filesystem": max(inside)[1],
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("jax", "numpy", "tensorstore")},
+    }
 
 
 def drop_cache(paths: Sequence[Path]) -> None:

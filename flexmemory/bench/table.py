@@ -1,4 +1,6 @@
-"""`flexmemory bench table`: what a row-sparse table update costs as the table grows, beside the memory's own limits, and against dense AdamW."""
+"""`flexmemory bench table`: what a row-sparse table update costs as the table grows, beside the
+memory's own limits, and against dense AdamW.
+"""
 
 import ctypes
 import dataclasses
@@ -33,7 +35,8 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(2, 8, (256, 1024), 40, (2, 16, 512), 4),
-    # R is what 4,096 Zipf tokens of a vocabulary of 16k hold. Rows of 1 KiB in two layers: Adam's three arrays at V = 1M have 6.4 GB
+    # R is what 4,096 Zipf tokens of a vocabulary of 16k hold. Rows of 1 KiB in two layers: Adam's
+    # three arrays at V = 1M have 6.4 GB
     "cpu": Scale(2, 256, (16_384, 131_072, 1_048_576), 1636, (2, 1024, 131_072), 80),
     "gpu": Scale(4, 1024, (16_384, 131_072, 1_048_576), 8192, (4, 4096, 131_072), 48),
 }
@@ -44,59 +47,108 @@ STEPS = 1000
 
 
 def measure(scratch: Path, scale: str) -> dict:
-    """Microseconds of one compiled call, medians of interleaved rounds. ``scratch`` is only named, never written.
+    """Microseconds of one compiled call, medians of interleaved rounds. ``scratch`` is only named,
+    never written.
 
-    An update gathers R rows, is given their gradient, and updates rows and moments, everything donated. A round takes every program in turn, each
-    after a sweep through memory that leaves no row in a cache, as a training step does. Ids are Zipf draws whose ranks lie anywhere in the table, in
-    random order, other ones in the next round. "move" gathers and scatters the same rows of the same arrays and computes nothing; "stream" is the time
-    of the same bytes at the speed of the sweep, which is sequential. "huge_pages" is the same again with tables and state in pages of 2 MiB: with
-    pages of 4 KiB a CPU walks the page tables for every row of a large table. None where the system does not give them.
+    An update gathers R rows, is given their gradient, and updates rows and moments, everything
+    donated. A round takes every program in turn, each after a sweep through memory that leaves no
+    row in a cache, as a training step does. Ids are Zipf draws whose ranks lie anywhere in the
+    table, in random order, other ones in the next round. "move" gathers and scatters the same rows
+    of the same arrays and computes nothing; "stream" is the time of the same bytes at the speed of
+    the sweep, which is sequential. "huge_pages" is the same again with tables and state in pages of
+    2 MiB: with pages of 4 KiB a CPU walks the page tables for every row of a large table. None
+    where the system does not give them.
     """
     s = SCALES[scale]
     sweep, gb_per_s = make_sweep()
-    return {"bench": "table", "scale": scale, "machine": facts(scratch), "load": os.getloadavg()[0], "stream_gb_per_s": gb_per_s,
-            "layers": s.layers, "width": s.width, "rows": s.rows,
-            "optimizers": {name: against_size(name, s, sweep, gb_per_s) for name in ("lazy_adam", "rowwise_adagrad")},
-            "dense": against_dense(s, sweep)}
+    return {
+        "bench": "table",
+        "scale": scale,
+        "machine": facts(scratch),
+        "load": os.getloadavg()[0],
+        "stream_gb_per_s": gb_per_s,
+        "layers": s.layers,
+        "width": s.width,
+        "rows": s.rows,
+        "optimizers": {
+            name: against_size(name, s, sweep, gb_per_s)
+            for name in ("lazy_adam", "rowwise_adagrad")
+        },
+        "dense": against_dense(s, sweep),
+    }
 
 
 def against_size(name: str, s: Scale, sweep: Callable, gb_per_s: float) -> dict:
     """The update of one optimiser at every V of ``s``."""
-    arrays = 3 if name == "lazy_adam" else 1  # [L, V, W]; the accumulators [L, V] of rowwise_adagrad are small
-    moved = (2 * arrays + 1) * s.layers * s.rows * s.width * 4  # every row in and out, the gradient in
+    arrays = (
+        3 if name == "lazy_adam" else 1
+    )  # [L, V, W]; the accumulators [L, V] of rowwise_adagrad are small
+    moved = (
+        (2 * arrays + 1) * s.layers * s.rows * s.width * 4
+    )  # every row in and out, the gradient in
     steps = {"update": sparse_step(name), "move": move}
     states = {v: fresh_state(name, s.layers, v, s.width) for v in s.sizes}
-    programs = {(v, what): compile_step(step, states[v], s.rows) for v in s.sizes for what, step in steps.items()}
+    programs = {
+        (v, what): compile_step(step, states[v], s.rows)
+        for v in s.sizes
+        for what, step in steps.items()
+    }
 
     def figures() -> dict:
         us = timed(programs, states, s.rows, s.rounds, sweep)
         first, last = s.sizes[0], s.sizes[-1]
-        return {"sizes": {str(v): {"us": us[v, "update"], "move_us": us[v, "move"]} for v in s.sizes},
-                "ratio": us[last, "update"] / us[first, "update"], "move_ratio": us[last, "move"] / us[first, "move"]}
+        return {
+            "sizes": {str(v): {"us": us[v, "update"], "move_us": us[v, "move"]} for v in s.sizes},
+            "ratio": us[last, "update"] / us[first, "update"],
+            "move_ratio": us[last, "move"] / us[first, "move"],
+        }
 
-    return {"moved_bytes": moved, "stream_us": moved / gb_per_s / 1e3,
-            "table_bytes": {str(v): s.layers * v * s.width * 4 for v in s.sizes},
-            "temp_bytes": {str(v): programs[v, "update"].memory_analysis().temp_size_in_bytes for v in s.sizes},
-            **figures(), "huge_pages": figures() if huge_pages(states) else None}
+    return {
+        "moved_bytes": moved,
+        "stream_us": moved / gb_per_s / 1e3,
+        "table_bytes": {str(v): s.layers * v * s.width * 4 for v in s.sizes},
+        "temp_bytes": {
+            str(v): programs[v, "update"].memory_analysis().temp_size_in_bytes for v in s.sizes
+        },
+        **figures(),
+        "huge_pages": figures() if huge_pages(states) else None,
+    }
 
 
 def against_dense(s: Scale, sweep: Callable) -> dict:
-    """lazy_adam against AdamW over whole tables, whose gradient is a scatter into zeros: what training does without a row-sparse optimiser."""
+    """lazy_adam against AdamW over whole tables, whose gradient is a scatter into zeros: what
+    training does without a row-sparse optimiser.
+    """
     layers, width, v = s.dense
     states = {name: fresh_state(name, layers, v, width) for name in ("adamw", "lazy_adam")}
     steps = {"adamw": dense_step, "lazy_adam": sparse_step("lazy_adam")}
-    programs = {(name, "update"): compile_step(step, states[name], s.rows) for name, step in steps.items()}
+    programs = {
+        (name, "update"): compile_step(step, states[name], s.rows) for name, step in steps.items()
+    }
     us = timed(programs, states, s.rows, max(s.rounds // 8, 3), sweep)
-    return {"layers": layers, "width": width, "vocab_size": v, "table_bytes": layers * width * v * 4,
-            **{f"{name}_us": us[name, "update"] for name in states},
-            **{f"{name}_temp_bytes": programs[name, "update"].memory_analysis().temp_size_in_bytes for name in states},
-            "speedup": us["adamw", "update"] / us["lazy_adam", "update"]}
+    return {
+        "layers": layers,
+        "width": width,
+        "vocab_size": v,
+        "table_bytes": layers * width * v * 4,
+        **{f"{name}_us": us[name, "update"] for name in states},
+        **{
+            f"{name}_temp_bytes": programs[name, "update"].memory_analysis().temp_size_in_bytes
+            for name in states
+        },
+        "speedup": us["adamw", "update"] / us["lazy_adam", "update"],
+    }
 
 
 def timed(programs: dict, states: dict, rows: int, rounds: int, sweep: Callable) -> dict:
-    """Median microseconds of every program, keyed (state's name, what). A call takes its state and gives it back."""
+    """Median microseconds of every program, keyed (state's name, what). A call takes its state and
+    gives it back.
+    """
     seconds = {key: [] for key in programs}
-    inputs = {name: (jnp.asarray(gradient(state, rows)), id_sets(vocabulary(state), rows)) for name, state in states.items()}
+    inputs = {
+        name: (jnp.asarray(gradient(state, rows)), id_sets(vocabulary(state), rows))
+        for name, state in states.items()
+    }
     for k in range(rounds + 1):
         for (name, what), program in programs.items():
             grad_LRW, ids = inputs[name]
@@ -104,17 +156,25 @@ def timed(programs: dict, states: dict, rows: int, rounds: int, sweep: Callable)
             began = time.perf_counter()
             states[name] = jax.block_until_ready(program(states[name], grad_LRW, ids[k % ID_SETS]))
             seconds[name, what].append(time.perf_counter() - began)
-    return {key: statistics.median(found[1:]) * 1e6 for key, found in seconds.items()}  # the first call may still page memory in
+    return {
+        key: statistics.median(found[1:]) * 1e6 for key, found in seconds.items()
+    }  # the first call may still page memory in
 
 
 def fresh_state(name: str, layers: int, v: int, width: int) -> tuple:
     """(params with one table, optimiser state)."""
-    params = {"memory": {"stacks": {"stack0": {"table": jnp.zeros((layers, v, width), jnp.float32)}}}}
+    params = {
+        "memory": {"stacks": {"stack0": {"table": jnp.zeros((layers, v, width), jnp.float32)}}}
+    }
     return jax.block_until_ready((params, make(name).init(params)))
 
 
 def make(name: str):
-    return make_optimizer(CFG, STEPS) if name == "adamw" else make_table_optimizer(dataclasses.replace(CFG, table_optimizer=name), STEPS)
+    return (
+        make_optimizer(CFG, STEPS)
+        if name == "adamw"
+        else make_table_optimizer(dataclasses.replace(CFG, table_optimizer=name), STEPS)
+    )
 
 
 def sparse_step(name: str) -> Callable:
@@ -123,7 +183,9 @@ def sparse_step(name: str) -> Callable:
     def step(state, grad_LRW, ids_R):
         tables, opt = state
         rows = lookup(tables, ids_R)
-        updates, opt = optimizer.update(jax.tree.map(lambda _: grad_LRW, rows), opt, rows, ids_R=ids_R)
+        updates, opt = optimizer.update(
+            jax.tree.map(lambda _: grad_LRW, rows), opt, rows, ids_R=ids_R
+        )
         return apply_rows(tables, updates, ids_R), opt
 
     return step
@@ -132,18 +194,24 @@ def sparse_step(name: str) -> Callable:
 def dense_step(state, grad_LRW, ids_R):
     params, opt = state
     rows, pull = jax.vjp(lambda params: lookup(params, ids_R), params)
-    grads, = pull(jax.tree.map(lambda _: grad_LRW, rows))
+    (grads,) = pull(jax.tree.map(lambda _: grad_LRW, rows))
     updates, opt = make("adamw").update(grads, opt, params)
     return optax.apply_updates(params, updates), opt
 
 
 def move(state, grad_LRW, ids_R):
     """Takes the rows of every [L, V, W] off themselves: as many bytes as an update, no mathematics."""
-    return jax.tree.map(lambda a: apply_rows(a, -lookup(a, ids_R), ids_R) if a.ndim == 3 else a, state)
+    return jax.tree.map(
+        lambda a: apply_rows(a, -lookup(a, ids_R), ids_R) if a.ndim == 3 else a, state
+    )
 
 
 def compile_step(step: Callable, state, rows: int):
-    shapes = (jax.eval_shape(lambda: state), jax.ShapeDtypeStruct(gradient_shape(state, rows), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32))
+    shapes = (
+        jax.eval_shape(lambda: state),
+        jax.ShapeDtypeStruct(gradient_shape(state, rows), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
     return jax.jit(step, donate_argnums=0, keep_unused=True).lower(*shapes).compile()
 
 
@@ -161,7 +229,9 @@ def gradient(state, rows: int) -> np.ndarray:
 
 
 def id_sets(v: int, rows: int) -> list[jax.Array]:
-    """ID_SETS times ``rows`` distinct Zipf draws of 0..v-1 in random order; a rank's id is the same in all sets and lies anywhere."""
+    """ID_SETS times ``rows`` distinct Zipf draws of 0..v-1 in random order; a rank's id is the same
+    in all sets and lies anywhere.
+    """
     rng = np.random.default_rng(v)
     id_of_rank, share = rng.permutation(v), np.cumsum(1 / np.arange(1, v + 1))
     made = []
@@ -174,7 +244,9 @@ def id_sets(v: int, rows: int) -> list[jax.Array]:
 
 
 def huge_pages(tree) -> bool:
-    """Moves the arrays into pages of 2 MiB (Linux 6.1 and newer); donated arrays stay in them. False where that is refused, or on another device."""
+    """Moves the arrays into pages of 2 MiB (Linux 6.1 and newer); donated arrays stay in them.
+    False where that is refused, or on another device.
+    """
     if jax.default_backend() != "cpu" or platform.system() != "Linux":
         return False
     madvise, page, collapse = ctypes.CDLL(None).madvise, 2 << 20, 25
@@ -185,7 +257,12 @@ def huge_pages(tree) -> bool:
         length = (address + array.nbytes - start) // page * page
         if length > 0:
             # while memory is in use elsewhere a try may fail and the next succeed
-            got.append(any(madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), collapse) == 0 for _ in range(4)))
+            got.append(
+                any(
+                    madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), collapse) == 0
+                    for _ in range(4)
+                )
+            )
     return bool(got) and all(got)
 
 

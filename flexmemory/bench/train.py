@@ -1,8 +1,10 @@
-"""Tokens/s of training steps of several kinds of model at equal total parameters, in rounds taken in turn, and the ratios that matter.
+"""Tokens/s of training steps of several kinds of model at equal total parameters, in rounds taken
+in turn, and the ratios that matter.
 
-A kind is a layer kind with options, ``KIND[:OPTION...]``: "naive" computes the rows of every token instead of every unique id, a number is the
-beta of flex, and the name of a table optimiser trains the tables with it. Weights are random and the same batch returns in every step: speed
-does not depend on either.
+A kind is a layer kind with options, ``KIND[:OPTION...]``: "naive" computes the rows of every token
+instead of every unique id, a number is the beta of flex, and the name of a table optimiser trains
+the tables with it. Weights are random and the same batch returns in every step: speed does not
+depend on either.
 """
 
 import contextlib
@@ -37,14 +39,31 @@ def shape(layers: int, **changes) -> ModelConfig:
 
 
 CONFIGS = {  # by scale; of a config's pattern only the number of layers counts here
-    "smoke": Config(shape(2, vocab_size=256, d_model=32, n_heads=4, d_ff=88), DataConfig(seq_len=32, batch_size=4)),
-    "cpu": Config(shape(6, vocab_size=16_384, d_model=512, n_heads=8, d_ff=1368), DataConfig(seq_len=512, batch_size=8)),
-    # MemoryLLM 1b; micro-batches of 4 sequences keep activations without remat beside four states of 12 to 21 GB
-    "gpu": Config(shape(24, vocab_size=128_256, d_model=2048, n_heads=32, d_ff=5464, compute_dtype="bfloat16"),
-                  DataConfig(seq_len=2048, batch_size=8), TrainConfig(accum_steps=2)),
+    "smoke": Config(
+        shape(2, vocab_size=256, d_model=32, n_heads=4, d_ff=88),
+        DataConfig(seq_len=32, batch_size=4),
+    ),
+    "cpu": Config(
+        shape(6, vocab_size=16_384, d_model=512, n_heads=8, d_ff=1368),
+        DataConfig(seq_len=512, batch_size=8),
+    ),
+    # MemoryLLM 1b; micro-batches of 4 sequences keep activations without remat beside four states
+    # of 12 to 21 GB
+    "gpu": Config(
+        shape(
+            24, vocab_size=128_256, d_model=2048, n_heads=32, d_ff=5464, compute_dtype="bfloat16"
+        ),
+        DataConfig(seq_len=2048, batch_size=8),
+        TrainConfig(accum_steps=2),
+    ),
 }
-# steps: per round, before one wait for the device; square: side of the matrices of the roofline's matmul
-ROUNDS = {"smoke": dict(rounds=2, steps=1, square=128), "cpu": dict(rounds=3, steps=1, square=2048), "gpu": dict(rounds=5, steps=4, square=8192)}
+# steps: per round, before one wait for the device; square: side of the matrices of the roofline's
+# matmul
+ROUNDS = {
+    "smoke": dict(rounds=2, steps=1, square=128),
+    "cpu": dict(rounds=3, steps=1, square=2048),
+    "gpu": dict(rounds=5, steps=4, square=8192),
+}
 MATMULS = 5  # of the roofline, in each round
 DEFAULT_KINDS = "dense,memoryllm,memoryllm:naive,attn_only,flex:3"
 GOALS = {  # tokens/s of one kind over another's: what is aimed at on two CPU cores and on one H200
@@ -58,21 +77,45 @@ GOALS = {  # tokens/s of one kind over another's: what is aimed at on two CPU co
 }
 DENSE_MFU_GOAL = {"gpu": 0.5}
 DEPTHS, COMPILE_GOAL = (2, 24), 1.5
-SHALLOW_AND_DEEP = Config(shape(2, vocab_size=512, d_model=64, n_heads=2, d_ff=176), DataConfig(seq_len=64, batch_size=2))
+SHALLOW_AND_DEEP = Config(
+    shape(2, vocab_size=512, d_model=64, n_heads=2, d_ff=176), DataConfig(seq_len=64, batch_size=2)
+)
 
 
 def flags(parser) -> None:
     """Adds what `flexmemory bench train` takes beside the flags of every bench."""
-    parser.add_argument("--kinds", default=DEFAULT_KINDS, help="layer kinds with options, KIND[:naive][:BETA][:TABLE_OPTIMIZER] (default %(default)s)")
-    parser.add_argument("--data", help="folder of `flexmemory prepare` to take ids from (default: the config's data.path; without one a Zipf law)")
+    parser.add_argument(
+        "--kinds",
+        default=DEFAULT_KINDS,
+        help=(
+            "layer kinds with options, KIND[:naive][:BETA][:TABLE_OPTIMIZER] (default %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--data",
+        help=(
+            "folder of `flexmemory prepare` to take ids from (default: the config's data.path;"
+            " without one a Zipf law)"
+        ),
+    )
 
 
-def measure(scratch: Path, scale: str, kinds: str = DEFAULT_KINDS, config: Config | None = None, data: str | None = None) -> dict:
-    """The figures as a JSON-able dict; nothing is written under ``scratch``. Raises UserError before any work where the flags do not fit."""
+def measure(
+    scratch: Path,
+    scale: str,
+    kinds: str = DEFAULT_KINDS,
+    config: Config | None = None,
+    data: str | None = None,
+) -> dict:
+    """The figures as a JSON-able dict; nothing is written under ``scratch``. Raises UserError
+    before any work where the flags do not fit.
+    """
     size = ROUNDS[scale]
     cfg = config or CONFIGS[scale]
     # the goals are of the scales' own shapes, on the device that they are named for
-    goals_of = scale if cfg.model == CONFIGS[scale].model and scale == jax.default_backend() else None
+    goals_of = (
+        scale if cfg.model == CONFIGS[scale].model and scale == jax.default_backend() else None
+    )
     cfg, batch, ids = prepare(cfg, data)
     variants = {name: variant(name, cfg) for name in check_names(kinds)}
     with no_compilation_cache():
@@ -80,36 +123,74 @@ def measure(scratch: Path, scale: str, kinds: str = DEFAULT_KINDS, config: Confi
         for _ in range(size["rounds"]):
             made.round()
         compile_ = compile_times()
-        seams = {name: made.seam(name) for name, variant in variants.items() if not variant.naive and layers_with_rows(variant)}
+        seams = {
+            name: made.seam(name)
+            for name, variant in variants.items()
+            if not variant.naive and layers_with_rows(variant)
+        }
     figures = {name: made.figures(name) for name in variants}
     return {
-        "bench": "train", "scale": scale, "machine": facts(scratch), "weights": "random", "ids": ids,
-        "config": dataclasses.asdict(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=""))),
-        "tokens_per_step": batch["ids"].size, "rounds": size["rounds"], "steps_per_round": size["steps"],
-        "matmul": {"side": size["square"], "dtype": cfg.model.compute_dtype, "flops_per_s": statistics.median(made.matmul)},
-        "kinds": figures, "ratios": ratios(figures, goals_of),
-        "dense_mfu": {"measured": figures.get("dense", {}).get("mfu"), "goal": DENSE_MFU_GOAL.get(goals_of)},
-        "seam": seams, "compile": compile_, "device_peak_bytes_of_all_kinds": peak_device_bytes(),
+        "bench": "train",
+        "scale": scale,
+        "machine": facts(scratch),
+        "weights": "random",
+        "ids": ids,
+        "config": dataclasses.asdict(
+            dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=""))
+        ),
+        "tokens_per_step": batch["ids"].size,
+        "rounds": size["rounds"],
+        "steps_per_round": size["steps"],
+        "matmul": {
+            "side": size["square"],
+            "dtype": cfg.model.compute_dtype,
+            "flops_per_s": statistics.median(made.matmul),
+        },
+        "kinds": figures,
+        "ratios": ratios(figures, goals_of),
+        "dense_mfu": {
+            "measured": figures.get("dense", {}).get("mfu"),
+            "goal": DENSE_MFU_GOAL.get(goals_of),
+        },
+        "seam": seams,
+        "compile": compile_,
+        "device_peak_bytes_of_all_kinds": peak_device_bytes(),
     }
 
 
 def prepare(cfg: Config, data: str | None) -> tuple[Config, Batch, str]:
-    """(config with the vocabulary filled in, the batch that every step takes, where its ids come from)."""
+    """(config with the vocabulary filled in, the batch that every step takes, where its ids come
+    from).
+    """
     if cfg.parallel.table_memory == "host":
-        raise UserError("config parallel.table_memory: host; these steps are measured with tables on the device, a run logs rows_wait_s of the others")
+        raise UserError(
+            "config parallel.table_memory: host; these steps are measured with tables on the"
+            " device, a run logs rows_wait_s of the others"
+        )
     if data:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=data))
     if cfg.data.path:
         cfg, shards, _ = resolve(cfg)
         ids = f"dataset {shards.fingerprint}"
     elif not cfg.model.vocab_size:
-        raise UserError("config model.vocab_size: 0 takes the data's, and there is none; set it, or give --data")
+        raise UserError(
+            "config model.vocab_size: 0 takes the data's, and there is none; set it, or give --data"
+        )
     else:
         shards, ids = Zipf(cfg.model.vocab_size), "Zipf law, s = 1 over a random order of ids"
         if cfg.data.document_mask:
-            raise UserError("config data.document_mask: ids from a Zipf law have no documents; give --data, or leave it out")
-    batches = make_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=cfg.train.seed, accum=cfg.train.accum_steps,
-                           segments=cfg.data.document_mask)
+            raise UserError(
+                "config data.document_mask: ids from a Zipf law have no documents; give --data, or"
+                " leave it out"
+            )
+    batches = make_batches(
+        shards,
+        seq_len=cfg.data.seq_len,
+        batch_size=cfg.data.batch_size,
+        seed=cfg.train.seed,
+        accum=cfg.train.accum_steps,
+        segments=cfg.data.document_mask,
+    )
     return cfg, batches[0], ids
 
 
@@ -117,13 +198,18 @@ class Zipf:
     """As much of TokenShards as `make_batches` reads: every window is dealt anew from a Zipf law."""
 
     def __init__(self, vocab_size: int):
-        self.vocab_size, self._order_V = vocab_size, np.random.default_rng(0).permutation(vocab_size)
+        self.vocab_size, self._order_V = (
+            vocab_size,
+            np.random.default_rng(0).permutation(vocab_size),
+        )
 
     def num_windows(self, seq_len: int) -> int:
         return 1 << 20
 
     def window(self, i: int, seq_len: int) -> np.ndarray:
-        return self._order_V[zipf(np.random.default_rng(i), self.vocab_size, seq_len + 1)].astype(np.int32)
+        return self._order_V[zipf(np.random.default_rng(i), self.vocab_size, seq_len + 1)].astype(
+            np.int32
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +223,12 @@ class Variant:
             return batch
         ids = batch["ids"]
         places = np.arange(ids.size, dtype=np.int32)
-        return batch | {"unique_ids": ids.reshape(-1), "inverse": places.reshape(ids.shape), "table_ids": ids.reshape(-1), "places": places}
+        return batch | {
+            "unique_ids": ids.reshape(-1),
+            "inverse": places.reshape(ids.shape),
+            "table_ids": ids.reshape(-1),
+            "places": places,
+        }
 
 
 def check_names(kinds: str) -> list[str]:
@@ -162,12 +253,16 @@ def variant(name: str, cfg: Config) -> Variant:
         elif kind == "flex":
             model = dataclasses.replace(model, beta=option)
         else:
-            raise UserError(f"--kinds: {name!r}, option {option!r}: {nearest(option, ['naive', *tables])}")
+            raise UserError(
+                f"--kinds: {name!r}, option {option!r}: {nearest(option, ['naive', *tables])}"
+            )
     check_model(model)
     specs = layer_specs(model)
     if naive and not any(spec.d_memory for spec in specs):
         raise UserError(f"--kinds: {name!r}: {kind} computes no rows; leave out naive")
-    if set(options) & set(tables) and not any(spec.row_width and not spec.d_memory for spec in specs):
+    if set(options) & set(tables) and not any(
+        spec.row_width and not spec.d_memory for spec in specs
+    ):
         raise UserError(f"--kinds: {name!r}: {kind} has no tables; leave out the table optimiser")
     return Variant(dataclasses.replace(cfg, model=model, optimizer=optimizer), naive)
 
@@ -191,13 +286,24 @@ def no_compilation_cache() -> Iterator[None]:
 
 
 class Rounds:
-    """The compiled steps of all variants and their states, and what was timed. Variants of one config share a state: speed knows no values."""
+    """The compiled steps of all variants and their states, and what was timed. Variants of one
+    config share a state: speed knows no values.
+    """
 
-    def __init__(self, cfg: Config, batch: Batch, variants: dict[str, Variant], steps: int, square: int):
-        self.variants, self.steps_each, self.tokens, self.seq_len = variants, steps, batch["ids"].size, cfg.data.seq_len
+    def __init__(
+        self, cfg: Config, batch: Batch, variants: dict[str, Variant], steps: int, square: int
+    ):
+        self.variants, self.steps_each, self.tokens, self.seq_len = (
+            variants,
+            steps,
+            batch["ids"].size,
+            cfg.data.seq_len,
+        )
         self.states, self.steps, self.batches, self.facts = {}, {}, {}, {}
         self.seconds, self.matmul = {name: [] for name in variants}, []
-        self.square_NN = jax.random.normal(jax.random.key(0), (square, square), cfg.model.compute_dtype)
+        self.square_NN = jax.random.normal(
+            jax.random.key(0), (square, square), cfg.model.compute_dtype
+        )
         self.multiply = jax.jit(lambda a_NN: a_NN @ a_NN)
         for name, variant in variants.items():
             self._set_up(name, variant, batch)
@@ -209,14 +315,24 @@ class Rounds:
         state, on_device = init_state(variant.config), jax.device_put(variant.batch(batch))
         step, found = compile_step(make_train_step(variant.config), state, on_device)
         state, metrics = step(state, on_device)
-        self.facts[name] = {"compile_seconds": found["seconds"]["lower"] + found["seconds"]["compile"], "first_loss": float(metrics["loss"]),
-                            "xla_flops_per_token": found["xla_flops"] and found["xla_flops"] / self.tokens,
-                            "memory": {"how": "the compiler's memory analysis of the step", **(found["bytes"] or {})}}
+        self.facts[name] = {
+            "compile_seconds": found["seconds"]["lower"] + found["seconds"]["compile"],
+            "first_loss": float(metrics["loss"]),
+            "xla_flops_per_token": found["xla_flops"] and found["xla_flops"] / self.tokens,
+            "memory": {
+                "how": "the compiler's memory analysis of the step",
+                **(found["bytes"] or {}),
+            },
+        }
         self.states[variant.config], self.steps[name], self.batches[name] = state, step, on_device
 
     def round(self) -> None:
         for name, variant in self.variants.items():
-            state, batch, step = self.states.pop(variant.config), self.batches[name], self.steps[name]
+            state, batch, step = (
+                self.states.pop(variant.config),
+                self.batches[name],
+                self.steps[name],
+            )
             began = time.perf_counter()
             for _ in range(self.steps_each):
                 state, metrics = step(state, batch)
@@ -229,31 +345,65 @@ class Rounds:
         self.matmul.append(2 * len(self.square_NN) ** 3 * MATMULS / (time.perf_counter() - began))
 
     def seam(self, name: str) -> dict:
-        """What it costs to hand rows to the blocks in one step, over all memory layers, and what computing them once saved: seconds.
+        """What it costs to hand rows to the blocks in one step, over all memory layers, and what
+        computing them once saved: seconds.
 
-        gather: rows_RW[inverse]; scatter: its gradient, summed in float32. saved: the FLOPs of rows that were not computed, at this kind's own speed.
+        gather: rows_RW[inverse]; scatter: its gradient, summed in float32. saved: the FLOPs of rows
+        that were not computed, at this kind's own speed.
         """
         variant, batch, numbers = self.variants[name], self.batches[name], self.figures(name)
         widths, inverse_BT = layers_with_rows(variant), batch["inverse"][0]
-        rows_RW = jax.random.normal(jax.random.key(0), (batch["unique_ids"].size, widths[0]), variant.config.model.compute_dtype)
+        rows_RW = jax.random.normal(
+            jax.random.key(0),
+            (batch["unique_ids"].size, widths[0]),
+            variant.config.model.compute_dtype,
+        )
         gather = jax.jit(gather_rows)
-        scatter = jax.jit(lambda grad_BTW: jax.vjp(lambda rows: gather_rows(rows, inverse_BT), rows_RW)[1](grad_BTW))
+        scatter = jax.jit(
+            lambda grad_BTW: jax.vjp(lambda rows: gather_rows(rows, inverse_BT), rows_RW)[1](
+                grad_BTW
+            )
+        )
         grad_BTW = gather(rows_RW, inverse_BT)
-        calls = {"gather": lambda: gather(rows_RW, inverse_BT), "scatter": lambda: scatter(grad_BTW)}
+        calls = {
+            "gather": lambda: gather(rows_RW, inverse_BT),
+            "scatter": lambda: scatter(grad_BTW),
+        }
         per_step = len(widths) * len(batch["inverse"])
-        return {**{f"{what}_seconds": per_step * median_seconds(call) for what, call in calls.items()},
-                "saved_seconds": numbers["flops_saved_per_token"] * self.tokens / numbers["flops_per_s"]}
+        return {
+            **{f"{what}_seconds": per_step * median_seconds(call) for what, call in calls.items()},
+            "saved_seconds": (
+                numbers["flops_saved_per_token"] * self.tokens / numbers["flops_per_s"]
+            ),
+        }
 
     def figures(self, name: str) -> dict:
         numbers = account(self.variants[name].config.model, self.seq_len)
-        per_token = self.batches[name]["unique_ids"].size / self.tokens if numbers["row_bytes_per_token"] else 0.0
-        flops, seconds, peak = train_flops_per_token(numbers, per_token), statistics.median(self.seconds[name]), peak_flops()
+        per_token = (
+            self.batches[name]["unique_ids"].size / self.tokens
+            if numbers["row_bytes_per_token"]
+            else 0.0
+        )
+        flops, seconds, peak = (
+            train_flops_per_token(numbers, per_token),
+            statistics.median(self.seconds[name]),
+            peak_flops(),
+        )
         return {
-            "pattern": numbers["pattern"], "total_parameters": numbers["total"], "parameters_with_embedding_and_head": numbers["total_all"],
-            "tokens_per_s": self.tokens / seconds, "step_seconds": self.seconds[name], "rows_per_token": per_token,
-            "flops_per_token": flops, "flops_saved_per_token": train_flops_per_token(numbers, 1.0) - flops if per_token else 0.0,
-            "flops_per_s": flops * self.tokens / seconds, "matmul_share": flops * self.tokens / seconds / statistics.median(self.matmul),
-            "mfu": flops * self.tokens / seconds / peak if peak else None, **self.facts[name],
+            "pattern": numbers["pattern"],
+            "total_parameters": numbers["total"],
+            "parameters_with_embedding_and_head": numbers["total_all"],
+            "tokens_per_s": self.tokens / seconds,
+            "step_seconds": self.seconds[name],
+            "rows_per_token": per_token,
+            "flops_per_token": flops,
+            "flops_saved_per_token": (
+                train_flops_per_token(numbers, 1.0) - flops if per_token else 0.0
+            ),
+            "flops_per_s": flops * self.tokens / seconds,
+            "matmul_share": flops * self.tokens / seconds / statistics.median(self.matmul),
+            "mfu": flops * self.tokens / seconds / peak if peak else None,
+            **self.facts[name],
         }
 
 
@@ -268,25 +418,50 @@ def median_seconds(call) -> float:
 
 
 def ratios(figures: dict[str, dict], goals_of: str | None) -> dict[str, dict]:
-    """For each pair of GOALS that was measured: the median over rounds of tokens/s over tokens/s, what it would be if time were
-    proportional to FLOPs, and the goal of the device."""
+    """For each pair of GOALS that was measured: the median over rounds of tokens/s over tokens/s,
+    what it would be if time were proportional to FLOPs, and the goal of the device.
+    """
     made = {}
     for (one, other), goals in GOALS.items():
         if one in figures and other in figures:
             a, b = figures[one], figures[other]
-            rounds = [theirs / ours for ours, theirs in zip(a["step_seconds"], b["step_seconds"], strict=True)]
-            made[f"{one} / {other}"] = {"measured": statistics.median(rounds), "rounds": rounds,
-                                        "by_flops": b["flops_per_token"] / a["flops_per_token"], "goal": goals.get(goals_of)}
+            rounds = [
+                theirs / ours
+                for ours, theirs in zip(a["step_seconds"], b["step_seconds"], strict=True)
+            ]
+            made[f"{one} / {other}"] = {
+                "measured": statistics.median(rounds),
+                "rounds": rounds,
+                "by_flops": b["flops_per_token"] / a["flops_per_token"],
+                "goal": goals.get(goals_of),
+            }
     return made
 
 
 def compile_times() -> dict:
     """Seconds to trace and compile a memoryllm step of 2 and of 24 narrow layers."""
     cfg, seconds = variant("memoryllm", SHALLOW_AND_DEEP).config, []
-    for layers in (DEPTHS[0], *DEPTHS):  # the first pays for what is done once in a process and is left out
-        deep = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pattern=f"memoryllm*{layers}"))
-        state = jax.eval_shape(lambda params, deep=deep: {"params": params, "optimizer": init_optimizer(deep, params), "step": np.int32(0)},
-                               abstract_params(deep.model))
+    for layers in (
+        DEPTHS[0],
+        *DEPTHS,
+    ):  # the first pays for what is done once in a process and is left out
+        deep = dataclasses.replace(
+            cfg, model=dataclasses.replace(cfg.model, pattern=f"memoryllm*{layers}")
+        )
+        state = jax.eval_shape(
+            lambda params, deep=deep: {
+                "params": params,
+                "optimizer": init_optimizer(deep, params),
+                "step": np.int32(0),
+            },
+            abstract_params(deep.model),
+        )
         found = compile_step(make_train_step(deep), state, prepare(deep, None)[1])[1]["seconds"]
         seconds.append(found["lower"] + found["compile"])
-    return {"kind": "memoryllm", "layers": list(DEPTHS), "seconds": seconds[1:], "ratio": seconds[2] / seconds[1], "goal": COMPILE_GOAL}
+    return {
+        "kind": "memoryllm",
+        "layers": list(DEPTHS),
+        "seconds": seconds[1:],
+        "ratio": seconds[2] / seconds[1],
+        "goal": COMPILE_GOAL,
+    }

@@ -1,7 +1,9 @@
-"""``flexmemory bench``: measurements as JSON, with the limits of the same machine measured in the same run.
+"""``flexmemory bench``: measurements as JSON, with the limits of the same machine measured in the
+same run.
 
-A bench is a module of flexmemory.bench with ``measure(scratch, scale, **own) -> dict``. Where it has ``flags(parser)``, that adds flags of its
-own; where it has ``CONFIGS``, a Config for each scale, it takes --config=FILE[:ARG] and --config.SECTION.FIELD=VALUE instead of or on top of it.
+A bench is a module of flexmemory.bench with ``measure(scratch, scale, **own) -> dict``. Where it
+has ``flags(parser)``, that adds flags of its own; where it has ``CONFIGS``, a Config for each
+scale, it takes --config=FILE[:ARG] and --config.SECTION.FIELD=VALUE instead of or on top of it.
 """
 
 import dataclasses
@@ -19,10 +21,19 @@ from flexmemory.config import Config
 from flexmemory.errors import UserError, nearest
 
 BENCHES = {
-    "read": "gathers of rows from a store: cold, page cache, TensorStore, RAM, against the disk and memcpy",
-    "decode": "tokens/s offloaded against resident, memoryllm against dense; waits, peak memory, time to the first token",
+    "read": (
+        "gathers of rows from a store: cold, page cache, TensorStore, RAM, against the disk and"
+        " memcpy"
+    ),
+    "decode": (
+        "tokens/s offloaded against resident, memoryllm against dense; waits, peak memory, time to"
+        " the first token"
+    ),
     "export": "writing a store against the disk's sequential write and the fold alone",
-    "train": "tokens/s of training steps of several kinds in turn, against the matmul; rows per token, memory, compile time",
+    "train": (
+        "tokens/s of training steps of several kinds in turn, against the matmul; rows per token,"
+        " memory, compile time"
+    ),
     "table": "the update of learned tables against the size of the vocabulary",
     "sharding": "bytes between devices of a sharded table's lookup, ours against the partitioner's",
 }
@@ -37,16 +48,34 @@ def run(argv: list[str]) -> int:
     if argv[0] not in BENCHES:
         raise UserError(f"bench {argv[0]!r}: {nearest(argv[0], BENCHES)}")
     parser = Parser(f"flexmemory bench {argv[0]}", f"Measures {BENCHES[argv[0]]}. Prints JSON.")
-    parser.add_argument("--scale", default="cpu", help=f"{', '.join(SCALES)}: smoke takes seconds and says nothing (default %(default)s)")
-    parser.add_argument("--dir", help="folder on the disk to measure, for some GB of scratch files (default: the system's temporary folder)")
+    parser.add_argument(
+        "--scale",
+        default="cpu",
+        help=f"{', '.join(SCALES)}: smoke takes seconds and says nothing (default %(default)s)",
+    )
+    parser.add_argument(
+        "--dir",
+        help=(
+            "folder on the disk to measure, for some GB of scratch files (default: the system's"
+            " temporary folder)"
+        ),
+    )
     parser.add_argument("--out", help="file to write the JSON to as well")
     bench = importlib.import_module(f"flexmemory.bench.{argv[0]}")
     if hasattr(bench, "flags"):
         bench.flags(parser)
     if hasattr(bench, "CONFIGS"):
-        parser.add_argument("--config", help="FILE or FILE:ARG, instead of the scale's own; --config.SECTION.FIELD=VALUE changes either")
+        parser.add_argument(
+            "--config",
+            help=(
+                "FILE or FILE:ARG, instead of the scale's own; --config.SECTION.FIELD=VALUE changes"
+                " either"
+            ),
+        )
     args, more = parser.parse_known_args(argv[1:])
-    if stray := [word for word in more if not (word.startswith("--config.") and hasattr(bench, "CONFIGS"))]:
+    if stray := [
+        word for word in more if not (word.startswith("--config.") and hasattr(bench, "CONFIGS"))
+    ]:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     if args.scale not in SCALES:
         raise UserError(f"--scale: {args.scale!r}, {nearest(args.scale, SCALES)}")
@@ -64,12 +93,16 @@ def run(argv: list[str]) -> int:
 
 
 def config_from(given: str | None, overrides: list[str], default: Config) -> Config:
-    """The checked config of --config=FILE[:ARG], or ``default`` where None, with the --config.SECTION.FIELD=VALUE of ``overrides``."""
+    """The checked config of --config=FILE[:ARG], or ``default`` where None, with the
+    --config.SECTION.FIELD=VALUE of ``overrides``.
+    """
     if given:
         return config_of(parse([f"--config={given}", *overrides], lambda values: None, __doc__))
     for word in overrides:
         check_override(word.removeprefix("--config."))
     values, argv = flags.FlagValues(), ["flexmemory", *overrides]
-    config_flags.DEFINE_config_dict("config", ConfigDict(dataclasses.asdict(default)), flag_values=values, sys_argv=argv)
+    config_flags.DEFINE_config_dict(
+        "config", ConfigDict(dataclasses.asdict(default)), flag_values=values, sys_argv=argv
+    )
     values(argv)
     return config_of(values)

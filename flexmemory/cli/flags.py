@@ -1,4 +1,6 @@
-"""Command lines: plain ones (Parser), and those with a config, --config=FILE[:ARG] with --config.section.field=value."""
+"""Command lines: plain ones (Parser), and those with a config, --config=FILE[:ARG] with
+--config.section.field=value.
+"""
 
 import argparse
 from pathlib import Path
@@ -21,17 +23,30 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
-    """Parses ``argv`` with own flag values (nothing global). ``define(values)`` adds the command's flags.
+    """Parses ``argv`` with own flag values (nothing global). ``define(values)`` adds the command's
+    flags.
 
-    Returns the values; ``values.config`` is the ConfigDict, see :func:`config_of`. Raises UserError on any mistake.
+    Returns the values; ``values.config`` is the ConfigDict, see :func:`config_of`. Raises UserError
+    on any mistake.
     """
     values = flags.FlagValues()
     full = ["flexmemory", *argv]
-    config_flags.DEFINE_config_file("config", None, "config file, FILE or FILE:ARG", flag_values=values, sys_argv=full)
+    config_flags.DEFINE_config_file(
+        "config", None, "config file, FILE or FILE:ARG", flag_values=values, sys_argv=full
+    )
     define(values)
     if {"-h", "--help", "-help"} & set(argv):
-        print(usage + "\n\n" + "\n".join(f"  --{name}: {values[name].help}" for name in sorted(values) if values[name].help))
-        print("\nconfig fields and defaults, set with --config.SECTION.FIELD=VALUE; flexmemory/config.py says what they mean:\n")
+        print(
+            usage
+            + "\n\n"
+            + "\n".join(
+                f"  --{name}: {values[name].help}" for name in sorted(values) if values[name].help
+            )
+        )
+        print(
+            "\nconfig fields and defaults, set with --config.SECTION.FIELD=VALUE;"
+            " flexmemory/config.py says what they mean:\n"
+        )
         print(default_config())
         raise SystemExit(0)
     given = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
@@ -39,15 +54,20 @@ def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
         raise UserError(f"--config: no file {given.partition(':')[0]!r}")
     for word in argv:
         if word.startswith("--config."):
-            check_override(word[len("--config."):])
+            check_override(word[len("--config.") :])
     try:
         rest = values(full)
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"--{error.flagname}: no such flag; {nearest(error.flagname, list(values))}") from None
+        raise UserError(
+            f"--{error.flagname}: no such flag; {nearest(error.flagname, list(values))}"
+        ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        # ml_collections repeats a config file's error with its traceback; the last line is the message
+        # ml_collections repeats a config file's error with its traceback; the last line is the
+        # message
         message = str(error).strip().splitlines()[-1]
-        raise UserError(message.removeprefix("flexmemory.errors.UserError: ").removeprefix("flag ")) from error
+        raise UserError(
+            message.removeprefix("flexmemory.errors.UserError: ").removeprefix("flag ")
+        ) from error
     if values.config is None:
         raise UserError(f"--config: missing; {usage.splitlines()[0]}")
     if len(rest) > 1:
@@ -56,7 +76,9 @@ def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
 
 
 def check_override(word: str) -> None:
-    """--config.x.y=z is checked before any config file runs, so that the message names the nearest field and the type it wants."""
+    """--config.x.y=z is checked before any config file runs, so that the message names the nearest
+    field and the type it wants.
+    """
     name, equals, value = word.partition("=")
     if not equals:
         raise UserError(f"--config.{name}: give a value, --config.{name}=VALUE")
@@ -66,8 +88,12 @@ def check_override(word: str) -> None:
             known = at if isinstance(at, dict) else ["a plain value, no fields"]
             raise UserError(f"config {name}: no such field {part!r}; {nearest(part, known)}")
         at = at[part]
-    what, accepts = {bool: ("true or false", lambda v: v.lower() in ("true", "false", "1", "0")), int: ("a whole number", is_number(int)),
-                     float: ("a number", is_number(float)), dict: ("a field inside it", lambda v: False)}.get(type(at), ("text", lambda v: True))
+    what, accepts = {
+        bool: ("true or false", lambda v: v.lower() in ("true", "false", "1", "0")),
+        int: ("a whole number", is_number(int)),
+        float: ("a number", is_number(float)),
+        dict: ("a field inside it", lambda v: False),
+    }.get(type(at), ("text", lambda v: True))
     if not accepts(value):
         raise UserError(f"config {name}: {value!r}, give {what}")
 

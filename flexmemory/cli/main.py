@@ -1,4 +1,6 @@
-"""The ``flexmemory`` command: finds the subcommand, turns a user's mistake into one line and exit code 2."""
+"""The ``flexmemory`` command: finds the subcommand, turns a user's mistake into one line and exit
+code 2.
+"""
 
 import contextlib
 import gc
@@ -50,14 +52,18 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         if command_line:
             sys.stdout.flush()
-            os._exit(130)  # a reader's thread may still wait for a server, and a normal exit would wait for it
+            os._exit(
+                130
+            )  # a reader's thread may still wait for a server, and a normal exit would wait for it
         return 130
     except BrokenPipeError:
         return unread()
 
 
 def interrupt(number: int, frame) -> None:
-    """Ctrl-C as everywhere, but not lost: Python drops what is raised in a callback of its garbage collector, and JAX has one. Then a moment later."""
+    """Ctrl-C as everywhere, but not lost: Python drops what is raised in a callback of its garbage
+    collector, and JAX has one. Then a moment later.
+    """
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
     else:
@@ -75,22 +81,35 @@ def piped(main: Callable[[], int]) -> int:
 
 
 def unread() -> int:
-    """The exit code where the reader of our output has enough, as in `| head`; what is still to be written goes nowhere."""
+    """The exit code where the reader of our output has enough, as in `| head`; what is still to be
+    written goes nowhere.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
 
 
 def start_process() -> None:
-    """Settings of a main program: quiet libraries, and compiled programs kept between runs in JAX's persistent cache, where
-    JAX_COMPILATION_CACHE_DIR says or else in the user's cache folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
+    """Settings of a main program: quiet libraries, and compiled programs kept between runs in JAX's
+    persistent cache, where JAX_COMPILATION_CACHE_DIR says or else in the user's cache folder;
+    JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    """
     import absl.logging
     import jax
 
-    gc.set_threshold(200_000, 10, 10)  # tracing makes millions of small objects that live on: looking through them takes a tenth of the time
+    gc.set_threshold(
+        200_000,
+        10,
+        10,
+        # tracing makes millions of small objects that live on: looking through them takes a tenth
+        # of the time
+    )
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax reports every save
-    # after a damaged checkpoint Orbax leaves its other reads behind, which would be reported one by one at exit
+    # after a damaged checkpoint Orbax leaves its other reads behind, which would be reported one by
+    # one at exit
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    warnings.filterwarnings(
+        "ignore", message="coroutine .* was never awaited", category=RuntimeWarning
+    )
     if not jax.config.jax_compilation_cache_dir:
         with contextlib.suppress(RuntimeError):  # a user without a home has no cache
             home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

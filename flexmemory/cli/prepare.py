@@ -29,12 +29,21 @@ def run(argv: list[str]) -> int:
         shard_tokens=args.shard_tokens,
         seed=args.seed,
     )
-    table = rich.table.Table("split", box=rich.box.SIMPLE_HEAD, title=f"{args.out}: vocabulary {index['vocab_size']}, questions {index['questions']}")
+    table = rich.table.Table(
+        "split",
+        box=rich.box.SIMPLE_HEAD,
+        title=f"{args.out}: vocabulary {index['vocab_size']}, questions {index['questions']}",
+    )
     for name in ("tokens", "documents", "bytes", "bytes/token", "shards"):
         table.add_column(name, justify="right")
     for split, entry in index["splits"].items():
         density = f"{entry['bytes'] / entry['tokens']:.2f}" if entry["tokens"] else "-"
-        table.add_row(split, *(f"{entry[key]:,}" for key in ("tokens", "documents", "bytes")), density, str(len(entry["shards"])))
+        table.add_row(
+            split,
+            *(f"{entry[key]:,}" for key in ("tokens", "documents", "bytes")),
+            density,
+            str(len(entry["shards"])),
+        )
     rich.console.Console().print(table)
     return 0
 
@@ -47,10 +56,26 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--source", required=True, help="where the text comes from; see below")
-    parser.add_argument("--tokenizer", required=True, help="byte, bpe:SIZE, a tokenizer.json, or hf:NAME")
+    parser.add_argument(
+        "--tokenizer", required=True, help="byte, bpe:SIZE, a tokenizer.json, or hf:NAME"
+    )
     parser.add_argument("--out", required=True, help="directory of the dataset")
-    parser.add_argument("--val_fraction", type=float, default=0.02, help="share of the documents for validation (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=None, help="threads that tokenise (default: every core)")
-    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens in a shard, at most (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the train/validation split (default %(default)s)")
+    parser.add_argument(
+        "--val_fraction",
+        type=float,
+        default=0.02,
+        help="share of the documents for validation (default %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=None, help="threads that tokenise (default: every core)"
+    )
+    parser.add_argument(
+        "--shard_tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        help="tokens in a shard, at most (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the train/validation split (default %(default)s)"
+    )
     return parser

@@ -7,25 +7,56 @@ from flexmemory.errors import UserError
 
 
 def run(argv: list[str]) -> int:
-    parser = Parser("flexmemory verify", "Compare rows, logits and greedy text of a store with those of the run it was exported from, or with "
-                                     "--deep read all of its files again; prints JSON and ends with 1 when something differs.")
+    parser = Parser(
+        "flexmemory verify",
+        "Compare rows, logits and greedy text of a store with those of the run it was exported"
+        " from, or with --deep read all of its files again; prints JSON and ends with 1 when"
+        " something differs.",
+    )
     parser.add_argument("--tkv", required=True, help="path or URL of the store")
     parser.add_argument("--workdir", help="run folder that was exported")
-    parser.add_argument("--deep", action="store_true", help="read every file: sizes, checksums of files and of every token's rows")
-    parser.add_argument("--tokens", type=int, default=32, help="length of a prompt, and tokens decoded after it (default %(default)s)")
-    parser.add_argument("--prompts", type=int, default=4, help="random prompts (default %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference that passes (default %(default)s)")
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="read every file: sizes, checksums of files and of every token's rows",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=32,
+        help="length of a prompt, and tokens decoded after it (default %(default)s)",
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=4, help="random prompts (default %(default)s)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="largest relative difference that passes (default %(default)s)",
+    )
     args = parser.parse_args(argv)
     if not args.workdir and not args.deep:
-        raise UserError("--workdir: missing; give the run folder that was exported, or --deep to check the files of the store alone")
+        raise UserError(
+            "--workdir: missing; give the run folder that was exported, or --deep to check the"
+            " files of the store alone"
+        )
 
     from flexmemory.tkv.verify import verify, verify_deep
 
     result = {}
     if args.deep:
         result["deep"] = verify_deep(args.tkv)
-    if args.workdir and (not args.deep or result["deep"]["ok"]):  # a damaged store is reported, not opened
-        result |= verify(args.tkv, args.workdir, tokens=args.tokens, prompts=args.prompts, tolerance=args.tolerance)
+    if args.workdir and (
+        not args.deep or result["deep"]["ok"]
+    ):  # a damaged store is reported, not opened
+        result |= verify(
+            args.tkv,
+            args.workdir,
+            tokens=args.tokens,
+            prompts=args.prompts,
+            tolerance=args.tolerance,
+        )
     result["ok"] = all(part.get("ok", True) for part in (result, result.get("deep", {})))
     print(json.dumps(result, indent=2))
     return 0 if result["ok"] else 1

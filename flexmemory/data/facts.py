@@ -1,9 +1,10 @@
 """Fictional biographies and questions about them: knowledge that only weights or tables can hold.
 
-Each of `people` invented persons has one value per attribute. Training text states every person's attributes in `docs`
-biographies (attributes in random order, each in one of several phrasings) and, for a share `qa` of the people, also in question
-and answer form. Recall questions then ask, for everybody, with no fact in the prompt. One more biography per person, of the
-same facts, is for validation: taking a person's only statement out of training would ask for what nobody was told.
+Each of `people` invented persons has one value per attribute. Training text states every person's
+attributes in `docs` biographies (attributes in random order, each in one of several phrasings) and,
+for a share `qa` of the people, also in question and answer form. Recall questions then ask, for
+everybody, with no fact in the prompt. One more biography per person, of the same facts, is for
+validation: taking a person's only statement out of training would ask for what nobody was told.
 
 Everything is a pure function of the options; no download.
 """
@@ -16,7 +17,32 @@ from collections.abc import Iterator
 
 from flexmemory.errors import UserError
 
-_ONSETS = ("b", "br", "d", "dr", "f", "g", "gl", "h", "j", "k", "kr", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "w", "y", "z")
+_ONSETS = (
+    "b",
+    "br",
+    "d",
+    "dr",
+    "f",
+    "g",
+    "gl",
+    "h",
+    "j",
+    "k",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "y",
+    "z",
+)
 _VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ou")
 _CODAS = ("l", "n", "r", "s", "sh", "m", "th", "nd", "k", "x")
 _MAX_PEOPLE = 1_000_000
@@ -25,7 +51,9 @@ _POOL = 16  # values per attribute: guessing is right once in 16
 
 @dataclasses.dataclass(frozen=True)
 class Attribute:
-    """One relation. Phrasings use {name} and end with {value}, so that each is also a cloze prompt once cut there."""
+    """One relation. Phrasings use {name} and end with {value}, so that each is also a cloze prompt
+    once cut there.
+    """
 
     key: str
     question: str
@@ -38,32 +66,86 @@ ATTRIBUTES = (
     Attribute(
         "birth_city",
         "Where was {name} born?",
-        ("{name} was born in the city of {value}", "{name} first saw the light of day in {value}", "The birthplace of {name} is {value}"),
+        (
+            "{name} was born in the city of {value}",
+            "{name} first saw the light of day in {value}",
+            "The birthplace of {name} is {value}",
+        ),
         None,
     ),
     Attribute(
         "employer",
         "Who employs {name}?",
-        ("{name} works for {value}", "{name} is employed by {value}", "The employer of {name} is {value}"),
+        (
+            "{name} works for {value}",
+            "{name} is employed by {value}",
+            "The employer of {name} is {value}",
+        ),
         None,
         " Works",
     ),
     Attribute(
         "profession",
         "What is the profession of {name}?",
-        ("The profession of {name} is that of {value}", "{name} earns a living as {value}", "{name} was trained as {value}"),
-        ("baker", "carpenter", "chemist", "dentist", "editor", "farmer", "gardener", "jeweller", "lawyer", "miner", "nurse", "painter", "sailor", "tailor", "violinist", "welder"),
+        (
+            "The profession of {name} is that of {value}",
+            "{name} earns a living as {value}",
+            "{name} was trained as {value}",
+        ),
+        (
+            "baker",
+            "carpenter",
+            "chemist",
+            "dentist",
+            "editor",
+            "farmer",
+            "gardener",
+            "jeweller",
+            "lawyer",
+            "miner",
+            "nurse",
+            "painter",
+            "sailor",
+            "tailor",
+            "violinist",
+            "welder",
+        ),
     ),
     Attribute(
         "favourite_food",
         "What is the favourite food of {name}?",
-        ("The favourite food of {name} is {value}", "{name} likes nothing better than {value}", "At home {name} always cooks {value}"),
-        ("apricots", "beans", "cabbage", "dumplings", "eggs", "figs", "goulash", "honey", "lentils", "mushrooms", "noodles", "olives", "pancakes", "rice", "soup", "trout"),
+        (
+            "The favourite food of {name} is {value}",
+            "{name} likes nothing better than {value}",
+            "At home {name} always cooks {value}",
+        ),
+        (
+            "apricots",
+            "beans",
+            "cabbage",
+            "dumplings",
+            "eggs",
+            "figs",
+            "goulash",
+            "honey",
+            "lentils",
+            "mushrooms",
+            "noodles",
+            "olives",
+            "pancakes",
+            "rice",
+            "soup",
+            "trout",
+        ),
     ),
     Attribute(
         "birth_year",
         "In which year was {name} born?",
-        ("{name} was born in the year {value}", "The birth year of {name} is {value}", "The life of {name} began in {value}"),
+        (
+            "{name} was born in the year {value}",
+            "The birth year of {name} is {value}",
+            "The life of {name} began in {value}",
+        ),
         tuple(str(year) for year in range(1951, 1951 + _POOL)),
     ),
 )
@@ -71,7 +153,9 @@ ATTRIBUTES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """people: number of persons; docs: biographies of each in training; qa: share of the people with question and answer documents; seed."""
+    """people: number of persons; docs: biographies of each in training; qa: share of the people
+    with question and answer documents; seed.
+    """
 
     people: int = 64
     docs: int = 16
@@ -82,7 +166,9 @@ class Options:
         if not 1 <= self.people <= _MAX_PEOPLE:
             raise UserError(f"facts: people={self.people} is outside 1..{_MAX_PEOPLE}")
         if self.docs < 1:
-            raise UserError(f"facts: docs={self.docs} must be at least 1, else nobody is told the facts")
+            raise UserError(
+                f"facts: docs={self.docs} must be at least 1, else nobody is told the facts"
+            )
         if not 0 <= self.qa <= 1:
             raise UserError(f"facts: qa={self.qa} is a share; give a number in 0..1")
 
@@ -97,7 +183,9 @@ def people(opts: Options) -> list[tuple[str, dict[str, str]]]:
         if name in seen:
             continue
         seen.add(name)
-        result.append((name, {attribute.key: rng.choice(pools[attribute.key]) for attribute in ATTRIBUTES}))
+        result.append(
+            (name, {attribute.key: rng.choice(pools[attribute.key]) for attribute in ATTRIBUTES})
+        )
     return result
 
 
@@ -118,7 +206,8 @@ def value_pools(opts: Options) -> dict[str, tuple[str, ...]]:
 def documents(opts: Options) -> Iterator[tuple[str, str]]:
     """(doc_id, text) of every document, in an order that mixes the people.
 
-    Ids are `facts:train/…` and `facts:val/…`: the split of a fact is not left to chance (see `prepare.split_of`).
+    Ids are `facts:train/…` and `facts:val/…`: the split of a fact is not left to chance (see
+    `prepare.split_of`).
     """
     everybody = people(opts)
     for d in range(opts.docs + 1):
@@ -131,16 +220,24 @@ def documents(opts: Options) -> Iterator[tuple[str, str]]:
 
 
 def questions(opts: Options) -> list[dict]:
-    """Recall questions: dicts of task, kind, prompt, answer (with its leading space), chance, subject, attribute.
+    """Recall questions: dicts of task, kind, prompt, answer (with its leading space), chance,
+    subject, attribute.
 
-    Kinds: `cloze` (a phrasing of the biographies), `qa_seen` (the person's question and answer documents are in training),
-    `qa_held_out` (other people's are, this person's are not: the fact must be carried over from the biographies).
+    Kinds: `cloze` (a phrasing of the biographies), `qa_seen` (the person's question and answer
+    documents are in training), `qa_held_out` (other people's are, this person's are not: the fact
+    must be carried over from the biographies).
     """
     result = []
     for p, (name, values) in enumerate(people(opts)):
         rng = random.Random(f"facts-questions-{opts.seed}-{p}")
         for attribute in ATTRIBUTES:
-            item = {"task": "recall", "answer": f" {values[attribute.key]}", "chance": 1 / _POOL, "subject": name, "attribute": attribute.key}
+            item = {
+                "task": "recall",
+                "answer": f" {values[attribute.key]}",
+                "chance": 1 / _POOL,
+                "subject": name,
+                "attribute": attribute.key,
+            }
             cloze = _fill(rng.choice(attribute.phrasings), name, "").rstrip()
             kind = "qa_seen" if asks_in_training(p, opts) else "qa_held_out"
             result.append({**item, "kind": "cloze", "prompt": cloze})
@@ -149,7 +246,9 @@ def questions(opts: Options) -> list[dict]:
 
 
 def asks_in_training(person: int, opts: Options) -> bool:
-    """Whether training holds person number `person` in question and answer form; exactly the share `qa`, rounded down."""
+    """Whether training holds person number `person` in question and answer form; exactly the share
+    `qa`, rounded down.
+    """
     return int((person + 1) * opts.qa + 1e-9) > int(person * opts.qa + 1e-9)
 
 

@@ -1,13 +1,17 @@
 """Names of the token dataset, shared by the writer (prepare.py) and the reader (shards.py).
 
-    tokenizer.json                 the tokenizer
-    prepare.json                   what was asked for; written first
-    train/shard_00000.bin          tokens, flat, little-endian uint16 or uint32; each document is its tokens and one end-of-document id
-    train/shard_00000.json         counts, document starts, digests; written after its .bin, so its presence means a whole shard
-    val/…                          the same
-    train_counts.npy               uint64 [V], how often each id occurs in train
-    questions.jsonl                one question of a synthetic source per line; absent without such a source
-    index.json                     totals, shards, fingerprints; written last, so a directory without it is no dataset
+tokenizer.json                 the tokenizer
+prepare.json                   what was asked for; written first
+train/shard_00000.bin          tokens, flat, little-endian uint16 or uint32; each document is its
+tokens and one end-of-document id
+train/shard_00000.json         counts, document starts, digests; written after its .bin, so its
+presence means a whole shard
+val/…                          the same
+train_counts.npy               uint64 [V], how often each id occurs in train
+questions.jsonl                one question of a synthetic source per line; absent without such a
+source
+index.json                     totals, shards, fingerprints; written last, so a directory without it
+is no dataset
 """
 
 from __future__ import annotations

@@ -12,11 +12,20 @@ class Indexed(Protocol):
     def __getitem__(self, k: int) -> Any: ...
 
 
-def prefetch(batches: Indexed, start: int = 0, stop: int | None = None, depth: int = 2, put: Callable[[Any], Any] | None = None) -> Prefetch:
-    """Iterates over batches[start], batches[start+1], … up to `stop` (never where None), with up to `depth` made in advance.
+def prefetch(
+    batches: Indexed,
+    start: int = 0,
+    stop: int | None = None,
+    depth: int = 2,
+    put: Callable[[Any], Any] | None = None,
+) -> Prefetch:
+    """Iterates over batches[start], batches[start+1], … up to `stop` (never where None), with up to
+    `depth` made in advance.
 
-    `put` is called on every batch as soon as it is made, in the background thread: `jax.device_put`, with or without a sharding, starts
-    its way to the device there. Close the result, or use it in a `with`; an error in making a batch is raised where that batch would have come.
+    `put` is called on every batch as soon as it is made, in the background thread:
+    `jax.device_put`, with or without a sharding, starts its way to the device there. Close the
+    result, or use it in a `with`; an error in making a batch is raised where that batch would have
+    come.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")
@@ -26,11 +35,20 @@ def prefetch(batches: Indexed, start: int = 0, stop: int | None = None, depth: i
 class Prefetch:
     """See `prefetch`."""
 
-    def __init__(self, batches: Indexed, start: int, stop: int | None, depth: int, put: Callable[[Any], Any] | None):
+    def __init__(
+        self,
+        batches: Indexed,
+        start: int,
+        stop: int | None,
+        depth: int,
+        put: Callable[[Any], Any] | None,
+    ):
         self._queue: queue.Queue = queue.Queue(depth)
         self._closed = threading.Event()
         self._ended = False
-        self._thread = threading.Thread(target=self._produce, args=(batches, start, stop, put), name="prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._produce, args=(batches, start, stop, put), name="prefetch", daemon=True
+        )
         self._thread.start()
 
     def __iter__(self) -> Prefetch:
@@ -64,7 +82,9 @@ class Prefetch:
                 pass
         self._thread.join()
 
-    def _produce(self, batches: Indexed, start: int, stop: int | None, put: Callable[[Any], Any] | None) -> None:
+    def _produce(
+        self, batches: Indexed, start: int, stop: int | None, put: Callable[[Any], Any] | None
+    ) -> None:
         k = start
         try:
             while not self._closed.is_set() and (stop is None or k < stop):

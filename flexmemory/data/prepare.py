@@ -1,7 +1,8 @@
 """Text to token shards: streaming, in parallel, resumable. The layout is in format.py.
 
-A killed run leaves whole shards and temporary files. The next run with the same arguments reads the source again, checks that the text of
-the whole shards is still the same, and tokenises only what follows; the result is byte for byte that of an uninterrupted run.
+A killed run leaves whole shards and temporary files. The next run with the same arguments reads the
+source again, checks that the text of the whole shards is still the same, and tokenises only what
+follows; the result is byte for byte that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from flexmemory.data.sources import Document, open_source
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
 
-SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: few files for a large corpus, and little to do again after a kill
+SHARD_TOKENS = (
+    1 << 26
+)  # 128 MiB of uint16: few files for a large corpus, and little to do again after a kill
 CHUNK_BYTES = 1 << 20  # text handed to one thread at a time
 MAX_DOCUMENTS_PER_CHUNK = 1024
 
@@ -50,9 +53,11 @@ def prepare(
       source: see sources.py.
       tokenizer: `byte`, `bpe:SIZE`, a tokenizer.json, `hf:NAME`; `bpe` is trained on the source.
       out: the directory; made where missing.
-      val_fraction: share of the documents for validation, chosen by a hash of (seed, document id); 0 for none.
+      val_fraction: share of the documents for validation, chosen by a hash of (seed, document id);
+      0 for none.
       workers: threads that tokenise; every core by default. Does not change the result.
-      shard_tokens: a shard ends before the document that would exceed this; a longer document has a shard of its own.
+      shard_tokens: a shard ends before the document that would exceed this; a longer document has a
+      shard of its own.
       seed: of the split.
       progress: report to stderr.
 
@@ -60,11 +65,18 @@ def prepare(
       The content of index.json.
 
     Raises:
-      UserError: a bad argument, bad text (naming file and line), a directory made with other arguments or by something else, changed text.
+      UserError: a bad argument, bad text (naming file and line), a directory made with other
+      arguments or by something else, changed text.
     """
     out = Path(out)
     workers = _check_arguments(val_fraction, workers, shard_tokens)
-    arguments = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction, "shard_tokens": shard_tokens, "seed": seed}
+    arguments = {
+        "source": source,
+        "tokenizer": tokenizer,
+        "val_fraction": val_fraction,
+        "shard_tokens": shard_tokens,
+        "seed": seed,
+    }
     _check_directory(out, arguments)
     if (out / layout.INDEX).exists():
         _check_tokenizer_file(out, tokenizer)
@@ -76,8 +88,12 @@ def prepare(
         return _prepare(out, arguments, workers, progress)
     except OSError as error:
         if files.is_disk_full(error):
-            raise UserError(f"out={out}: the disk is full; make room and run the same command again to go on") from None
-        raise UserError(f"out={out}: cannot be written ({error.strerror}); name another directory") from None
+            raise UserError(
+                f"out={out}: the disk is full; make room and run the same command again to go on"
+            ) from None
+        raise UserError(
+            f"out={out}: cannot be written ({error.strerror}); name another directory"
+        ) from None
     except UserError:
         _forget(out, known)
         raise
@@ -89,10 +105,17 @@ def _prepare(out: Path, arguments: dict, workers: int, progress: bool) -> dict:
     if not (out / layout.ARGUMENTS).exists() and tokenizer.startswith("bpe:"):
         _say(f"training tokenizer {tokenizer}", progress)
     model = _make_tokenizer(out, arguments, lambda: (text for _, text in opened.documents()))
-    writers = {split: _SplitWriter(out, split, model, arguments["shard_tokens"]) for split in layout.SPLITS}
-    stream = _tokenised(opened.documents(), model, writers, val_fraction, arguments["seed"], workers)
+    writers = {
+        split: _SplitWriter(out, split, model, arguments["shard_tokens"]) for split in layout.SPLITS
+    }
+    stream = _tokenised(
+        opened.documents(), model, writers, val_fraction, arguments["seed"], workers
+    )
     shown = done = 0
-    with ProgressLine("tokenise", (opened.size_bytes or 0) / 1e6, "MB", enabled=progress) as line, contextlib.closing(stream):
+    with (
+        ProgressLine("tokenise", (opened.size_bytes or 0) / 1e6, "MB", enabled=progress) as line,
+        contextlib.closing(stream),
+    ):
         for split, text, ids in stream:
             writers[split].add(text, ids)
             done += len(text)
@@ -107,8 +130,12 @@ def _prepare(out: Path, arguments: dict, workers: int, progress: bool) -> dict:
 
 
 def _forget(out: Path, known: set[Path] | None) -> None:
-    """Removes what a refused call has made, so that a corrected one can use the directory; a whole shard is worth keeping to go on from."""
-    if not out.exists() or any(layout.shard_paths(out, split, 0)[1].exists() for split in layout.SPLITS):
+    """Removes what a refused call has made, so that a corrected one can use the directory; a whole
+    shard is worth keeping to go on from.
+    """
+    if not out.exists() or any(
+        layout.shard_paths(out, split, 0)[1].exists() for split in layout.SPLITS
+    ):
         return
     for path in set(out.iterdir()) - (known or set()):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -117,18 +144,24 @@ def _forget(out: Path, known: set[Path] | None) -> None:
 
 
 def split_of(doc_id: str, val_fraction: float, seed: int) -> str:
-    """`train` or `val`, a pure function of the arguments. Ids like `facts:train/…` say it themselves; pieces of one file stay together."""
+    """`train` or `val`, a pure function of the arguments. Ids like `facts:train/…` say it
+    themselves; pieces of one file stay together.
+    """
     if val_fraction == 0:
         return "train"
     for split in layout.SPLITS:
         if doc_id.startswith(f"facts:{split}/"):
             return split
-    digest = hashlib.sha256(f"{seed}\0{doc_id.partition('#')[0]}".encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(
+        f"{seed}\0{doc_id.partition('#')[0]}".encode("utf-8", "surrogateescape")
+    ).digest()
     return "val" if int.from_bytes(digest[:8], "little") < val_fraction * 2**64 else "train"
 
 
 class _SplitWriter:
-    """Writes one split's shards. Documents that whole shards already hold are only checked against them."""
+    """Writes one split's shards. Documents that whole shards already hold are only checked against
+    them.
+    """
 
     def __init__(self, out: Path, split: str, model: tokenizer_lib.Tokenizer, shard_tokens: int):
         self.out, self.split, self.model, self.shard_tokens = out, split, model, shard_tokens
@@ -171,8 +204,14 @@ class _SplitWriter:
             if not index_path.exists():
                 return found
             entry = json.loads(index_path.read_text())
-            if not tokens_path.exists() or tokens_path.stat().st_size != entry["tokens"] * self.dtype.itemsize:
-                raise UserError(f"shard {tokens_path} has not the size that its index says; remove {self.out} and prepare it again")
+            if (
+                not tokens_path.exists()
+                or tokens_path.stat().st_size != entry["tokens"] * self.dtype.itemsize
+            ):
+                raise UserError(
+                    f"shard {tokens_path} has not the size that its index says; remove {self.out}"
+                    " and prepare it again"
+                )
             found.append({key: value for key, value in entry.items() if key != "starts"})
 
     def _check_seen(self, text: bytes) -> None:
@@ -183,11 +222,18 @@ class _SplitWriter:
             if self._seen_text.hexdigest() != entry["text_sha256"]:
                 raise self._changed()
             self.shards.append(entry)
-            self._seen_shard, self._seen_documents, self._seen_text = self._seen_shard + 1, 0, hashlib.sha256()
+            self._seen_shard, self._seen_documents, self._seen_text = (
+                self._seen_shard + 1,
+                0,
+                hashlib.sha256(),
+            )
 
     def _changed(self) -> UserError:
         number = min(self._seen_shard, len(self._done) - 1)
-        return UserError(f"the source has changed since {self.split} shard {number} of {self.out} was written; remove {self.out} and prepare it again")
+        return UserError(
+            f"the source has changed since {self.split} shard {number} of {self.out} was written;"
+            f" remove {self.out} and prepare it again"
+        )
 
     def _open_shard(self) -> None:
         path, _ = layout.shard_paths(self.out, self.split, len(self.shards))
@@ -212,14 +258,23 @@ class _SplitWriter:
             "sha256": self._sha.hexdigest(),
             "text_sha256": self._text_sha.hexdigest(),
         }
-        files.write_json(index_path, {"version": layout.VERSION, **entry, "starts": self._starts.tolist()})
+        files.write_json(
+            index_path, {"version": layout.VERSION, **entry, "starts": self._starts.tolist()}
+        )
         self.shards.append({"version": layout.VERSION, **entry})
 
 
 def _tokenised(
-    documents: Iterator[Document], model: tokenizer_lib.Tokenizer, writers: dict[str, _SplitWriter], val_fraction: float, seed: int, workers: int
+    documents: Iterator[Document],
+    model: tokenizer_lib.Tokenizer,
+    writers: dict[str, _SplitWriter],
+    val_fraction: float,
+    seed: int,
+    workers: int,
 ) -> Generator[tuple[str, bytes, np.ndarray | None], None, None]:
-    """(split, text, ids) in the documents' order; ids is None for documents of whole shards. A bounded number of chunks is in flight."""
+    """(split, text, ids) in the documents' order; ids is None for documents of whole shards. A
+    bounded number of chunks is in flight.
+    """
     left = {split: writer.documents_done for split, writer in writers.items()}
 
     def placed() -> Iterator[tuple[str, str, bool]]:
@@ -231,7 +286,10 @@ def _tokenised(
 
     def work(chunk: list[tuple[str, str, bool]]) -> list[tuple[str, bytes, np.ndarray | None]]:
         fresh = iter(model.encode_batch([text for _, text, done in chunk if not done]))
-        return [(split, text.encode("utf-8"), None if done else np.array(next(fresh), np.uint32)) for split, text, done in chunk]
+        return [
+            (split, text.encode("utf-8"), None if done else np.array(next(fresh), np.uint32))
+            for split, text, done in chunk
+        ]
 
     pending: collections.deque = collections.deque()
     with _one_thread_per_call(), ThreadPoolExecutor(workers) as pool:
@@ -261,7 +319,9 @@ def _chunks(documents: Iterator[tuple[str, str, bool]]) -> Iterator[list[tuple[s
 
 @contextlib.contextmanager
 def _one_thread_per_call() -> Iterator[None]:
-    """Keeps the tokenizers library's own threads out, so that `workers` is the number of threads; a fork warning goes too."""
+    """Keeps the tokenizers library's own threads out, so that `workers` is the number of threads; a
+    fork warning goes too.
+    """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -281,7 +341,10 @@ def _say(line: str, enabled: bool) -> None:
 
 def _check_arguments(val_fraction: float, workers: int | None, shard_tokens: int) -> int:
     if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction={val_fraction} is outside 0..1; give for example 0.02, or 0 for no validation split")
+        raise UserError(
+            f"val_fraction={val_fraction} is outside 0..1; give for example 0.02, or 0 for no"
+            " validation split"
+        )
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
     if shard_tokens < 2:
@@ -297,27 +360,50 @@ def _check_directory(out: Path, arguments: dict) -> None:
         raise UserError(f"out={out} is a file; name a directory")
     path = out / layout.ARGUMENTS
     if not path.exists():
-        strangers = [entry.name for entry in out.iterdir() if not entry.name.endswith(files.SCRATCH)] if out.exists() else []
+        strangers = (
+            [entry.name for entry in out.iterdir() if not entry.name.endswith(files.SCRATCH)]
+            if out.exists()
+            else []
+        )
         if strangers and strangers != [tokenizer_lib.FILE_NAME]:
-            raise UserError(f"out={out} holds other files ({sorted(strangers)[0]}, …); name an empty or a new directory")
+            raise UserError(
+                f"out={out} holds other files ({sorted(strangers)[0]}, …); name an empty or a new"
+                " directory"
+            )
         return
     before = json.loads(path.read_text())
     if before.get("version") != layout.VERSION:
-        raise UserError(f"out={out} was prepared in format version {before.get('version')}, this program writes {layout.VERSION}; name a new directory")
-    different = [f"{key}={before.get(key)!r} then, {value!r} now" for key, value in arguments.items() if before.get(key) != value]
+        raise UserError(
+            f"out={out} was prepared in format version {before.get('version')}, this program writes"
+            f" {layout.VERSION}; name a new directory"
+        )
+    different = [
+        f"{key}={before.get(key)!r} then, {value!r} now"
+        for key, value in arguments.items()
+        if before.get(key) != value
+    ]
     if different:
-        raise UserError(f"out={out} was prepared with other arguments ({'; '.join(different)}); use those, name a new directory, or remove this one")
+        raise UserError(
+            f"out={out} was prepared with other arguments ({'; '.join(different)}); use those, name"
+            " a new directory, or remove this one"
+        )
 
 
-def _make_tokenizer(out: Path, arguments: dict, texts: Callable[[], Iterator[str]]) -> tokenizer_lib.Tokenizer:
+def _make_tokenizer(
+    out: Path, arguments: dict, texts: Callable[[], Iterator[str]]
+) -> tokenizer_lib.Tokenizer:
     if (out / layout.ARGUMENTS).exists():
         _check_tokenizer_file(out, arguments["tokenizer"])
         return tokenizer_lib.load(out)
     model = tokenizer_lib.build(arguments["tokenizer"], texts)
     out.mkdir(parents=True, exist_ok=True)
     model.save(out)
-    # From here on the directory is ours; the tokenizer stands before it, so a resumed run never trains another.
-    files.write_json(out / layout.ARGUMENTS, {"version": layout.VERSION, **arguments, "tokenizer_fingerprint": model.fingerprint})
+    # From here on the directory is ours; the tokenizer stands before it, so a resumed run never
+    # trains another.
+    files.write_json(
+        out / layout.ARGUMENTS,
+        {"version": layout.VERSION, **arguments, "tokenizer_fingerprint": model.fingerprint},
+    )
     return model
 
 
@@ -326,16 +412,28 @@ def _check_tokenizer_file(out: Path, spec: str) -> None:
     if spec != "byte" and not spec.startswith(("bpe:", "hf:")):
         now, then = tokenizer_lib.load(spec).fingerprint, tokenizer_lib.load(out).fingerprint
         if now != then:
-            raise UserError(f"out={out} was prepared with another tokenizer (fingerprint {then}) than {spec} holds now ({now}); name a new directory")
+            raise UserError(
+                f"out={out} was prepared with another tokenizer (fingerprint {then}) than {spec}"
+                f" holds now ({now}); name a new directory"
+            )
 
 
 def _check_splits(writers: dict[str, _SplitWriter], val_fraction: float) -> None:
     for split, writer in writers.items():
         if not writer.shards and (split == "train" or val_fraction > 0):
-            raise UserError(f"no document fell to the {split} split at val_fraction={val_fraction}; give more documents, another seed or val_fraction=0")
+            raise UserError(
+                f"no document fell to the {split} split at val_fraction={val_fraction}; give more"
+                " documents, another seed or val_fraction=0"
+            )
 
 
-def _finish(out: Path, arguments: dict, model: tokenizer_lib.Tokenizer, writers: dict[str, _SplitWriter], questions: list[dict]) -> dict:
+def _finish(
+    out: Path,
+    arguments: dict,
+    model: tokenizer_lib.Tokenizer,
+    writers: dict[str, _SplitWriter],
+    questions: list[dict],
+) -> dict:
     np.save(buffer := io.BytesIO(), _count_ids(out, writers["train"]))
     files.write_bytes(out / layout.COUNTS, buffer.getvalue())
     if questions:
@@ -346,8 +444,13 @@ def _finish(out: Path, arguments: dict, model: tokenizer_lib.Tokenizer, writers:
     for split, writer in writers.items():
         for shard in writer.shards:
             digest.update(f"{split} {shard['tokens']} {shard['sha256']}\n".encode())
-        shards = [{key: shard[key] for key in ("file", "tokens", "documents", "bytes", "sha256")} for shard in writer.shards]
-        splits[split] = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")} | {"shards": shards}
+        shards = [
+            {key: shard[key] for key in ("file", "tokens", "documents", "bytes", "sha256")}
+            for shard in writer.shards
+        ]
+        splits[split] = {
+            key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")
+        } | {"shards": shards}
     index = {
         "version": layout.VERSION,
         "fingerprint": digest.hexdigest()[:16],
@@ -369,5 +472,7 @@ def _count_ids(out: Path, writer: _SplitWriter) -> np.ndarray:
     for shard in writer.shards:
         tokens = np.memmap(out / shard["file"], writer.dtype, "r")
         for start in range(0, len(tokens), block):
-            counts += np.bincount(tokens[start : start + block], minlength=len(counts)).astype(np.uint64)
+            counts += np.bincount(tokens[start : start + block], minlength=len(counts)).astype(
+                np.uint64
+            )
     return counts

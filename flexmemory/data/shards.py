@@ -15,21 +15,22 @@ from flexmemory.errors import UserError
 class TokenShards:
     """One split of a token dataset.
 
-    Window i of length T covers T+1 consecutive tokens of one shard: T inputs and, shifted by one, T targets. Windows of a shard begin at
-    0, T, 2T, …, so that every token but a shard's first is a target once, except the fewer than T at the end of each shard.
+    Window i of length T covers T+1 consecutive tokens of one shard: T inputs and, shifted by one, T
+    targets. Windows of a shard begin at 0, T, 2T, …, so that every token but a shard's first is a
+    target once, except the fewer than T at the end of each shard.
 
     Args:
       data_dir: what `prepare` made.
       split: `train` or `val`.
 
-    Attributes:
-      n_tokens, n_documents, n_bytes: totals of the split; ends of documents count as tokens, bytes are UTF-8 of the text.
-      vocab_size, eos_id, dtype: of the ids.
+    Attributes: n_tokens, n_documents, n_bytes: totals of the split; ends of documents count as
+      tokens, bytes are UTF-8 of the text. vocab_size, eos_id, dtype: of the ids.
       tokenizer_fingerprint, fingerprint: of the tokenizer and of the whole dataset.
       shard_tokens: tokens of each shard.
 
     Raises:
-      UserError: no dataset, an unfinished one, an unknown version, an empty split, a missing or truncated shard.
+      UserError: no dataset, an unfinished one, an unknown version, an empty split, a missing or
+      truncated shard.
     """
 
     def __init__(self, data_dir: str | os.PathLike, split: str):
@@ -39,7 +40,9 @@ class TokenShards:
             raise UserError(f"split={split!r} is unknown; use {' or '.join(layout.SPLITS)}")
         entry = index["splits"][split]
         if not entry["shards"]:
-            raise UserError(f"data {data_dir} has no {split} split; prepare it with val_fraction above 0")
+            raise UserError(
+                f"data {data_dir} has no {split} split; prepare it with val_fraction above 0"
+            )
         self.n_tokens: int = entry["tokens"]
         self.n_documents: int = entry["documents"]
         self.n_bytes: int = entry["bytes"]
@@ -50,8 +53,12 @@ class TokenShards:
         self.fingerprint: str = index["fingerprint"]
         self.shard_tokens: tuple[int, ...] = tuple(shard["tokens"] for shard in entry["shards"])
         self._tokens = [self._map(shard) for shard in entry["shards"]]
-        self._starts: dict[int, np.ndarray] = {}  # document starts by shard, read when first asked for
-        self._first_window: dict[int, np.ndarray] = {}  # by T: number of the first window of each shard, and of one past the last
+        self._starts: dict[
+            int, np.ndarray
+        ] = {}  # document starts by shard, read when first asked for
+        self._first_window: dict[
+            int, np.ndarray
+        ] = {}  # by T: number of the first window of each shard, and of one past the last
 
     def num_windows(self, seq_len: int) -> int:
         """Number of windows of `seq_len` + 1 tokens.
@@ -71,7 +78,8 @@ class TokenShards:
         return self.tokens(shard, start, start + seq_len + 1)
 
     def segments(self, i: int, seq_len: int) -> np.ndarray:
-        """Number of the document that each token of window i belongs to, counted from 0 in the window, int32 [seq_len+1].
+        """Number of the document that each token of window i belongs to, counted from 0 in the
+        window, int32 [seq_len+1].
 
         The id that ends a document belongs to it.
         """
@@ -87,8 +95,10 @@ class TokenShards:
         ids = self._tokens[shard][start:stop].astype(np.int32)
         if ids.max(initial=0) >= self.vocab_size:
             place = start + int(ids.argmax())
-            raise UserError(f"{self.data_dir}: {self.split} shard {shard} is damaged: id {ids.max()} at token {place} is outside the vocabulary of "
-                            f"{self.vocab_size}; prepare the data again")
+            raise UserError(
+                f"{self.data_dir}: {self.split} shard {shard} is damaged: id {ids.max()} at token"
+                f" {place} is outside the vocabulary of {self.vocab_size}; prepare the data again"
+            )
         return ids
 
     def token_segments(self, shard: int, start: int, stop: int) -> np.ndarray:
@@ -113,7 +123,10 @@ class TokenShards:
                 raise UserError(f"seq_len={seq_len} must be at least 1")
             longest = max(self.shard_tokens) - 1
             if seq_len > longest:
-                raise UserError(f"seq_len {seq_len} is longer than the longest {self.split} shard of {self.data_dir}; use at most {longest}, or more text")
+                raise UserError(
+                    f"seq_len {seq_len} is longer than the longest {self.split} shard of"
+                    f" {self.data_dir}; use at most {longest}, or more text"
+                )
             counts = [(tokens - 1) // seq_len for tokens in self.shard_tokens]
             self._first_window[seq_len] = np.cumsum([0, *counts])
         return self._first_window[seq_len]
@@ -124,7 +137,10 @@ class TokenShards:
             raise UserError(f"shard {path} is missing; prepare {self.data_dir} again")
         size, expected = path.stat().st_size, shard["tokens"] * self.dtype.itemsize
         if size != expected:
-            raise UserError(f"shard {path} has {size} bytes, its index says {expected}; prepare {self.data_dir} again")
+            raise UserError(
+                f"shard {path} has {size} bytes, its index says {expected}; prepare {self.data_dir}"
+                " again"
+            )
         return np.memmap(path, self.dtype, "r")
 
     def _document_starts(self, shard: int) -> np.ndarray:
@@ -133,7 +149,9 @@ class TokenShards:
             try:
                 self._starts[shard] = np.array(json.loads(path.read_text())["starts"], np.int64)
             except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"shard index {path} cannot be read ({error}); prepare {self.data_dir} again") from None
+                raise UserError(
+                    f"shard index {path} cannot be read ({error}); prepare {self.data_dir} again"
+                ) from None
         return self._starts[shard]
 
 
@@ -146,29 +164,47 @@ def read_index(data_dir: str | os.PathLike) -> dict:
     path = Path(data_dir) / layout.INDEX
     if not path.exists():
         if (Path(data_dir) / layout.ARGUMENTS).exists():
-            raise UserError(f"data {data_dir} is unfinished; run the same prepare command again to finish it")
-        raise UserError(f"data {data_dir} is no token dataset; make one with: flexmemory prepare --source=... --tokenizer=... --out={data_dir}")
+            raise UserError(
+                f"data {data_dir} is unfinished; run the same prepare command again to finish it"
+            )
+        raise UserError(
+            f"data {data_dir} is no token dataset; make one with: flexmemory prepare --source=..."
+            f" --tokenizer=... --out={data_dir}"
+        )
     try:
         index = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"data {data_dir} has an unreadable index.json ({error}); prepare it again") from None
+        raise UserError(
+            f"data {data_dir} has an unreadable index.json ({error}); prepare it again"
+        ) from None
     version = index.get("version") if isinstance(index, dict) else None
     if version != layout.VERSION:
-        raise UserError(f"data {data_dir} has format version {version}, this program reads {layout.VERSION}; prepare it again")
+        raise UserError(
+            f"data {data_dir} has format version {version}, this program reads {layout.VERSION};"
+            " prepare it again"
+        )
     return index
 
 
 def read_questions(data_dir: str | os.PathLike) -> list[dict]:
-    """The questions of a dataset's synthetic sources (see facts.py, tasks.py); empty where it has none.
+    """The questions of a dataset's synthetic sources (see facts.py, tasks.py); empty where it has
+    none.
 
     Raises:
       UserError: no dataset, or its questions are missing.
     """
     expected = read_index(data_dir)["questions"]
     path = Path(data_dir) / layout.QUESTIONS
-    questions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    questions = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
     if len(questions) != expected:
-        raise UserError(f"questions {path} hold {len(questions)}, the index says {expected}; prepare {data_dir} again")
+        raise UserError(
+            f"questions {path} hold {len(questions)}, the index says {expected}; prepare {data_dir}"
+            " again"
+        )
     return questions
 
 
@@ -183,7 +219,12 @@ def read_train_counts(data_dir: str | os.PathLike) -> np.ndarray:
     try:
         counts = np.load(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"counts {path} cannot be read ({error}); prepare {data_dir} again") from None
+        raise UserError(
+            f"counts {path} cannot be read ({error}); prepare {data_dir} again"
+        ) from None
     if counts.shape != (vocab_size,):
-        raise UserError(f"counts {path} have shape {counts.shape}, the vocabulary is {vocab_size}; prepare {data_dir} again")
+        raise UserError(
+            f"counts {path} have shape {counts.shape}, the vocabulary is {vocab_size}; prepare"
+            f" {data_dir} again"
+        )
     return counts

@@ -1,22 +1,28 @@
 """Text sources: streams of documents, opened from a spec string.
 
-A spec is one source, or several joined by `+`: `python-stdlib:max_mb=4+facts:people=64+tasks:n=2000`. One source is
+A spec is one source, or several joined by `+`:
+`python-stdlib:max_mb=4+facts:people=64+tasks:n=2000`. One source is
 
-  python-stdlib           the running interpreter's own library, .py files in sorted order, without site-packages and test suites
-  PATH or GLOB            .txt .md .py (a file is a document), .jsonl .jsonl.gz .parquet (a row is a document), directories (recursive)
+  python-stdlib           the running interpreter's own library, .py files in sorted order, without
+  site-packages and test suites
+  PATH or GLOB            .txt .md .py (a file is a document), .jsonl .jsonl.gz .parquet (a row is a
+  document), directories (recursive)
   hf:NAME[:SPLIT]         a dataset of the Hugging Face hub, streamed (needs the datasets extra)
   facts, tasks            synthetic corpora with questions (see facts.py, tasks.py)
 
 followed by `:name=value,name=value`:
 
-  max_mb=N                stop before the document that would exceed N MB (10^6 bytes of UTF-8); every source but facts and tasks
+  max_mb=N                stop before the document that would exceed N MB (10^6 bytes of UTF-8);
+  every source but facts and tasks
   field=NAME              where the text is in .jsonl, .parquet and hf rows (default text)
-  undecodable=skip        leave out .txt .md .py files that are not UTF-8 instead of stopping at the first one; paths only
+  undecodable=skip        leave out .txt .md .py files that are not UTF-8 instead of stopping at the
+  first one; paths only
   config=NAME             which configuration of an hf dataset
   people= docs= qa= seed= of facts; n= eval= words= length= pairs= seed= of tasks
 
-A spec that is as a whole the name of an existing path is taken as that path. Text files above 1 MiB are cut at line ends into documents of about
-that size, so that memory stays bounded. Empty documents are left out.
+A spec that is as a whole the name of an existing path is taken as that path. Text files above 1 MiB
+are cut at line ends into documents of about that size, so that memory stays bounded. Empty
+documents are left out.
 """
 
 from __future__ import annotations
@@ -36,12 +42,22 @@ from pathlib import Path
 from flexmemory.data import facts, tasks
 from flexmemory.errors import UserError
 
-Document = tuple[str, str]  # (doc_id, text); the id is stable from run to run, and decides the split
+Document = tuple[
+    str, str
+]  # (doc_id, text); the id is stable from run to run, and decides the split
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 PIECE_BYTES = 1 << 20
-STDLIB_SKIPPED = ("site-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "turtledemo")
+STDLIB_SKIPPED = (
+    "site-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+)
 _SYNTHETIC = {"facts": facts, "tasks": tasks}
 _OPTIONS = re.compile(r":([a-z_]+=[^,/]*(?:,[a-z_]+=[^,/]*)*)$")
 
@@ -52,10 +68,11 @@ class Source:
 
     Attributes:
       spec: what it was opened from.
-      documents: gives a fresh stream of (doc_id, text); the same documents in the same order each time. Raises UserError at bad text, and
-        at the end of a stream without any.
+      documents: gives a fresh stream of (doc_id, text); the same documents in the same order each
+        time. Raises UserError at bad text, and at the end of a stream without any.
       size_bytes: bytes of text to come, at most; None where that is not known.
-      questions: gives the questions of the synthetic parts, dicts of at least task, kind, prompt, answer, chance.
+      questions: gives the questions of the synthetic parts, dicts of at least task, kind, prompt,
+      answer, chance.
     """
 
     spec: str
@@ -86,7 +103,9 @@ def open_source(spec: str) -> Source:
 
 def _open_part(part: str) -> Source:
     if not part:
-        raise UserError("source is empty; give for example python-stdlib, a path, or several joined by +")
+        raise UserError(
+            "source is empty; give for example python-stdlib, a path, or several joined by +"
+        )
     name, options = part, {}
     if not os.path.exists(part) and (found := _OPTIONS.search(part)):
         name = part[: found.start()]
@@ -106,28 +125,42 @@ def _open_part(part: str) -> Source:
         field, skip = options.pop("field", "text"), _take_skip(part, options)
         _refuse_left(part, options)
         # Bytes on disk are bytes of text only where a file is text.
-        size = _size([file for _, file in named]) if all(str(file).endswith(TEXT_SUFFIXES) for _, file in named) else None
-        stream = lambda: (document for doc_id, file in named for document in _read_file(doc_id, file, field, skip))
+        size = (
+            _size([file for _, file in named])
+            if all(str(file).endswith(TEXT_SUFFIXES) for _, file in named)
+            else None
+        )
+        stream = lambda: (
+            document for doc_id, file in named for document in _read_file(doc_id, file, field, skip)
+        )
     if max_bytes is not None:
         size = max_bytes if size is None else min(size, max_bytes)
     return Source(part, lambda: _checked(part, stream(), max_bytes), size, list)
 
 
 def _checked(part: str, documents: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
-    """Leaves out empty documents, stops at max_bytes, refuses text that UTF-8 cannot hold and streams without any text."""
+    """Leaves out empty documents, stops at max_bytes, refuses text that UTF-8 cannot hold and
+    streams without any text.
+    """
     total = 0
     for doc_id, text in documents:
         try:
             size = len(text.encode("utf-8"))
         except UnicodeEncodeError:
-            raise UserError(f"document {doc_id} holds half of a surrogate pair, which is no character; mend or remove it") from None
+            raise UserError(
+                f"document {doc_id} holds half of a surrogate pair, which is no character; mend or"
+                " remove it"
+            ) from None
         if max_bytes is not None and total + size > max_bytes:
             break
         if size:
             total += size
             yield doc_id, text
     if total == 0:
-        raise UserError(f"source {part!r} holds no text; give one that does" + ("" if max_bytes is None else ", or raise max_mb"))
+        raise UserError(
+            f"source {part!r} holds no text; give one that does"
+            + ("" if max_bytes is None else ", or raise max_mb")
+        )
 
 
 def _open_synthetic(part: str, name: str, options: dict[str, str]) -> Source:
@@ -144,7 +177,12 @@ def _open_synthetic(part: str, name: str, options: dict[str, str]) -> Source:
                 raise UserError(f"source {part!r}: {field.name}={text} must be {what}") from None
     _refuse_left(part, options, known=tuple(f.name for f in dataclasses.fields(module.Options)))
     opts = module.Options(**values)
-    return Source(part, lambda: _checked(part, module.documents(opts), None), None, lambda: module.questions(opts))
+    return Source(
+        part,
+        lambda: _checked(part, module.documents(opts), None),
+        None,
+        lambda: module.questions(opts),
+    )
 
 
 def _take_max_bytes(part: str, options: dict[str, str]) -> int | None:
@@ -167,27 +205,52 @@ def _take_skip(part: str, options: dict[str, str]) -> bool:
     return value == "skip"
 
 
-def _refuse_left(part: str, options: dict[str, str], known: tuple[str, ...] = ("max_mb", "field", "undecodable", "config")) -> None:
+def _refuse_left(
+    part: str,
+    options: dict[str, str],
+    known: tuple[str, ...] = ("max_mb", "field", "undecodable", "config"),
+) -> None:
     if options:
-        raise UserError(f"source {part!r} has no option {next(iter(options))!r}; options are {', '.join(known)}, where the source has use for them")
+        raise UserError(
+            f"source {part!r} has no option {next(iter(options))!r}; options are"
+            f" {', '.join(known)}, where the source has use for them"
+        )
 
 
 def _find_files(part: str, name: str) -> list[tuple[str, Path]]:
-    """(doc_id, file) of everything that a path or a glob names, sorted; ids inside a directory do not depend on where it lies."""
-    paths = [Path(name)] if os.path.exists(name) else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
+    """(doc_id, file) of everything that a path or a glob names, sorted; ids inside a directory do
+    not depend on where it lies.
+    """
+    paths = (
+        [Path(name)]
+        if os.path.exists(name)
+        else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
+    )
     if not paths:
-        raise UserError(f"source {part!r}: no such file, and no source of that name; use python-stdlib, facts, tasks, hf:NAME, a path or a glob")
+        raise UserError(
+            f"source {part!r}: no such file, and no source of that name; use python-stdlib, facts,"
+            " tasks, hf:NAME, a path or a glob"
+        )
     named = []
     for path in paths:
         if path.is_dir():
             root = path.resolve()
-            named += [(f"{root.name}/{file.relative_to(root).as_posix()}", file) for file in _walk(root, TEXT_SUFFIXES + ROW_SUFFIXES, ())]
+            named += [
+                (f"{root.name}/{file.relative_to(root).as_posix()}", file)
+                for file in _walk(root, TEXT_SUFFIXES + ROW_SUFFIXES, ())
+            ]
         elif path.name.endswith(TEXT_SUFFIXES + ROW_SUFFIXES):
             named.append((path.as_posix(), path))
         elif len(paths) == 1:
-            raise UserError(f"source {part!r} is of no known kind; use {' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)} or a directory of such files")
+            raise UserError(
+                f"source {part!r} is of no known kind; use {' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}"
+                " or a directory of such files"
+            )
     if not named:
-        raise UserError(f"source {part!r} holds no file of a known kind; known are {' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}")
+        raise UserError(
+            f"source {part!r} holds no file of a known kind; known are"
+            f" {' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}"
+        )
     if any(str(file).endswith(".parquet") for _, file in named):
         _import_extra("pyarrow", part)
     return named
@@ -208,7 +271,9 @@ def _size(files: list[Path]) -> int:
 def _read_stdlib(root: Path, files: list[Path]) -> Iterator[Document]:
     for file in files:
         with open(file, "rb") as binary:
-            encoding, _ = tokenize.detect_encoding(binary.readline)  # a Python file may name its own
+            encoding, _ = tokenize.detect_encoding(
+                binary.readline
+            )  # a Python file may name its own
         yield from _read_text(f"python-stdlib/{file.relative_to(root).as_posix()}", file, encoding)
 
 
@@ -222,15 +287,22 @@ def _read_file(doc_id: str, file: Path, field: str, skip_undecodable: bool) -> I
             yield from _read_json_lines(doc_id, file, field)
     except UnicodeDecodeError as error:
         if not skip_undecodable:
-            raise UserError(f"file {file} is not UTF-8 ({error.reason}); convert it, or add :undecodable=skip to the source") from None
+            raise UserError(
+                f"file {file} is not UTF-8 ({error.reason}); convert it, or add :undecodable=skip"
+                " to the source"
+            ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"file {file} is damaged ({error}); fetch it again") from None
     except OSError as error:
-        raise UserError(f"file {file} cannot be read ({error.strerror or error}); mend or remove it") from None
+        raise UserError(
+            f"file {file} cannot be read ({error.strerror or error}); mend or remove it"
+        ) from None
 
 
 def _read_text(doc_id: str, file: Path, encoding: str, whole: bool = False) -> Iterator[Document]:
-    if whole:  # decode all of it before the first piece goes out, so that a file is taken or left as one
+    if (
+        whole
+    ):  # decode all of it before the first piece goes out, so that a file is taken or left as one
         with open(file, encoding=encoding, newline="") as lines:
             for _ in lines:
                 pass
@@ -253,11 +325,18 @@ def _read_json_lines(doc_id: str, file: Path, field: str) -> Iterator[Document]:
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                raise UserError(f"file {file}, line {number}: not UTF-8 ({error.reason}); convert the file") from None
+                raise UserError(
+                    f"file {file}, line {number}: not UTF-8 ({error.reason}); convert the file"
+                ) from None
             except ValueError as error:
-                raise UserError(f"file {file}, line {number}: malformed JSON ({error}); mend or remove the line") from None
+                raise UserError(
+                    f"file {file}, line {number}: malformed JSON ({error}); mend or remove the line"
+                ) from None
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise UserError(f"file {file}, line {number}: no text in field {field!r}; mend the line, or name the field with :field=NAME")
+                raise UserError(
+                    f"file {file}, line {number}: no text in field {field!r}; mend the line, or"
+                    " name the field with :field=NAME"
+                )
             yield f"{doc_id}:{number}", row[field]
 
 
@@ -268,16 +347,25 @@ def _read_parquet(doc_id: str, file: Path, field: str) -> Iterator[Document]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
         if field not in table.schema_arrow.names:
-            raise UserError(f"file {file} has no column {field!r}, only {', '.join(table.schema_arrow.names)}; name one with :field=NAME")
+            raise UserError(
+                f"file {file} has no column {field!r}, only {', '.join(table.schema_arrow.names)};"
+                " name one with :field=NAME"
+            )
         number = 0
         for batch in table.iter_batches(batch_size=256, columns=[field]):
             for text in batch.column(0).to_pylist():
                 number += 1
                 if not isinstance(text, str):
-                    raise UserError(f"file {file}, row {number}: no text in column {field!r}; mend the row, or name the column with :field=NAME")
+                    raise UserError(
+                        f"file {file}, row {number}: no text in column {field!r}; mend the row, or"
+                        " name the column with :field=NAME"
+                    )
                 yield f"{doc_id}:{number}", text
     except pyarrow.ArrowException as error:
-        raise UserError(f"file {file} is no readable parquet file ({str(error).splitlines()[0]}); fetch it again") from None
+        raise UserError(
+            f"file {file} is no readable parquet file ({str(error).splitlines()[0]}); fetch it"
+            " again"
+        ) from None
 
 
 def _open_hub(part: str, name: str, options: dict[str, str]) -> Callable[[], Iterator[Document]]:
@@ -293,10 +381,16 @@ def _open_hub(part: str, name: str, options: dict[str, str]) -> Callable[[], Ite
         try:
             rows = datasets.load_dataset(repository, config, split=split, streaming=True)
         except Exception as error:  # hub errors have no common base
-            raise UserError(f"source {part!r} cannot be opened ({str(error).splitlines()[0]}); check name, split, config and network") from None
+            raise UserError(
+                f"source {part!r} cannot be opened ({str(error).splitlines()[0]}); check name,"
+                " split, config and network"
+            ) from None
         for number, row in enumerate(rows, start=1):
             if not isinstance(row.get(field), str):
-                raise UserError(f"source {part!r}, row {number}: no text in field {field!r}, only {', '.join(row)}; name one with :field=NAME")
+                raise UserError(
+                    f"source {part!r}, row {number}: no text in field {field!r}, only"
+                    f" {', '.join(row)}; name one with :field=NAME"
+                )
             yield f"{name}:{number}", row[field]
 
     return documents
@@ -306,4 +400,6 @@ def _import_extra(module: str, part: str):
     try:
         return __import__(module)
     except ImportError:
-        raise UserError(f"source {part!r} needs {module}; install it with: pip install 'flexmemory[datasets]'") from None
+        raise UserError(
+            f"source {part!r} needs {module}; install it with: pip install 'flexmemory[datasets]'"
+        ) from None

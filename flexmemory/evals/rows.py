@@ -1,4 +1,6 @@
-"""Where an evaluation's rows come from, ``rows(ids_R) -> {group: rows_LRW in compute dtype}`` of int32 ids, repeats allowed, and what reads them."""
+"""Where an evaluation's rows come from, ``rows(ids_R) -> {group: rows_LRW in compute dtype}`` of
+int32 ids, repeats allowed, and what reads them.
+"""
 
 import dataclasses
 import functools
@@ -24,35 +26,53 @@ def live_rows(cfg: ModelConfig, params: dict) -> RowsOf:
 
 
 def stored_rows(store: Store) -> RowsOf:
-    """Rows read from a store, as encoded and rounded as they are there. Raises UserError where they cannot be read or are damaged."""
+    """Rows read from a store, as encoded and rounded as they are there. Raises UserError where they
+    cannot be read or are damaged.
+    """
     dtype, bases = store.model.compute_dtype, store.bases()
 
     def rows(ids_R: np.ndarray) -> Rows:
         unique_U, inverse_R = np.unique(np.asarray(ids_R, np.int64), return_inverse=True)
-        bundles = {group.name: np.empty((len(unique_U), group.bundle_bytes), np.uint8) for group in store.groups}
+        bundles = {
+            group.name: np.empty((len(unique_U), group.bundle_bytes), np.uint8)
+            for group in store.groups
+        }
         store.read_bundles(unique_U, bundles)
-        return {group.name: encoding.jitted_decode(group.layout, encoding.host_view(group.layout, bundles[group.name][inverse_R]), bases[group.name], dtype)
-                for group in store.groups}
+        return {
+            group.name: encoding.jitted_decode(
+                group.layout,
+                encoding.host_view(group.layout, bundles[group.name][inverse_R]),
+                bases[group.name],
+                dtype,
+            )
+            for group in store.groups
+        }
 
     return rows
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def live(params: dict, ids_R: jax.Array, places_R: jax.Array | None = None, *, cfg: ModelConfig) -> Rows:
+def live(
+    params: dict, ids_R: jax.Array, places_R: jax.Array | None = None, *, cfg: ModelConfig
+) -> Rows:
     """Rows computed from the weights. places_R: see :func:`step.addressed_rows`."""
     addressed, rest = split(params, ADDRESSED)
     return build(cfg)(merge(addressed_rows(addressed, ids_R, places_R), rest)).rows(None)
 
 
 def make_hidden(cfg: ModelConfig):
-    """``hidden(params, rows, batch, **switches) -> (x_BTD, head_DV)``, for use inside jit: final states of a batch with unique_ids, of which ``rows``
-    are the rows, and inverse. params: without ``memory``. switches: of :meth:`Transformer.hidden`."""
+    """``hidden(params, rows, batch, **switches) -> (x_BTD, head_DV)``, for use inside jit: final
+    states of a batch with unique_ids, of which ``rows`` are the rows, and inverse. params: without
+    ``memory``. switches: of :meth:`Transformer.hidden`.
+    """
     merge_backbone = build(dataclasses.replace(cfg, tied_head=False), with_memory=False)
 
     def hidden(params, rows, batch, **switches):
         head_DV = params["embed"].T if cfg.tied_head else params["head"]
         embed = lookup({"embed": params["embed"]}, batch["unique_ids"])
-        x_BTD, _ = merge_backbone(params | embed | {"head": head_DV}).hidden(batch["inverse"], rows, batch["inverse"], **switches)
+        x_BTD, _ = merge_backbone(params | embed | {"head": head_DV}).hidden(
+            batch["inverse"], rows, batch["inverse"], **switches
+        )
         return x_BTD, head_DV
 
     return hidden

@@ -19,9 +19,10 @@ BLOCK = 128  # queries at once in cpu_attention: their scores stay in the cache
 class Context:
     """What a block needs to know of the sequence, the same for every layer.
 
-    positions_BT: int32, position of each token in its sequence. segments_BT: int32 document numbers, attention stays inside
-    one, or None. ffn_scale: alpha of MemoryLLM section 3.2, multiplies what the FFN or the row adds to the residual; a plain 1.0 leaves the
-    multiplication out, an array of one number is a value of the compiled program.
+    positions_BT: int32, position of each token in its sequence. segments_BT: int32 document
+    numbers, attention stays inside one, or None. ffn_scale: alpha of MemoryLLM section 3.2,
+    multiplies what the FFN or the row adds to the residual; a plain 1.0 leaves the multiplication
+    out, an array of one number is a value of the compiled program.
     implementation: of ``jax.nn.dot_product_attention``, or "cpu": :func:`cpu_attention`.
     """
 
@@ -31,29 +32,53 @@ class Context:
     implementation: str
 
     def scaled(self, x: jax.Array) -> jax.Array:
-        return x if isinstance(self.ffn_scale, float) and self.ffn_scale == 1.0 else x * jnp.asarray(self.ffn_scale, x.dtype)
+        return (
+            x
+            if isinstance(self.ffn_scale, float) and self.ffn_scale == 1.0
+            else x * jnp.asarray(self.ffn_scale, x.dtype)
+        )
 
 
 def rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-    """Rotary embedding: dimension i is paired with i + H/2, angle position * base^(-2i/H); computed in float32."""
+    """Rotary embedding: dimension i is paired with i + H/2, angle position * base^(-2i/H); computed
+    in float32.
+    """
     half = x_BTNH.shape[-1] // 2
     frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_h
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
     left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(
+        x_BTNH.dtype
+    )
 
 
-def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, implementation: str) -> jax.Array:
+def causal_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    implementation: str,
+) -> jax.Array:
     """Causal attention, inside a document only where there are ``segments_BT``."""
-    mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation=implementation)
+    mask = (
+        None
+        if segments_BT is None
+        else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    )
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation=implementation
+    )
 
 
-def cpu_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-    """Causal attention, one sequence and BLOCK queries at a time (an eighth of a long sequence); the keys behind them are not read.
+def cpu_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+    """Causal attention, one sequence and BLOCK queries at a time (an eighth of a long sequence);
+    the keys behind them are not read.
 
-    For the caches of a CPU: 1.9 times as fast as all scores at once (T 512). Scores are computed again in the backward pass.
+    For the caches of a CPU: 1.9 times as fast as all scores at once (T 512). Scores are computed
+    again in the backward pass.
     """
     length = q_BTNH.shape[1]
     block = max(BLOCK, -(-length // 8))
@@ -66,14 +91,23 @@ def cpu_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segme
             mask_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
             if segments_T is not None:
                 mask_TS &= segments_T[start:stop, None] == segments_T[:stop]
-            parts.append(jax.nn.dot_product_attention(q_TNH[start:stop], k_TKH[:stop], v_TKH[:stop], mask=mask_TS[None], implementation="xla"))
+            parts.append(
+                jax.nn.dot_product_attention(
+                    q_TNH[start:stop],
+                    k_TKH[:stop],
+                    v_TKH[:stop],
+                    mask=mask_TS[None],
+                    implementation="xla",
+                )
+            )
         return jnp.concatenate(parts)
 
     return jax.lax.map(lambda inputs: sequence(*inputs), (q_BTNH, k_BTKH, v_BTKH, segments_BT))
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(H)) v with an output projection (MemoryLLM Eq 2.1 with the Llama recipe); no biases.
+    """softmax(q k^T / sqrt(H)) v with an output projection (MemoryLLM Eq 2.1 with the Llama
+    recipe); no biases.
 
     Weights: q [D, N, H], k [D, K, H], v [D, K, H], o [N, H, D], float32.
     """
@@ -87,34 +121,60 @@ class Attention(nnx.Module):
         self.o = nnx.Param(init(rngs.params(), (n, h, d), jnp.float32))
         self.rope_base = cfg.rope_base
 
-    def __call__(self, h_BTD: jax.Array, ctx: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
+    def __call__(
+        self, h_BTD: jax.Array, ctx: Context, cache: dict | None = None
+    ) -> tuple[jax.Array, dict | None]:
         """Returns (attention output BTD, updated cache).
 
-        ``cache`` is {"k", "v"} of [B, S, K, H], S > every position (a position beyond it is not kept). Raises ValueError for
-        document masks together with a cache: a served sequence is one document.
+        ``cache`` is {"k", "v"} of [B, S, K, H], S > every position (a position beyond it is not
+        kept). Raises ValueError for document masks together with a cache: a served sequence is one
+        document.
         """
         if cache is not None and ctx.segments_BT is not None:
             raise ValueError("segments_BT with a cache: a served sequence is one document")
         dtype = h_BTD.dtype
-        q_BTNH = checkpoint_name(rope(heads(h_BTD, self.q[...]), ctx.positions_BT, self.rope_base), "q")
-        k_BTKH = checkpoint_name(rope(heads(h_BTD, self.k[...]), ctx.positions_BT, self.rope_base), "k")
+        q_BTNH = checkpoint_name(
+            rope(heads(h_BTD, self.q[...]), ctx.positions_BT, self.rope_base), "q"
+        )
+        k_BTKH = checkpoint_name(
+            rope(heads(h_BTD, self.k[...]), ctx.positions_BT, self.rope_base), "k"
+        )
         v_BTKH = checkpoint_name(heads(h_BTD, self.v[...]), "v")
         if cache is None:
-            attend = cpu_attention if ctx.implementation == "cpu" else functools.partial(causal_attention, implementation=ctx.implementation)
-            y_BTNH = local(attend, lambda q, k, v, segments: q)(q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT)  # sequences and heads know nothing of others
+            attend = (
+                cpu_attention
+                if ctx.implementation == "cpu"
+                else functools.partial(causal_attention, implementation=ctx.implementation)
+            )
+            y_BTNH = local(attend, lambda q, k, v, segments: q)(
+                q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT
+            )  # sequences and heads know nothing of others
         else:
             b = jnp.arange(h_BTD.shape[0])[:, None]
-            cache = {"k": cache["k"].at[b, ctx.positions_BT].set(k_BTKH.astype(cache["k"].dtype)),
-                     "v": cache["v"].at[b, ctx.positions_BT].set(v_BTKH.astype(cache["v"].dtype))}
+            cache = {
+                "k": cache["k"].at[b, ctx.positions_BT].set(k_BTKH.astype(cache["k"].dtype)),
+                "v": cache["v"].at[b, ctx.positions_BT].set(v_BTKH.astype(cache["v"].dtype)),
+            }
             slots = jnp.arange(cache["k"].shape[1])
             mask = (slots <= ctx.positions_BT[:, :, None])[:, None]
             y_BTNH = jax.nn.dot_product_attention(
-                q_BTNH, cache["k"].astype(dtype), cache["v"].astype(dtype), mask=mask, implementation="xla")
-        # as one matrix: for two contracted axes XLA's CPU compiler copies the whole weight, transposed, in every step
+                q_BTNH,
+                cache["k"].astype(dtype),
+                cache["v"].astype(dtype),
+                mask=mask,
+                implementation="xla",
+            )
+        # as one matrix: for two contracted axes XLA's CPU compiler copies the whole weight,
+        # transposed, in every step
         o_ED = self.o.reshape(-1, h_BTD.shape[-1])
-        return linear(checkpoint_name(y_BTNH, "attention").reshape(*h_BTD.shape[:2], -1), o_ED), cache
+        return (
+            linear(checkpoint_name(y_BTNH, "attention").reshape(*h_BTD.shape[:2], -1), o_ED),
+            cache,
+        )
 
 
 def heads(h_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
     """h_BTD weight_DNH -> [B, T, N, H]"""
-    return linear(h_BTD, weight_DNH.reshape(len(weight_DNH), -1)).reshape(*h_BTD.shape[:2], *weight_DNH.shape[1:])
+    return linear(h_BTD, weight_DNH.reshape(len(weight_DNH), -1)).reshape(
+        *h_BTD.shape[:2], *weight_DNH.shape[1:]
+    )

@@ -1,7 +1,8 @@
-"""The layer kinds. A block takes the residual stream and, where it has a memory, this layer's row of every token.
+"""The layer kinds. A block takes the residual stream and, where it has a memory, this layer's row
+of every token.
 
-One class is one variant: ``spec`` resolves its widths, ``source`` makes its rows, ``__call__`` is its equation.
-x is the residual stream X_L, h its norm, row the value that the memory hands in.
+One class is one variant: ``spec`` resolves its widths, ``source`` makes its rows, ``__call__`` is
+its equation. x is the residual stream X_L, h its norm, row the value that the memory hands in.
 """
 
 import jax
@@ -18,7 +19,9 @@ from flexmemory.models.patterns import LayerSpec, flex_widths, parse_betas, pars
 
 
 class AttnOnly(nnx.Module):
-    """Control: x + Attn(norm x), a MemoryLLM layer whose row is zero. Every other kind starts from this one."""
+    """Control: x + Attn(norm x), a MemoryLLM layer whose row is zero. Every other kind starts from
+    this one.
+    """
 
     source: type | None = None  # makes the rows: see memory.TokenMemory
 
@@ -58,7 +61,9 @@ class Dense(AttnOnly):
 
 
 class Parallel(Dense):
-    """Control: x' = x + Attn(norm x) + SwiGLU(norm' x), parallel like MemoryLLM but the FFN reads the context."""
+    """Control: x' = x + Attn(norm x) + SwiGLU(norm' x), parallel like MemoryLLM but the FFN reads
+    the context.
+    """
 
     @staticmethod
     def spec(cfg, beta):
@@ -70,13 +75,20 @@ class Parallel(Dense):
 
 
 class MemoryLLM(AttnOnly):
-    """M layer: x' = x + Attn(norm x) + row, row = SwiGLU_l(norm_l(E[id])) (MemoryLLM Eq 2.4-2.6). W = D."""
+    """M layer: x' = x + Attn(norm x) + row, row = SwiGLU_l(norm_l(E[id])) (MemoryLLM Eq 2.4-2.6). W
+    = D.
+    """
 
     source = FFNRows
 
     @staticmethod
     def spec(cfg, beta):
-        return LayerSpec("memoryllm", d_memory=cfg.d_ff, row_width=cfg.d_model, replaces=3 * cfg.d_model * cfg.d_ff)
+        return LayerSpec(
+            "memoryllm",
+            d_memory=cfg.d_ff,
+            row_width=cfg.d_model,
+            replaces=3 * cfg.d_model * cfg.d_ff,
+        )
 
     def __call__(self, x_BTD, row_BTW, ctx, cache=None):
         attn, cache = self.attend(x_BTD, ctx, cache)
@@ -84,9 +96,11 @@ class MemoryLLM(AttnOnly):
 
 
 class Flex(AttnOnly):
-    """A = x + Attn(norm x); x' = A + FFN-C(norm A) + row, row = FFN-M_l(norm_l(E[id])) (MemoryLLM section 4.2). W = D.
+    """A = x + Attn(norm x); x' = A + FFN-C(norm A) + row, row = FFN-M_l(norm_l(E[id])) (MemoryLLM
+    section 4.2). W = D.
 
-    The paper gives no equation: docs/variants.md says which switch covers which reading. beta = 0 is memoryllm, beta = 8 dense.
+    The paper gives no equation: docs/variants.md says which switch covers which reading. beta = 0
+    is memoryllm, beta = 8 dense.
     """
 
     source = FFNRows
@@ -101,18 +115,31 @@ class Flex(AttnOnly):
         square = 0
         if cfg.ffn_c_kind == "square":
             if beta not in (1, 2, 3):
-                raise UserError(f"config model.beta: {beta:g} with ffn_c_kind=square; square matrices need beta 1, 2 or 3")
+                raise UserError(
+                    f"config model.beta: {beta:g} with ffn_c_kind=square; square matrices need beta"
+                    " 1, 2 or 3"
+                )
             square, d_ffn = int(beta), cfg.d_model
         if not d_memory or not d_ffn:
-            raise UserError(f"config model.beta: {beta:g} leaves FFN-{'M' if not d_memory else 'C'} of d_ff {cfg.d_ff} without a unit; "
-                            f"use {0 if d_memory else 8}")
-        return LayerSpec("flex", d_ffn=d_ffn, d_memory=d_memory, row_width=cfg.d_model, square=square,
-                         replaces=3 * cfg.d_model * d_memory)
+            raise UserError(
+                f"config model.beta: {beta:g} leaves FFN-{'M' if not d_memory else 'C'} of d_ff"
+                f" {cfg.d_ff} without a unit; use {0 if d_memory else 8}"
+            )
+        return LayerSpec(
+            "flex",
+            d_ffn=d_ffn,
+            d_memory=d_memory,
+            row_width=cfg.d_model,
+            square=square,
+            replaces=3 * cfg.d_model * d_memory,
+        )
 
     def __init__(self, cfg, layer, rngs):
         super().__init__(cfg, layer, rngs)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.ffn = Square(cfg, layer.square, rngs) if layer.square else SwiGLU(cfg, layer.d_ffn, rngs)
+        self.ffn = (
+            Square(cfg, layer.square, rngs) if layer.square else SwiGLU(cfg, layer.d_ffn, rngs)
+        )
         self.parallel = cfg.ffn_c_input == "parallel"
 
     def __call__(self, x_BTD, row_BTW, ctx, cache=None):
@@ -123,7 +150,9 @@ class Flex(AttnOnly):
 
 
 class Stem(AttnOnly):
-    """A = x + Attn(norm x); x' = A + W_down(SiLU(W_gate h) * row), h = norm A, row = U_l[id] (STEM section 1.1). W = F."""
+    """A = x + Attn(norm x); x' = A + W_down(SiLU(W_gate h) * row), h = norm A, row = U_l[id] (STEM
+    section 1.1). W = F.
+    """
 
     kind = "stem"
     source = TableRows
@@ -131,14 +160,21 @@ class Stem(AttnOnly):
 
     @classmethod
     def spec(cls, cfg, beta):
-        return LayerSpec(cls.kind, d_ffn=cfg.d_ff, row_width=cfg.d_ff, replaces=(2 - len(cls.context_maps)) * cfg.d_model * cfg.d_ff)
+        return LayerSpec(
+            cls.kind,
+            d_ffn=cfg.d_ff,
+            row_width=cfg.d_ff,
+            replaces=(2 - len(cls.context_maps)) * cfg.d_model * cfg.d_ff,
+        )
 
     def __init__(self, cfg, layer, rngs):
         super().__init__(cfg, layer, rngs)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         init = nnx.initializers.normal(cfg.init_std)
         for name in self.context_maps:
-            setattr(self, name, nnx.Param(init(rngs.params(), (cfg.d_model, layer.d_ffn), jnp.float32)))
+            setattr(
+                self, name, nnx.Param(init(rngs.params(), (cfg.d_model, layer.d_ffn), jnp.float32))
+            )
         self.down = nnx.Param(init(rngs.params(), (layer.d_ffn, cfg.d_model), jnp.float32))
 
     def inner(self, h_BTD, row_BTF):
@@ -155,7 +191,9 @@ class Stem(AttnOnly):
 
 
 class StemGate(Stem):
-    """The row replaces the gate: W_down(SiLU(row) * (W_up h)). SiLU on the row is assumed: the paper does not say."""
+    """The row replaces the gate: W_down(SiLU(row) * (W_up h)). SiLU on the row is assumed: the
+    paper does not say.
+    """
 
     kind = "stem-gate"
     context_maps = ("up",)
@@ -187,7 +225,9 @@ KINDS = {
 
 
 def layer_specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
-    """The resolved layers of a model, from input to output. Raises UserError on a bad pattern or beta."""
+    """The resolved layers of a model, from input to output. Raises UserError on a bad pattern or
+    beta.
+    """
     kinds = parse_pattern(model.pattern, KINDS)
     n_flex = kinds.count("flex")
     betas = iter(parse_betas(model.beta, n_flex) if n_flex else ())

@@ -1,4 +1,6 @@
-"""Norms and feed-forward maps. Weights are float32 and cast to the input's dtype where they are used."""
+"""Norms and feed-forward maps. Weights are float32 and cast to the input's dtype where they are
+used.
+"""
 
 import functools
 
@@ -14,10 +16,12 @@ from flexmemory.parallel import gathered, like, local, sharding, spec_of, sum_ov
 
 @jax.custom_vjp
 def linear(x: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x [..., D] @ weight_DF, float32 and cast to x's dtype. The weight's gradient is summed and given in float32. Reverse-mode derivatives only.
+    """x [..., D] @ weight_DF, float32 and cast to x's dtype. The weight's gradient is summed and
+    given in float32. Reverse-mode derivatives only.
 
-    On a mesh the weight is gathered for use and its gradient scattered again. A matmul of its own also because JAX's own gradient forms its
-    transpose, for which XLA's CPU compiler transposes the large operand [..., F] and then the result, a quarter of an FFN's time.
+    On a mesh the weight is gathered for use and its gradient scattered again. A matmul of its own
+    also because JAX's own gradient forms its transpose, for which XLA's CPU compiler transposes the
+    large operand [..., F] and then the result, a quarter of an FFN's time.
     """
     x, weight_DF = matching(x, weight_DF)
     return contract(x, weight_DF, x.ndim - 1, 0, P(*spec_of(x)[:-1], spec_of(weight_DF)[1]))
@@ -33,8 +37,15 @@ def _linear_backward(residuals, grad):
     x_ND, grad_NF = cut_x.reshape(-1, weight_DF.shape[0]), grad.reshape(-1, weight_DF.shape[1])
     spec = spec_of(weight_DF)
 
-    def own(x_ND, grad_NF):  # XLA would sum the whole gradient on every device and then cut it: twice the traffic
-        return sum_over_batch(jax.lax.dot_general(x_ND, grad_NF, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32), spec)
+    def own(
+        x_ND, grad_NF
+    ):  # XLA would sum the whole gradient on every device and then cut it: twice the traffic
+        return sum_over_batch(
+            jax.lax.dot_general(
+                x_ND, grad_NF, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            ),
+            spec,
+        )
 
     grad_DF = local(own, lambda *_: spec)(x_ND, grad_NF)
     return contract(grad, used_DF, grad.ndim - 1, 1, spec_of(x)), grad_DF.astype(weight_DF.dtype)
@@ -48,7 +59,13 @@ def matching(x, weight_DF):
 
 def contract(a, b, axis_a: int, axis_b: int, out: P, dtype=None):
     """Sum of products over one axis of each; the result is cut as ``out`` says."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=dtype, out_sharding=sharding(out))
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((axis_a,), (axis_b,)), ((), ())),
+        preferred_element_type=dtype,
+        out_sharding=sharding(out),
+    )
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -94,7 +111,9 @@ class LayerNorm(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """W_down(SiLU(x W_gate) * (x W_up)), MemoryLLM Eq 2.2. Weights: gate [D, F], up [D, F], down [F, D]."""
+    """W_down(SiLU(x W_gate) * (x W_up)), MemoryLLM Eq 2.2. Weights: gate [D, F], up [D, F], down
+    [F, D].
+    """
 
     def __init__(self, cfg: ModelConfig, d_ff: int, rngs: nnx.Rngs):
         init = nnx.initializers.normal(cfg.init_std)
@@ -103,14 +122,18 @@ class SwiGLU(nnx.Module):
         self.down = nnx.Param(init(rngs.params(), (d_ff, cfg.d_model), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = checkpoint_name(linear(x, self.gate[...]), "gate"), checkpoint_name(linear(x, self.up[...]), "up")
+        gate, up = (
+            checkpoint_name(linear(x, self.gate[...]), "gate"),
+            checkpoint_name(linear(x, self.up[...]), "up"),
+        )
         return linear(gated(gate, up), self.down[...])
 
 
 class Square(nnx.Module):
     """FFN-C of ``count`` D x D matrices, the other reading of MemoryLLM section 4.2.
 
-    1: a linear map; 2: SiLU(x A) B; 3: SwiGLU of width D. Weights: gate, up, down [D, D] as far as they exist.
+    1: a linear map; 2: SiLU(x A) B; 3: SwiGLU of width D. Weights: gate, up, down [D, D] as far as
+    they exist.
     """
 
     def __init__(self, cfg: ModelConfig, count: int, rngs: nnx.Rngs):
@@ -126,5 +149,9 @@ class Square(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.count >= 2:
             gate = checkpoint_name(linear(x, self.gate[...]), "gate")
-            x = gated(gate, checkpoint_name(linear(x, self.up[...]), "up")) if self.count == 3 else jax.nn.silu(gate)
+            x = (
+                gated(gate, checkpoint_name(linear(x, self.up[...]), "up"))
+                if self.count == 3
+                else jax.nn.silu(gate)
+            )
         return linear(x, self.down[...])

@@ -1,7 +1,9 @@
-"""The seam: a token memory is a function from addresses to rows, and nothing else knows where a row came from.
+"""The seam: a token memory is a function from addresses to rows, and nothing else knows where a row
+came from.
 
-``TokenMemory(ids_R, e_RD)`` gives the rows of all memory layers for R addresses. The same values come from the live
-weights (training), from a fold over every address (export) or from a TKV store (serving); the blocks cannot tell.
+``TokenMemory(ids_R, e_RD)`` gives the rows of all memory layers for R addresses. The same values
+come from the live weights (training), from a fold over every address (export) or from a TKV store
+(serving); the blocks cannot tell.
 """
 
 import itertools
@@ -25,11 +27,13 @@ Rows = dict[str, jax.Array]  # group name -> rows_LRW of the group's memory laye
 def gather_rows(rows_RW: jax.Array, inverse_BT: jax.Array) -> jax.Array:
     """rows_BTW = rows_RW[inverse_BT]; the gradient is summed in float32 whatever the rows' dtype.
 
-    ``inverse_BT`` must lie in 0..R-1 (out of range is clipped); on a mesh every section of the batch counts its own section of rows from 0.
-    Reverse-mode derivatives only.
+    ``inverse_BT`` must lie in 0..R-1 (out of range is clipped); on a mesh every section of the
+    batch counts its own section of rows from 0. Reverse-mode derivatives only.
     """
-    return local(lambda rows_RW, inverse_BT: jnp.take(rows_RW, inverse_BT, axis=0, mode="clip"),
-                 lambda rows, inverse: P(*inverse, *rows[1:]))(rows_RW, inverse_BT)
+    return local(
+        lambda rows_RW, inverse_BT: jnp.take(rows_RW, inverse_BT, axis=0, mode="clip"),
+        lambda rows, inverse: P(*inverse, *rows[1:]),
+    )(rows_RW, inverse_BT)
 
 
 def _gather_forward(rows_RW, inverse_BT):
@@ -38,10 +42,16 @@ def _gather_forward(rows_RW, inverse_BT):
 
 def _gather_backward(residuals, grad_BTW):
     def add(inverse_BT, rows_RW, grad_BTW):  # rows only for their shape and dtype
-        grad_RW = jnp.zeros(rows_RW.shape, jnp.float32).at[inverse_BT].add(grad_BTW.astype(jnp.float32), mode="clip")
+        grad_RW = (
+            jnp.zeros(rows_RW.shape, jnp.float32)
+            .at[inverse_BT]
+            .add(grad_BTW.astype(jnp.float32), mode="clip")
+        )
         return grad_RW.astype(rows_RW.dtype)
 
-    return local(add, lambda inverse, rows, grad: rows)(*residuals, grad_BTW), np.zeros(residuals[0].shape, jax.dtypes.float0)
+    return local(add, lambda inverse, rows, grad: rows)(*residuals, grad_BTW), np.zeros(
+        residuals[0].shape, jax.dtypes.float0
+    )
 
 
 gather_rows.defvjp(_gather_forward, _gather_backward)
@@ -50,7 +60,8 @@ gather_rows.defvjp(_gather_forward, _gather_backward)
 class FFNRows(nnx.Module):
     """Live row of one layer: a SwiGLU of the normed token embedding (MemoryLLM Eq 2.4-2.5). W = D."""
 
-    stacking = "scan"  # in a fold, an evaluation or under remat one layer's [R, F] activations are alive at a time
+    # in a fold, an evaluation or under remat one layer's [R, F] activations are alive at a time
+    stacking = "scan"
 
     def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
         self.norm = None if cfg.x0_norm_shared else x0_norm(cfg)
@@ -61,20 +72,28 @@ class FFNRows(nnx.Module):
 
 
 class TableRows(nnx.Module):
-    """Learned row of one layer: table [V, W] float32, Xavier-normal as the STEM code initialises it, or normal with ``cfg.table_init_std``."""
+    """Learned row of one layer: table [V, W] float32, Xavier-normal as the STEM code initialises
+    it, or normal with ``cfg.table_init_std``.
+    """
 
     stacking = "vmap"  # tables lie side by side, [L, V, W]; scanning would copy whole ones
 
-    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs, draw: Callable = jax.random.normal):
+    def __init__(
+        self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs, draw: Callable = jax.random.normal
+    ):
         std = cfg.table_init_std or (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
-        self.table = nnx.Param(std * draw(rngs.params(), (cfg.vocab_size, layer.row_width), jnp.float32))
+        self.table = nnx.Param(
+            std * draw(rngs.params(), (cfg.vocab_size, layer.row_width), jnp.float32)
+        )
 
     def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
         return take_rows(self.table[...], ids_R).astype(e_RD.dtype)
 
 
 def take_rows(table_VW: jax.Array, ids_R: jax.Array | None) -> jax.Array:
-    """rows_RW of the addresses ids_R; with None the table holds the rows asked for alone, in their order: so it is trained."""
+    """rows_RW of the addresses ids_R; with None the table holds the rows asked for alone, in their
+    order: so it is trained.
+    """
     return table_VW if ids_R is None else table_VW[ids_R]
 
 
@@ -93,13 +112,15 @@ def apply_stack(body: Callable, carry, xs, length: int, scan: bool):
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *ys)
 
 
-# Tensors that a remat may keep, named by checkpoint_name where they are made: what attention reads (q and k with RoPE) and gives before
-# its output projection; the projections in front of an FFN's SiLU and beside it, of the context and of a live row.
+# Tensors that a remat may keep, named by checkpoint_name where they are made: what attention reads
+# (q and k with RoPE) and gives before its output projection; the projections in front of an FFN's
+# SiLU and beside it, of the context and of a live row.
 KEEPABLE = ("q", "k", "v", "attention", "gate", "up")
 
 
 def remat(body: Callable, length: int, scan: bool, keep: str) -> Callable:
-    """``body`` of :func:`apply_stack` that keeps its inputs and the tensors named in ``keep`` (of KEEPABLE, between spaces) for the backward pass.
+    """``body`` of :func:`apply_stack` that keeps its inputs and the tensors named in ``keep`` (of
+    KEEPABLE, between spaces) for the backward pass.
 
     Unrolled code needs a barrier, a loop has one.
     """
@@ -117,7 +138,9 @@ def row_groups(specs: tuple[LayerSpec, ...]) -> dict[str, list[int]]:
 
 
 def row_stacks(specs: tuple[LayerSpec, ...]) -> dict[str, list[tuple[str, list[int]]]]:
-    """Group name -> [(name of a stack of parameters, indices of the memory layers whose rows it makes)]. Layers with equal specs share a stack."""
+    """Group name -> [(name of a stack of parameters, indices of the memory layers whose rows it
+    makes)]. Layers with equal specs share a stack.
+    """
     places: dict[tuple[str, LayerSpec], list[int]] = {}
     for name, layers in row_groups(specs).items():
         for index in layers:
@@ -129,7 +152,9 @@ def row_stacks(specs: tuple[LayerSpec, ...]) -> dict[str, list[tuple[str, list[i
 
 
 def rows_by_unit(rows: Rows, cuts) -> list[dict[str, jax.Array]]:
-    """Deals the rows out to the scanned stack: for each (unit, repeats) of ``patterns.segments`` {"u<j>": rows [repeats, R, W]}."""
+    """Deals the rows out to the scanned stack: for each (unit, repeats) of ``patterns.segments``
+    {"u<j>": rows [repeats, R, W]}.
+    """
     taken, made = dict.fromkeys(rows, 0), []
     for unit, repeats in cuts:
         groups = [f"w{spec.row_width}" if spec.row_width else None for spec in unit]
@@ -145,16 +170,29 @@ def rows_by_unit(rows: Rows, cuts) -> list[dict[str, jax.Array]]:
 
 
 class TokenMemory(nnx.Module):
-    """The row sources of all memory layers, stacks of parameters [n, ...] as :func:`row_stacks` has them.
+    """The row sources of all memory layers, stacks of parameters [n, ...] as :func:`row_stacks` has
+    them.
 
-    ``sources`` maps a layer kind to the class that makes its rows: built as ``source(cfg, layer, rngs)``, called as
-    ``source(ids_R, e_RD) -> rows_RW``.
+    ``sources`` maps a layer kind to the class that makes its rows: built as ``source(cfg, layer,
+    rngs)``, called as ``source(ids_R, e_RD) -> rows_RW``.
     """
 
-    def __init__(self, cfg: ModelConfig, specs: tuple[LayerSpec, ...], sources: dict[str, type], rngs: nnx.Rngs):
-        uses_e = any(spec.d_memory for spec in specs)  # a stack of learned tables alone reads no embedding
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        specs: tuple[LayerSpec, ...],
+        sources: dict[str, type],
+        rngs: nnx.Rngs,
+    ):
+        uses_e = any(
+            spec.d_memory for spec in specs
+        )  # a stack of learned tables alone reads no embedding
         self.norm = x0_norm(cfg) if cfg.x0_norm_shared and uses_e else None
-        self.detach, self.scan, self.dtype = cfg.detach_x0, cfg.scan_layers, jnp.dtype(cfg.compute_dtype)
+        self.detach, self.scan, self.dtype = (
+            cfg.detach_x0,
+            cfg.scan_layers,
+            jnp.dtype(cfg.compute_dtype),
+        )
         self.remat, self.keep = cfg.remat, cfg.remat_keep
         groups, order, stacks = row_groups(specs), row_stacks(specs), {}
         for stack, layers in itertools.chain(*order.values()):
@@ -163,11 +201,19 @@ class TokenMemory(nnx.Module):
             stacks[stack] = jax.vmap(lambda key: source(cfg, spec, key))(rngs.split(len(layers)))
         self.stacks = nnx.Dict(stacks)
         # static: which stack fills which places of a group's layer axis
-        self.order = tuple((name, tuple((stack, tuple(groups[name].index(i) for i in layers)) for stack, layers in parts))
-                           for name, parts in order.items())
+        self.order = tuple(
+            (
+                name,
+                tuple(
+                    (stack, tuple(groups[name].index(i) for i in layers)) for stack, layers in parts
+                ),
+            )
+            for name, parts in order.items()
+        )
 
     def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> Rows:
-        """Rows of the addresses ids_R (int32) whose token embeddings are e_RD. Returns rows_LRW by group.
+        """Rows of the addresses ids_R (int32) whose token embeddings are e_RD. Returns rows_LRW by
+        group.
 
         ids_R: see :func:`take_rows`, through which every source reads its table.
         """

@@ -1,4 +1,6 @@
-"""Layer patterns: from ``"dense*8 memoryllm*16"`` to one LayerSpec per layer, and to the units that are scanned."""
+"""Layer patterns: from ``"dense*8 memoryllm*16"`` to one LayerSpec per layer, and to the units that
+are scanned.
+"""
 
 import dataclasses
 import re
@@ -10,18 +12,22 @@ MAX_LAYERS, MAX_DEPTH = 4096, 100
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """Resolved widths of one layer. Layers with equal specs have equal parameter shapes and can be stacked."""
+    """Resolved widths of one layer. Layers with equal specs have equal parameter shapes and can be
+    stacked.
+    """
 
     kind: str  # a word of blocks.KINDS
-    d_ffn: int = 0  # inner width of the FFN that stays in the block (dense, FFN-C, stem), 0 without one
+    d_ffn: int = (
+        0  # inner width of the FFN that stays in the block (dense, FFN-C, stem), 0 without one
+    )
     d_memory: int = 0  # inner width of the FFN that makes the row (ToL), 0 for a learned table
     row_width: int = 0  # W, width of the row handed to the block, 0 for a layer without memory
     square: int = 0  # flex with ffn_c_kind=square: number of D x D matrices in FFN-C
     replaces: int = 0  # FFN weights that the row stands for
 
 
-# MemoryLLM Table 5 (rows h^2 and 3h^2 of the 1B model swapped back): FFN-M widths as printed follow no single rounding
-# rule, so they are listed; {(D, F): {beta: FFN-M width}}.
+# MemoryLLM Table 5 (rows h^2 and 3h^2 of the 1B model swapped back): FFN-M widths as printed follow
+# no single rounding rule, so they are listed; {(D, F): {beta: FFN-M width}}.
 TABLE5_FFN_M = {
     (960, 2560): {1: 2240, 2: 1920, 3: 1600},
     (1600, 4272): {1: 3738, 2: 3200, 3: 2668},
@@ -30,10 +36,11 @@ TABLE5_FFN_M = {
 
 
 def flex_widths(d_model: int, d_ff: int, beta: float) -> tuple[int, int]:
-    """(FFN-C width, FFN-M width) of a flex layer; their sum is d_ff, so totals are equal across beta.
+    """(FFN-C width, FFN-M width) of a flex layer; their sum is d_ff, so totals are equal across
+    beta.
 
-    FFN-M is the paper's printed width where Table 5 has one, else (8 - beta)/8 of d_ff rounded to the nearest integer
-    (d_ff itself stands for 8h/3).
+    FFN-M is the paper's printed width where Table 5 has one, else (8 - beta)/8 of d_ff rounded to
+    the nearest integer (d_ff itself stands for 8h/3).
     """
     d_memory = TABLE5_FFN_M.get((d_model, d_ff), {}).get(beta)
     if d_memory is None:
@@ -42,7 +49,8 @@ def flex_widths(d_model: int, d_ff: int, beta: float) -> tuple[int, int]:
 
 
 def parse_pattern(text: str, kinds) -> tuple[str, ...]:
-    """Expands a pattern into kind names. Grammar: item = (word | "(" items ")") ["*" count]; items are separated by spaces.
+    """Expands a pattern into kind names. Grammar: item = (word | "(" items ")") ["*" count]; items
+    are separated by spaces.
 
     Raises UserError that shows the position of the bad word.
     """
@@ -50,7 +58,9 @@ def parse_pattern(text: str, kinds) -> tuple[str, ...]:
     position = 0
 
     def fail(at: int, what: str):
-        raise UserError(f"config model.pattern: {what}, at {at + 1} in {text!r}: {text[:at]}>>>{text[at:]}")
+        raise UserError(
+            f"config model.pattern: {what}, at {at + 1} in {text!r}: {text[:at]}>>>{text[at:]}"
+        )
 
     def items(depth: int) -> list[str]:
         nonlocal position
@@ -79,7 +89,10 @@ def parse_pattern(text: str, kinds) -> tuple[str, ...]:
                 position += 1
                 count, at = tokens[position] if position < len(tokens) else ("", len(text))
                 if not count.isdecimal() or not count.strip("0"):
-                    fail(at if count else star, f"a whole number above 0 must follow '*', not {count!r}")
+                    fail(
+                        at if count else star,
+                        f"a whole number above 0 must follow '*', not {count!r}",
+                    )
                 position += 1
                 if len(count) > 9 or len(part) * int(count) > MAX_LAYERS:
                     fail(at, f"more than {MAX_LAYERS} layers")
@@ -98,7 +111,9 @@ def parse_pattern(text: str, kinds) -> tuple[str, ...]:
 
 
 def parse_betas(text: str, count: int) -> tuple[float, ...]:
-    """One beta per flex layer from "3" or "3 2.5 1" (spaces or commas). Raises UserError outside 0..8."""
+    """One beta per flex layer from "3" or "3 2.5 1" (spaces or commas). Raises UserError outside
+    0..8.
+    """
     betas = []
     for word in text.replace(",", " ").split():
         try:
@@ -106,17 +121,24 @@ def parse_betas(text: str, count: int) -> tuple[float, ...]:
         except ValueError:
             raise UserError(f"config model.beta: {word!r} is not a number") from None
         if not 0 <= beta <= 8:
-            raise UserError(f"config model.beta: {word} is outside 0..8 (FFN-C gets beta*h^2 of 8h^2)")
+            raise UserError(
+                f"config model.beta: {word} is outside 0..8 (FFN-C gets beta*h^2 of 8h^2)"
+            )
         betas.append(beta)
     if len(betas) == 1:
         betas *= count
     if len(betas) != count:
-        raise UserError(f"config model.beta: {len(betas)} values for {count} flex layers; give one, or one per flex layer")
+        raise UserError(
+            f"config model.beta: {len(betas)} values for {count} flex layers; give one, or one per"
+            " flex layer"
+        )
     return tuple(betas)
 
 
 def segments(specs: tuple[LayerSpec, ...]) -> tuple[tuple[tuple[LayerSpec, ...], int], ...]:
-    """Cuts the stack into (repeating unit, repeats), greedily from the input: the unit that covers most, the shortest first."""
+    """Cuts the stack into (repeating unit, repeats), greedily from the input: the unit that covers
+    most, the shortest first.
+    """
     cuts, start = [], 0
     while start < len(specs):
         best, covered = 1, 1

@@ -1,20 +1,26 @@
-"""Which of a fixed number of slots holds the row of which address. Bookkeeping alone: the row data is the caller's.
+"""Which of a fixed number of slots holds the row of which address. Bookkeeping alone: the row data
+is the caller's.
 
     slots_U = cache.lookup(ids_U)               # one step: -1 where absent
-    slots_M = cache.admit(ids_U[slots_U < 0])   # -1 where not kept; the caller then copies those rows into their slots
+    slots_M = cache.admit(ids_U[slots_U < 0])   # -1 where not kept; the caller then copies those
+    rows into their slots
 
-Every address has a score, and one rule serves all policies: what is admitted takes free slots first, then the slots of the
-rows with the lowest scores, and never the slot of a row with a higher score than its own. A policy is a choice of scores:
+Every address has a score, and one rule serves all policies: what is admitted takes free slots
+first, then the slots of the rows with the lowest scores, and never the slot of a row with a higher
+score than its own. A policy is a choice of scores:
 
-static  The K addresses with the highest corpus counts (equal counts: the lower address) are kept, no others; none is evicted.
-lru     The score is the time of the last use. Ids of one step count as used one after the other from the last to the first,
-        so the first of the call is the most recent: with sorted ids of a BPE vocabulary, the most frequent. Admitting an id
-        that the latest step did not look up counts as a use.
-lfu     The score is the number of uses, each worth half as much HALF_LIFE * K looked-up ids later. It is kept for absent
-        addresses too. So of two addresses used equally often the one used later wins, and a row that is read once does not
-        displace one in steady use. With corpus counts, the start is as if text of those frequencies had gone before for ever.
-window  As lru, but at the end of a lookup the slots of rows not used in the last ``window`` steps, this one included, are
-        free again; an id that was not used in them is not kept.
+static  The K addresses with the highest corpus counts (equal counts: the lower address) are kept,
+no others; none is evicted.
+lru     The score is the time of the last use. Ids of one step count as used one after the other
+        from the last to the first, so the first of the call is the most recent: with sorted ids of
+        a BPE vocabulary, the most frequent. Admitting an id that the latest step did not look up
+        counts as a use.
+lfu     The score is the number of uses, each worth half as much HALF_LIFE * K looked-up ids later.
+        It is kept for absent addresses too. So of two addresses used equally often the one used
+        later wins, and a row that is read once does not displace one in steady use. With corpus
+        counts, the start is as if text of those frequencies had gone before for ever.
+window  As lru, but at the end of a lookup the slots of rows not used in the last ``window`` steps,
+        this one included, are free again; an id that was not used in them is not kept.
 """
 
 import math
@@ -28,64 +34,102 @@ from flexmemory.errors import UserError, nearest
 POLICIES = ("static", "lru", "lfu", "window")
 HALF_LIFE = 16  # of an lfu use, in looked-up ids per slot
 RESCALE = 512  # half-lives after which lfu scores are brought back to the range of a float64
-LOW = 8  # slots made ready for eviction at once, in square roots of K: looking for them costs O(K), keeping them O(their number)
+# slots made ready for eviction at once, in square roots of K: looking for them costs O(K), keeping
+# them O(their number)
+LOW = 8
 
 
 class SlotCache:
-    """See above. slots: K, more than ``addresses`` is cut to it; addresses: V, ids are 0..V-1; counts_V: uint64 corpus counts,
-    which static needs, lfu may start from and the others do not use; window: steps. Not safe to call from two threads at once.
+    """See above. slots: K, more than ``addresses`` is cut to it; addresses: V, ids are 0..V-1;
+    counts_V: uint64 corpus counts, which static needs, lfu may start from and the others do not
+    use; window: steps. Not safe to call from two threads at once.
 
-    Raises UserError for an unknown policy, negative sizes, static without counts, window without steps.
+    Raises UserError for an unknown policy, negative sizes, static without counts, window without
+    steps.
     """
 
-    def __init__(self, slots: int, addresses: int, policy: str, *, counts_V: np.ndarray | None = None, window: int = 0):
+    def __init__(
+        self,
+        slots: int,
+        addresses: int,
+        policy: str,
+        *,
+        counts_V: np.ndarray | None = None,
+        window: int = 0,
+    ):
         if policy not in POLICIES:
             raise UserError(f"policy: {policy!r}, {nearest(policy, POLICIES)}")
         if slots < 0 or addresses < 0:
             raise UserError(f"slots: {slots} of {addresses} addresses; neither may be negative")
         if policy == "static" and counts_V is None:
-            raise UserError("policy: 'static' keeps the most frequent tokens and this store has no counts; export with counts or choose 'lru'")
+            raise UserError(
+                "policy: 'static' keeps the most frequent tokens and this store has no counts;"
+                " export with counts or choose 'lru'"
+            )
         if counts_V is not None and np.shape(counts_V) != (addresses,):
-            raise UserError(f"counts: shape {np.shape(counts_V)} for {addresses} addresses; take the counts of the same vocabulary")
+            raise UserError(
+                f"counts: shape {np.shape(counts_V)} for {addresses} addresses; take the counts of"
+                " the same vocabulary"
+            )
         if (window < 1) if policy == "window" else window:
-            raise UserError(f"window: {window} with policy {policy!r}; give 1 or more steps with 'window' and none otherwise")
+            raise UserError(
+                f"window: {window} with policy {policy!r}; give 1 or more steps with 'window' and"
+                " none otherwise"
+            )
         self.slots, self.policy, self.window = min(slots, addresses), policy, window
         self.hits = self.misses = self.evictions = self.admitted = 0
         self.absent = 0  # ids of the latest lookup that have no slot
         self._slot_V = np.full(addresses, -1, np.int32)
         self._id_K = np.full(self.slots, -1, np.int64)  # -1: free
         self._score_V = np.zeros(addresses)
-        self._slot_of, self._score_of = self._slot_V.data, self._score_V.data  # the same memory, quicker for single numbers
+        self._slot_of, self._score_of = (
+            self._slot_V.data,
+            self._score_V.data,
+        )  # the same memory, quicker for single numbers
         self._clock = 0.0  # ids looked up so far
         self._half_life = HALF_LIFE * self.slots
         self._rescale_at = RESCALE * self._half_life
         self._step_ids: np.ndarray | list[int] = []  # of the latest lookup
         self._steps: deque = deque()  # window: (clock before the step, its ids) of the last steps
         self._pinned_K = np.zeros(self.slots, bool)  # all False between calls
-        self._free_K = np.arange(self.slots - 1, -1, -1, dtype=np.int32)  # a stack, its top is the end
+        self._free_K = np.arange(
+            self.slots - 1, -1, -1, dtype=np.int32
+        )  # a stack, its top is the end
         self._free_count = self.slots
-        self._low = np.empty(0, np.int32)  # slots where the lowest scores are: every other resident row scores above _ceiling
+        self._low = np.empty(
+            0, np.int32
+        )  # slots where the lowest scores are: every other resident row scores above _ceiling
         self._ceiling = -np.inf
         self._preload = np.empty(0, np.int64)
         if counts_V is not None and policy in ("static", "lfu"):
             counts_V = np.asarray(counts_V, np.uint64)
-            self._preload = np.sort(np.argsort(np.iinfo(np.uint64).max - counts_V, kind="stable")[: self.slots])
+            self._preload = np.sort(
+                np.argsort(np.iinfo(np.uint64).max - counts_V, kind="stable")[: self.slots]
+            )
             if policy == "lfu":  # uses of the past add up to half_life / ln 2
-                self._score_V += counts_V / max(1.0, float(counts_V.sum(dtype=np.float64))) * (HALF_LIFE * self.slots / math.log(2))
+                self._score_V += (
+                    counts_V
+                    / max(1.0, float(counts_V.sum(dtype=np.float64)))
+                    * (HALF_LIFE * self.slots / math.log(2))
+                )
             else:
                 self._score_V[self._preload] = 1
 
     def peek(self, ids_U: np.ndarray) -> np.ndarray:
-        """slots_U int32, -1 where absent, and no trace in scores or counters. IndexError for an id outside the vocabulary."""
+        """slots_U int32, -1 where absent, and no trace in scores or counters. IndexError for an id
+        outside the vocabulary.
+        """
         ids_U = np.asarray(ids_U, np.int64)
         if len(ids_U) and np.minimum.reduce(ids_U) < 0:
             raise IndexError(f"id {ids_U.min()} is negative")
         return self._slot_V[ids_U]
 
     def lookup(self, ids_U: np.ndarray) -> np.ndarray:
-        """One step: slots_U int32 of different ids, -1 where absent. Counts hits and misses and updates the scores.
+        """One step: slots_U int32 of different ids, -1 where absent. Counts hits and misses and
+        updates the scores.
 
-        The slots stay those rows' until the next lookup, and after it while they are among the pinned slots of admit.
+        The slots stay those rows' until the next lookup, and after it while they are among the
+        pinned slots of admit.
         """
         self._step_ids = ids_U = np.array(ids_U, np.int64)
         slots_U = self.peek(ids_U)
@@ -102,11 +146,20 @@ class SlotCache:
         return slots_U
 
     def found(self, ids: list[int]) -> list[int] | None:
-        """:meth:`lookup` of a few ascending ids, in a quarter of its time; None, and no trace, where that has more to do: an id is absent, steps leave
-        the window, lfu scores want to be brought back. The list is kept until the next step."""
+        """:meth:`lookup` of a few ascending ids, in a quarter of its time; None, and no trace,
+        where that has more to do: an id is absent, steps leave the window, lfu scores want to be
+        brought back. The list is kept until the next step.
+        """
         slot_of, policy = self._slot_of, self.policy
         slots = [slot_of[i] for i in ids]
-        if -1 in slots or not ids or ids[0] < 0 or policy == "window" or policy == "lfu" and self._clock > self._rescale_at:
+        if (
+            -1 in slots
+            or not ids
+            or ids[0] < 0
+            or policy == "window"
+            or policy == "lfu"
+            and self._clock > self._rescale_at
+        ):
             return None
         self._step_ids, self.absent, count = ids, 0, len(ids)
         self.hits += count
@@ -123,10 +176,12 @@ class SlotCache:
         return slots
 
     def admit(self, ids_M: np.ndarray, pinned_slots: np.ndarray | Sequence[int] = ()) -> np.ndarray:
-        """slots_M int32 in which the rows of different ids now belong, -1 where not kept; present ones stay where they are.
+        """slots_M int32 in which the rows of different ids now belong, -1 where not kept; present
+        ones stay where they are.
 
-        Never gives away a slot of the latest lookup's rows, of ids_M themselves or of pinned_slots (rows of earlier steps
-        that are still in use; -1 is skipped). Where slots run short, the ids with the highest scores are kept.
+        Never gives away a slot of the latest lookup's rows, of ids_M themselves or of pinned_slots
+        (rows of earlier steps that are still in use; -1 is skipped). Where slots run short, the ids
+        with the highest scores are kept.
         """
         ids_M = np.asarray(ids_M, np.int64)
         if len(np.unique(ids_M)) != len(ids_M):
@@ -150,8 +205,12 @@ class SlotCache:
         victims = self._victims(len(new) - len(free), len(pins))
         self._pinned_K[pins] = False
 
-        rivals = ids_M[new[len(free) : len(free) + len(victims)]]  # falling scores against rising ones: the winners come first
-        victims = victims[: np.count_nonzero(self._score_V[rivals] > self._score_V[self._id_K[victims]])]
+        rivals = ids_M[
+            new[len(free) : len(free) + len(victims)]
+        ]  # falling scores against rising ones: the winners come first
+        victims = victims[
+            : np.count_nonzero(self._score_V[rivals] > self._score_V[self._id_K[victims]])
+        ]
         slots = np.concatenate([free, victims])
         new = new[: len(slots)]
         ids = ids_M[new]
@@ -159,7 +218,9 @@ class SlotCache:
         self._id_K[slots] = ids
         self._slot_V[ids] = slots
         slots_M[new] = slots
-        low = free[self._score_V[ids[: len(free)]] <= self._ceiling]  # a victim's slot is in _low already
+        low = free[
+            self._score_V[ids[: len(free)]] <= self._ceiling
+        ]  # a victim's slot is in _low already
         if len(low):
             self._low = np.union1d(self._low, low)
         self.admitted += len(slots)
@@ -167,21 +228,34 @@ class SlotCache:
         return slots_M
 
     def preload_ids(self) -> np.ndarray:
-        """Ascending ids worth admitting before the first step: the K highest corpus counts for static and lfu, else none."""
+        """Ascending ids worth admitting before the first step: the K highest corpus counts for
+        static and lfu, else none.
+        """
         return self._preload.copy()
 
     def stats(self) -> dict:
-        return {"policy": self.policy, "slots": self.slots, "resident": self.slots - self._free_count, "hits": self.hits,
-                "misses": self.misses, "admitted": self.admitted, "evictions": self.evictions}
+        return {
+            "policy": self.policy,
+            "slots": self.slots,
+            "resident": self.slots - self._free_count,
+            "hits": self.hits,
+            "misses": self.misses,
+            "admitted": self.admitted,
+            "evictions": self.evictions,
+        }
 
     def _use(self, ids_U: np.ndarray) -> float:
-        """Scores one use of each id; returns the clock before it, below every score of a time that it gives."""
+        """Scores one use of each id; returns the clock before it, below every score of a time that
+        it gives.
+        """
         before = self._clock
         self._clock += len(ids_U)
         times_U = np.arange(self._clock, before, -1)
         if self.policy in ("lru", "window"):
             self._score_V[ids_U] = times_U
-        elif self.policy == "lfu" and self.slots:  # a growing worth of new uses is a fading worth of old ones
+        elif (
+            self.policy == "lfu" and self.slots
+        ):  # a growing worth of new uses is a fading worth of old ones
             half_life = self._half_life
             if before > self._rescale_at:
                 halvings = int(before // half_life)
@@ -189,7 +263,9 @@ class SlotCache:
                 self._ceiling *= 0.5**halvings
                 self._clock -= halvings * half_life
                 times_U -= halvings * half_life
-            self._score_V[ids_U] += np.exp2(np.minimum(times_U / half_life, 1000))  # finite, however long the step
+            self._score_V[ids_U] += np.exp2(
+                np.minimum(times_U / half_life, 1000)
+            )  # finite, however long the step
         return before
 
     def _expire(self) -> None:
@@ -203,7 +279,9 @@ class SlotCache:
         self._free_count += len(slots)
 
     def _take_free(self, count: int, pins: int) -> np.ndarray:
-        """Up to ``count`` free slots that are not pinned. A free slot can be pinned: its row expired while still in use."""
+        """Up to ``count`` free slots that are not pinned. A free slot can be pinned: its row
+        expired while still in use.
+        """
         start = max(0, self._free_count - count - pins)
         top = self._free_K[start : self._free_count].copy()
         open_ = ~self._pinned_K[top]
@@ -214,9 +292,11 @@ class SlotCache:
         return top[taken]
 
     def _victims(self, count: int, pins: int) -> np.ndarray:
-        """Up to ``count`` slots of the rows with the lowest scores that are not pinned, lowest first.
+        """Up to ``count`` slots of the rows with the lowest scores that are not pinned, lowest
+        first.
 
-        Scores only rise, so a row outside _low stays above _ceiling, and only when _low is used up are all slots looked at.
+        Scores only rise, so a row outside _low stays above _ceiling, and only when _low is used up
+        are all slots looked at.
         """
         if count <= 0:
             return np.empty(0, np.int32)

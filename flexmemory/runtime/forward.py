@@ -1,7 +1,8 @@
 """The compiled steps of a served model.
 
-A step is cut before the first memory layer: ``lead`` needs no row, so it runs while the rows are being read; ``tail`` takes
-them. Whoever hands in the rows, these are the same programs, so equal rows give equal bits.
+A step is cut before the first memory layer: ``lead`` needs no row, so it runs while the rows are
+being read; ``tail`` takes them. Whoever hands in the rows, these are the same programs, so equal
+rows give equal bits.
 """
 
 import functools
@@ -31,10 +32,13 @@ def split_cache(cache: dict, cfg: ModelConfig) -> tuple[dict, dict]:
 
 
 def served_params(params: dict, cfg: ModelConfig) -> dict:
-    """The parameters that training uses as they are served, on the device: every layer by itself, matrices in compute dtype.
+    """The parameters that training uses as they are served, on the device: every layer by itself,
+    matrices in compute dtype.
 
-    Casting here gives the bits that casting in every step would. ``Store.backbone(stacked=False)`` is in this form already.
+    Casting here gives the bits that casting in every step would. ``Store.backbone(stacked=False)``
+    is in this form already.
     """
+
     def put(array):
         vector = array.size == array.shape[-1]  # the scale of a norm
         return jax.device_put(array if vector else array.astype(cfg.compute_dtype))
@@ -45,18 +49,49 @@ def served_params(params: dict, cfg: ModelConfig) -> dict:
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
 def lead(params, cache, ids_BT, positions_BT, slot, *, cfg: ModelConfig):
-    """(x_BTD before the first memory layer, cache). slot: None for all sequences of the cache, or the number of the one that ids_1T belongs to."""
+    """(x_BTD before the first memory layer, cache). slot: None for all sequences of the cache, or
+    the number of the one that ids_1T belongs to.
+    """
     model = build(cfg, with_memory=False, stacked=False)(params)
-    x_BTD, part = model.layers(model.embedded(ids_BT), {}, None, positions_BT, cache=_of_slot(cache, slot), last=first_memory_layer(cfg))
+    x_BTD, part = model.layers(
+        model.embedded(ids_BT),
+        {},
+        None,
+        positions_BT,
+        cache=_of_slot(cache, slot),
+        last=first_memory_layer(cfg),
+    )
     return x_BTD, _into_slot(cache, part, slot)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layouts"), donate_argnames="cache")
-def tail(params, cache, x_BTD, positions_BT, slot, stored, bases, inverse_BT, pick_B, *, cfg: ModelConfig, layouts: Layouts):
-    """(logits_BV float32 at place pick_B of each sequence, cache). stored, bases: {group: what ``encoding.decode`` takes}."""
+def tail(
+    params,
+    cache,
+    x_BTD,
+    positions_BT,
+    slot,
+    stored,
+    bases,
+    inverse_BT,
+    pick_B,
+    *,
+    cfg: ModelConfig,
+    layouts: Layouts,
+):
+    """(logits_BV float32 at place pick_B of each sequence, cache). stored, bases: {group: what
+    ``encoding.decode`` takes}.
+    """
     model = build(cfg, with_memory=False, stacked=False)(params)
     rows = model_rows(stored, bases, cfg, layouts)
-    x_BTD, part = model.layers(x_BTD, rows, inverse_BT, positions_BT, cache=_of_slot(cache, slot), first=first_memory_layer(cfg))
+    x_BTD, part = model.layers(
+        x_BTD,
+        rows,
+        inverse_BT,
+        positions_BT,
+        cache=_of_slot(cache, slot),
+        first=first_memory_layer(cfg),
+    )
     picked_B1D = jnp.take_along_axis(model.norm(x_BTD), pick_B[:, None, None], axis=1)
     return output_logits(picked_B1D, model.head_DV)[:, 0], _into_slot(cache, part, slot)
 
@@ -64,17 +99,32 @@ def tail(params, cache, x_BTD, positions_BT, slot, stored, bases, inverse_BT, pi
 @functools.partial(jax.jit, static_argnames=("cfg", "layouts"))
 def all_logits(params, ids_BT, stored, bases, inverse_BT, *, cfg: ModelConfig, layouts: Layouts):
     """logits_BTV float32 in one pass without a cache."""
-    return build(cfg, with_memory=False, stacked=False)(params)(ids_BT, model_rows(stored, bases, cfg, layouts), inverse_BT)
+    return build(cfg, with_memory=False, stacked=False)(params)(
+        ids_BT, model_rows(stored, bases, cfg, layouts), inverse_BT
+    )
 
 
 def model_rows(stored: dict, bases: dict, cfg: ModelConfig, layouts: Layouts) -> dict:
     """{group: rows_LRW in compute dtype}"""
-    return {name: decode(layout, stored[name], bases[name], cfg.compute_dtype) for name, layout in layouts}
+    return {
+        name: decode(layout, stored[name], bases[name], cfg.compute_dtype)
+        for name, layout in layouts
+    }
 
 
 def _of_slot(cache, slot):
-    return cache if slot is None else jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis=1), cache)
+    return (
+        cache
+        if slot is None
+        else jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis=1), cache)
+    )
 
 
 def _into_slot(cache, part, slot):
-    return part if slot is None else jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, slot, axis=1), cache, part)
+    return (
+        part
+        if slot is None
+        else jax.tree.map(
+            lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, slot, axis=1), cache, part
+        )
+    )

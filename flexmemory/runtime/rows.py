@@ -1,13 +1,16 @@
-"""Row sources: where a running model takes its rows from. One interface, so that the engine cannot tell them apart:
+"""Row sources: where a running model takes its rows from. One interface, so that the engine cannot
+tell them apart:
 
-    ticket = source.request(ids_U, size)   sorted different ids of one step; starts reading what must be read, returns at once
-    stored = ticket.collect()              waits; {group: rows as ``encoding.decode`` takes them}, of ``size`` >= U places
-    ticket.places_U                        int32: the place of each id's row
-    ticket.release()                       the step has ended, its buffers may be used again
-    source.layouts, source.bases           how rows are stored, and the bases of low-rank ones
-    source.abandon()                       the steps under way will not end: after an error
-    source.stats()                         counters since the start
-    source.close()                         ends its threads
+ticket = source.request(ids_U, size)   sorted different ids of one step; starts reading what must be
+read, returns at once
+stored = ticket.collect()              waits; {group: rows as ``encoding.decode`` takes them}, of
+``size`` >= U places
+ticket.places_U                        int32: the place of each id's row
+ticket.release()                       the step has ended, its buffers may be used again
+source.layouts, source.bases           how rows are stored, and the bases of low-rank ones
+source.abandon()                       the steps under way will not end: after an error
+source.stats()                         counters since the start
+source.close()                         ends its threads
 """
 
 import dataclasses
@@ -31,10 +34,11 @@ PRELOAD = 512  # rows in one read of a table that is loaded ahead
 
 @dataclasses.dataclass(frozen=True)
 class Budgets:
-    """Bytes of rows that each tier may hold, and by which policy: static, lru, lfu or window (runtime/cache.py).
+    """Bytes of rows that each tier may hold, and by which policy: static, lru, lfu or window
+    (runtime/cache.py).
 
-    hot: on the device. ram: in host memory; None for the whole table on the device, then nothing is read while running. window: steps
-    that the policy ``window`` keeps.
+    hot: on the device. ram: in host memory; None for the whole table on the device, then nothing is
+    read while running. window: steps that the policy ``window`` keeps.
     """
 
     ram: int | None = 64 << 20
@@ -79,11 +83,21 @@ class ResidentRows:
         self.tables, self.layouts, self.bases = tables, layouts, bases
 
     @classmethod
-    def from_params(cls, cfg: ModelConfig, params: dict, groups: tuple[Group, ...], bases: Bases, fold_rows: int) -> "ResidentRows":
-        """Folds live parameters. Equal bits to a store with these groups and ``fold_rows`` that was exported on the same backend."""
+    def from_params(
+        cls, cfg: ModelConfig, params: dict, groups: tuple[Group, ...], bases: Bases, fold_rows: int
+    ) -> "ResidentRows":
+        """Folds live parameters. Equal bits to a store with these groups and ``fold_rows`` that was
+        exported on the same backend.
+        """
         layouts, params = layouts_of(groups), jax.device_put(params)
         tables = {name: empty_table(layout, cfg.vocab_size) for name, layout in layouts}
-        for start, bundles in fold.fold_table(params, bases, cfg=cfg, groups=groups, fold_rows=fold_rows, block_rows=fold_rows) if groups else ():
+        for start, bundles in (
+            fold.fold_table(
+                params, bases, cfg=cfg, groups=groups, fold_rows=fold_rows, block_rows=fold_rows
+            )
+            if groups
+            else ()
+        ):
             places = np.arange(start, min(start + fold_rows, cfg.vocab_size), dtype=np.int32)
             tables = put_rows(tables, views(layouts, bundles), places)
         return cls(tables, layouts, bases)
@@ -96,7 +110,9 @@ class ResidentRows:
         with ProgressLine("load rows", v, "rows", enabled=progress) as line:
             for start in range(0, v if layouts else 0, PRELOAD):
                 ids = np.arange(start, min(start + PRELOAD, v))
-                buffers = {name: allocate(len(ids), layout.bundle_bytes) for name, layout in layouts}
+                buffers = {
+                    name: allocate(len(ids), layout.bundle_bytes) for name, layout in layouts
+                }
                 store.read_bundles(ids, buffers)
                 tables = put_rows(tables, views(layouts, buffers), ids.astype(np.int32))
                 line.update(start + len(ids))
@@ -111,19 +127,31 @@ class ResidentRows:
         pass
 
     def stats(self) -> dict:
-        return {"source": "resident", "resident_bytes": sum(table.nbytes for table in self.tables.values())}
+        return {
+            "source": "resident",
+            "resident_bytes": sum(table.nbytes for table in self.tables.values()),
+        }
 
     def close(self) -> None:
         pass
 
 
 class LiveRows:
-    """Rows folded from the weights when an id is first asked for, and kept; for checking a store against its run.
+    """Rows folded from the weights when an id is first asked for, and kept; for checking a store
+    against its run.
 
-    The fold runs at ``fold_rows`` addresses a call, the shape of the export, so on the same backend the bits are the same.
+    The fold runs at ``fold_rows`` addresses a call, the shape of the export, so on the same backend
+    the bits are the same.
     """
 
-    def __init__(self, cfg: ModelConfig, params: dict, groups: tuple[Group, ...], bases: Bases, fold_rows: int):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: dict,
+        groups: tuple[Group, ...],
+        bases: Bases,
+        fold_rows: int,
+    ):
         self.cfg, self.params, self.fold_rows = cfg, jax.device_put(params), fold_rows
         self.layouts, self.bases = layouts_of(groups), bases
         self._known: dict[int, dict[str, np.ndarray]] = {}  # id: {group: its bundle as stored}
@@ -133,9 +161,14 @@ class LiveRows:
         for at in range(0, len(new), self.fold_rows):
             part = new[at : at + self.fold_rows]
             ids = np.asarray(part + [part[-1]] * (self.fold_rows - len(part)), np.int32)
-            stored, _ = fold.fold_call(self.params, self.bases, ids, len(part), cfg=self.cfg, layouts=self.layouts)
+            stored, _ = fold.fold_call(
+                self.params, self.bases, ids, len(part), cfg=self.cfg, layouts=self.layouts
+            )
             stored = {name: np.asarray(rows) for name, rows in stored.items()}
-            self._known |= {i: {name: rows[place].copy() for name, rows in stored.items()} for place, i in enumerate(part)}
+            self._known |= {
+                i: {name: rows[place].copy() for name, rows in stored.items()}
+                for place, i in enumerate(part)
+            }
         out = {}
         for name, layout in self.layouts:
             view = host_view(layout, np.zeros((size, layout.bundle_bytes), np.uint8))
@@ -172,4 +205,6 @@ def take_rows(tables: dict, ids_S: jax.Array) -> dict:
 @jax.jit(donate_argnums=0)
 def put_rows(tables: dict, stored: dict, slots_S: jax.Array) -> dict:
     """tables with stored[s] at slots_S[s]; a slot beyond the table is dropped."""
-    return {name: table.at[slots_S].set(stored[name], mode="drop") for name, table in tables.items()}
+    return {
+        name: table.at[slots_S].set(stored[name], mode="drop") for name, table in tables.items()
+    }

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 
 
 class TextStream:
-    """``add(token)`` returns the text that is certain by now; ``stopped`` says that a stop text came; ``finish()`` returns the rest.
+    """``add(token)`` returns the text that is certain by now; ``stopped`` says that a stop text
+    came; ``finish()`` returns the rest.
 
-    The pieces joined are the decoded ids up to the first stop text. A character of which only some bytes are there, and text
-    that may still become a stop text, are held back.
+    The pieces joined are the decoded ids up to the first stop text. A character of which only some
+    bytes are there, and text that may still become a stop text, are held back.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()):
@@ -18,7 +19,9 @@ class TextStream:
 
     def add(self, token: int) -> str:
         self._ids.append(token)
-        context = self._ids[max(0, self._settled - 4) : self._settled]  # decoders may look at the neighbour, e.g. for a space
+        context = self._ids[
+            max(0, self._settled - 4) : self._settled
+        ]  # decoders may look at the neighbour, e.g. for a space
         before, after = self._decode(context), self._decode(context + self._ids[self._settled :])
         if not after.endswith("\ufffd") and after.startswith(before):
             self._settled = len(self._ids)
@@ -38,11 +41,25 @@ class TextStream:
         return self._text[: self._shown]
 
     def _safe_end(self) -> int:
-        found = [at for at in (self._text.find(stop, max(0, self._shown - len(stop))) for stop in self._stops) if at >= 0]
+        found = [
+            at
+            for at in (
+                self._text.find(stop, max(0, self._shown - len(stop))) for stop in self._stops
+            )
+            if at >= 0
+        ]
         if found:
             self.stopped, self._text = True, self._text[: min(found)]
             return len(self._text)
-        held = max((n for stop in self._stops for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
+        held = max(
+            (
+                n
+                for stop in self._stops
+                for n in range(1, len(stop))
+                if self._text.endswith(stop[:n])
+            ),
+            default=0,
+        )
         return len(self._text) - held
 
     def _show(self, end: int) -> str:

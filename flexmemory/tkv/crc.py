@@ -1,4 +1,6 @@
-"""CRC-32 as zlib has it, by ISA-L, which is six times as fast; and that of a whole from those of its pieces."""
+"""CRC-32 as zlib has it, by ISA-L, which is six times as fast; and that of a whole from those of
+its pieces.
+"""
 
 import functools
 from collections.abc import Iterable
@@ -13,7 +15,9 @@ PIECE_BYTES = 1 << 24  # checked by one thread: a millisecond
 
 
 def crc32_of_parts(parts: Iterable) -> int:
-    """CRC-32 of bytes and contiguous arrays one after another, each by all processors. No part is copied or kept."""
+    """CRC-32 of bytes and contiguous arrays one after another, each by all processors. No part is
+    copied or kept.
+    """
     crc = 0
     with ThreadPoolExecutor() as pool:
         for part in parts:
@@ -25,12 +29,14 @@ def crc32_of_parts(parts: Iterable) -> int:
 
 
 def combined(first: int, second: int, length: int) -> int:
-    """CRC-32 of two pieces of data one after the other, of the CRC-32 of each; ``length``: bytes of the second."""
+    """CRC-32 of two pieces of data one after the other, of the CRC-32 of each; ``length``: bytes of
+    the second.
+    """
     return _product(_shift(length), first) ^ second
 
 
-# A CRC is the remainder of a polynomial over the field of two elements; bit 31 is the constant term, and data followed by n bytes are the data
-# times x^8n.
+# A CRC is the remainder of a polynomial over the field of two elements; bit 31 is the constant
+# term, and data followed by n bytes are the data times x^8n.
 
 
 @functools.cache

@@ -1,8 +1,10 @@
-"""The TKV store's layout: what a manifest says, names and sizes of files, zarr3 metadata. docs/formats.md describes the same bytes for other readers.
+"""The TKV store's layout: what a manifest says, names and sizes of files, zarr3 metadata.
+docs/formats.md describes the same bytes for other readers.
 
     STORE/tkv.json                  manifest, written last: a directory without it is not a store
     STORE/tkv.partial.<host>.json   only while an export is unfinished
-    STORE/rows/<group>/             zarr3, one token's rows of all layers contiguous: [V, L, W], or encoded uint8 [V, B]
+    STORE/rows/<group>/             zarr3, one token's rows of all layers contiguous: [V, L, W], or
+    encoded uint8 [V, B]
     STORE/checksums/<group>/        zarr3 uint32 [V], CRC-32 of each token's bundle
     STORE/basis.safetensors         of low-rank rows
     STORE/counts.npy                optional, how often each id occurs in the training data
@@ -28,7 +30,9 @@ from flexmemory.tkv.encoding import Layout
 VERSION = 2
 MANIFEST, TOKENIZER, BASIS, COUNTS = "tkv.json", "tokenizer.json", "basis.safetensors", "counts.npy"
 COPY_MARK = "tkv.partial.copy.json"  # of an unfinished copy
-SHARD_BYTES = 32 << 20  # of the widest group; 32-64 MiB: the size hardly matters once indexes are cached
+SHARD_BYTES = (
+    32 << 20
+)  # of the widest group; 32-64 MiB: the size hardly matters once indexes are cached
 FOLD_ROWS = 1024  # largest number of addresses in one call of the fold
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}  # zarr's codec
 INDEX_CODECS = [LITTLE, {"name": "crc32c"}]
@@ -42,7 +46,9 @@ class Group:
     """One array of rows: the memory layers whose rows have the same width."""
 
     name: str  # "w<W>"; the array is rows/<name>, its checksums checksums/<name>
-    layers: tuple[int, ...]  # model layer (0 is nearest the input) of each place on the array's layer axis
+    layers: tuple[
+        int, ...
+    ]  # model layer (0 is nearest the input) of each place on the array's layer axis
     layout: Layout
     shards: int  # files of the array
     bytes: int  # of rows, all tokens, without shard indexes
@@ -93,7 +99,9 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What tkv.json says (:mod:`flexmemory.tkv.manifest` writes and reads it). ``groups`` and all byte counts follow from the fields before ``files`` and are checked against them."""
+    """What tkv.json says (:mod:`flexmemory.tkv.manifest` writes and reads it). ``groups`` and all
+    byte counts follow from the fields before ``files`` and are checked against them.
+    """
 
     model: ModelConfig
     dtype: str  # one of encoding.DTYPES
@@ -105,9 +113,13 @@ class Manifest:
     ranks: tuple[int, ...] | None = None  # by memory layer in model order; None: full rows
     rank_error: float | None = None  # the error budget that chose the ranks
     files: tuple[File, ...] = ()  # every file but the manifest, by name; version 1: the backbone's
-    errors: tuple[LayerError, ...] | None = None  # by memory layer in model order; None: plain float32, or version 1
+    errors: tuple[LayerError, ...] | None = (
+        None  # by memory layer in model order; None: plain float32, or version 1
+    )
     version: int = VERSION
-    flexmemory: str = dataclasses.field(default_factory=lambda: importlib.metadata.version("flexmemory"))
+    flexmemory: str = dataclasses.field(
+        default_factory=lambda: importlib.metadata.version("flexmemory")
+    )
 
     @property
     def vocab_size(self) -> int:
@@ -139,13 +151,27 @@ class Manifest:
         return next((file for file in self.files if file.name == name), None)
 
 
-def model_groups(model: ModelConfig, dtype: str, shard_rows: int, scale_group: int = 0, ranks: tuple[int, ...] | None = None) -> tuple[Group, ...]:
+def model_groups(
+    model: ModelConfig,
+    dtype: str,
+    shard_rows: int,
+    scale_group: int = 0,
+    ranks: tuple[int, ...] | None = None,
+) -> tuple[Group, ...]:
     """The groups of a store of ``model``. ``ranks``: by memory layer in model order."""
     specs, made, v = layer_specs(model), [], model.vocab_size
     rank_of = dict(zip(memory_layers(model), ranks, strict=True)) if ranks else {}
     for name, layers in row_groups(specs).items():
-        layout = Layout(len(layers), specs[layers[0]].row_width, dtype, scale_group, tuple(rank_of[i] for i in layers) if ranks else None)
-        made.append(Group(name, tuple(layers), layout, math.ceil(v / shard_rows), v * layout.bundle_bytes))
+        layout = Layout(
+            len(layers),
+            specs[layers[0]].row_width,
+            dtype,
+            scale_group,
+            tuple(rank_of[i] for i in layers) if ranks else None,
+        )
+        made.append(
+            Group(name, tuple(layers), layout, math.ceil(v / shard_rows), v * layout.bundle_bytes)
+        )
     return tuple(made)
 
 
@@ -155,22 +181,38 @@ def memory_layers(model: ModelConfig) -> list[int]:
 
 
 def model_layers(model: ModelConfig) -> list[dict]:
-    """The resolved layers from input to output, so that a reader needs neither the pattern's grammar nor the rules for widths.
+    """The resolved layers from input to output, so that a reader needs neither the pattern's
+    grammar nor the rules for widths.
 
-    kind: of the block; d_ffn: width of the FFN that the block keeps, 0 without; square: number of D x D matrices of a flex
-    layer's FFN-C, 0 for a SwiGLU; group, place: where its rows are, rows/<group>[token, place], None without memory.
+    kind: of the block; d_ffn: width of the FFN that the block keeps, 0 without; square: number of D
+    x D matrices of a flex layer's FFN-C, 0 for a SwiGLU; group, place: where its rows are,
+    rows/<group>[token, place], None without memory.
     """
     specs = layer_specs(model)
-    place = {layer: (name, k) for name, layers in row_groups(specs).items() for k, layer in enumerate(layers)}
+    place = {
+        layer: (name, k)
+        for name, layers in row_groups(specs).items()
+        for k, layer in enumerate(layers)
+    }
     made = []
     for i, spec in enumerate(specs):
         group, k = place.get(i, (None, None))
-        made.append({"kind": spec.kind, "d_ffn": spec.d_ffn, "square": spec.square, "group": group, "place": k})
+        made.append(
+            {
+                "kind": spec.kind,
+                "d_ffn": spec.d_ffn,
+                "square": spec.square,
+                "group": group,
+                "place": k,
+            }
+        )
     return made
 
 
 def default_shard_rows(model: ModelConfig, dtype: str) -> int:
-    """The largest power of two whose shard of the widest group at full rank stays within 32 MiB, at most the first that holds all V."""
+    """The largest power of two whose shard of the widest group at full rank stays within 32 MiB, at
+    most the first that holds all V.
+    """
     bundle = max((group.bundle_bytes for group in model_groups(model, dtype, 1)), default=1)
     return min(floor_power(SHARD_BYTES // bundle), next_power(model.vocab_size))
 
@@ -203,7 +245,9 @@ def checksum_file(group: Group, block: int) -> str:
 
 
 def shard_bytes(manifest: Manifest, group: Group, block: int) -> int:
-    """Size of a whole shard file: its bundles, then an index with an entry for every place, used or not, then the index's crc32c."""
+    """Size of a whole shard file: its bundles, then an index with an entry for every place, used or
+    not, then the index's crc32c.
+    """
     tokens = min(manifest.shard_rows, manifest.vocab_size - block * manifest.shard_rows)
     return tokens * group.bundle_bytes + INDEX_ENTRY_BYTES * manifest.shard_rows + INDEX_CRC_BYTES
 
@@ -220,53 +264,88 @@ def expected_files(manifest: Manifest) -> dict[str, int]:
 
 def fixed_names(manifest: Manifest) -> list[str]:
     """Files that every store like this has, besides the shards and the backbone."""
-    arrays = [f"{kind}/{group.name}/zarr.json" for group in manifest.groups for kind in ("rows", "checksums")]
+    arrays = [
+        f"{kind}/{group.name}/zarr.json"
+        for group in manifest.groups
+        for kind in ("rows", "checksums")
+    ]
     return [*arrays, TOKENIZER, *([BASIS] if manifest.ranks else [])]
 
 
 def rows_spec(kvstore: dict, manifest: Manifest, group: Group) -> dict:
-    """TensorStore spec of rows/<group> in a kvstore (``location.spec(f"rows/{group.name}")``). Opening with it checks the stored metadata
-    against the manifest."""
+    """TensorStore spec of rows/<group> in a kvstore (``location.spec(f"rows/{group.name}")``).
+    Opening with it checks the stored metadata against the manifest.
+    """
     layout = group.layout
-    inner, names = ((layout.layers, layout.width), ("layer", "width")) if layout.plain else ((layout.bundle_bytes,), ("byte",))
+    inner, names = (
+        ((layout.layers, layout.width), ("layer", "width"))
+        if layout.plain
+        else ((layout.bundle_bytes,), ("byte",))
+    )
     sharding = {
         "chunk_shape": [1, *inner],
         "codecs": [LITTLE if layout.plain else {"name": "bytes"}],
         "index_codecs": INDEX_CODECS,
         "index_location": "end",
     }
-    return _spec(kvstore, {
-        "shape": [manifest.vocab_size, *inner],
-        "data_type": layout.dtype if layout.plain else "uint8",
-        "dimension_names": ["token", *names],
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [manifest.shard_rows, *inner]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    })
+    return _spec(
+        kvstore,
+        {
+            "shape": [manifest.vocab_size, *inner],
+            "data_type": layout.dtype if layout.plain else "uint8",
+            "dimension_names": ["token", *names],
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [manifest.shard_rows, *inner]},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    )
 
 
 def checksums_spec(kvstore: dict, manifest: Manifest) -> dict:
-    return _spec(kvstore, {
-        "shape": [manifest.vocab_size],
-        "data_type": "uint32",
-        "dimension_names": ["token"],
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [manifest.shard_rows]}},
-        "codecs": [LITTLE],
-    })
+    return _spec(
+        kvstore,
+        {
+            "shape": [manifest.vocab_size],
+            "data_type": "uint32",
+            "dimension_names": ["token"],
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [manifest.shard_rows]},
+            },
+            "codecs": [LITTLE],
+        },
+    )
 
 
 def index_spec(kvstore: dict, manifest: Manifest) -> dict:
-    """A shard's index as an array of its own, encoded as it is in the shard: (offset, length) of each bundle."""
+    """A shard's index as an array of its own, encoded as it is in the shard: (offset, length) of
+    each bundle.
+    """
     shape = [manifest.shard_rows, 2]
-    return _spec(kvstore, {"shape": shape, "data_type": "uint64", "codecs": INDEX_CODECS,
-                           "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}}})
+    return _spec(
+        kvstore,
+        {
+            "shape": shape,
+            "data_type": "uint64",
+            "codecs": INDEX_CODECS,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
+        },
+    )
 
 
 def _spec(kvstore: dict, metadata: dict) -> dict:
     return {
         "driver": "zarr3",
         "kvstore": kvstore,
-        "metadata": {"fill_value": 0, "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}}, **metadata},
-        "store_data_equal_to_fill_value": True,  # else bundles of zeros vanish and the others move up
+        "metadata": {
+            "fill_value": 0,
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            **metadata,
+        },
+        # else bundles of zeros vanish and the others move up
+        "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,  # a lost shard is an error, not zeros
         "recheck_cached_data": False,
     }

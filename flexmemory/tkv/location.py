@@ -1,7 +1,9 @@
-"""Where a store lies: a directory, s3://, gs://, or http(s):// (read only). Names of files are relative, with "/".
+"""Where a store lies: a directory, s3://, gs://, or http(s):// (read only). Names of files are
+relative, with "/".
 
-Both kinds of location have the same methods. A write appears whole or not at all and is durable when it returns. Whatever goes
-wrong is a UserError of one line; an absent file is a FileNotFoundError of :meth:`read`.
+Both kinds of location have the same methods. A write appears whole or not at all and is durable
+when it returns. Whatever goes wrong is a UserError of one line; an absent file is a
+FileNotFoundError of :meth:`read`.
 """
 
 import contextlib
@@ -18,7 +20,12 @@ import tensorstore as ts
 from flexmemory import files
 from flexmemory.errors import UserError
 
-REMOTE = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http"}  # URL scheme to TensorStore driver
+REMOTE = {
+    "s3": "s3",
+    "gs": "gcs",
+    "http": "http",
+    "https": "http",
+}  # URL scheme to TensorStore driver
 
 
 class DamagedFile(UserError):
@@ -27,16 +34,24 @@ class DamagedFile(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """How long a remote location goes on. TensorStore repeats requests that failed with 5xx or without an answer."""
+    """How long a remote location goes on. TensorStore repeats requests that failed with 5xx or
+    without an answer.
+    """
 
     retries: int = 6
     first_delay_s: float = 0.2  # doubled for every further retry
     longest_delay_s: float = 5.0
-    timeout_s: float = 300.0  # of one call, its retries included: a server that says nothing is given up
+    timeout_s: float = (
+        300.0  # of one call, its retries included: a server that says nothing is given up
+    )
 
     @property
     def resource(self) -> dict:
-        return {"max_retries": self.retries, "initial_delay": f"{self.first_delay_s}s", "max_delay": f"{self.longest_delay_s}s"}
+        return {
+            "max_retries": self.retries,
+            "initial_delay": f"{self.first_delay_s}s",
+            "max_delay": f"{self.longest_delay_s}s",
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +65,29 @@ class LocalLocation:
         return str(self.local)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes start..stop, to the end without ``stop``. Raises FileNotFoundError; DamagedFile where the file ends before ``stop``."""
+        """Bytes start..stop, to the end without ``stop``. Raises FileNotFoundError; DamagedFile
+        where the file ends before ``stop``.
+        """
         path = self.local / checked(name)
         try:
             with open(path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 end = size if stop is None else stop
                 if start < end and end > size:
-                    raise DamagedFile(f"{path}: {size} bytes, {end} expected; copy the store again or export the run again")
+                    raise DamagedFile(
+                        f"{path}: {size} bytes, {end} expected; copy the store again or export the"
+                        " run again"
+                    )
                 parts, position = [], start
                 while position < end:
-                    parts.append(os.pread(file.fileno(), end - position, position))  # at most 2 GiB at a time
+                    parts.append(
+                        os.pread(file.fileno(), end - position, position)
+                    )  # at most 2 GiB at a time
                     if not parts[-1]:
-                        raise DamagedFile(f"{path}: ends after {position} bytes, it had {size}; run the same command again")
+                        raise DamagedFile(
+                            f"{path}: ends after {position} bytes, it had {size}; run the same"
+                            " command again"
+                        )
                     position += len(parts[-1])
                 return b"".join(parts)
         except (FileNotFoundError, NotADirectoryError):
@@ -75,7 +100,9 @@ class LocalLocation:
         self.write_parts(name, [data])
 
     def write_parts(self, name: str, parts: Iterable) -> None:
-        """Writes the parts one after another, none kept. Where the iterator raises, nothing is left."""
+        """Writes the parts one after another, none kept. Where the iterator raises, nothing is
+        left.
+        """
         path = self.local / checked(name)
         try:
             make_directory(path.parent)
@@ -84,7 +111,9 @@ class LocalLocation:
             raise _local_error(path, "written", error) from error
 
     def delete(self, name: str) -> None:
-        """No error when there is no such file. Directories that become empty go too: as in an object store they are parts of names."""
+        """No error when there is no such file. Directories that become empty go too: as in an
+        object store they are parts of names.
+        """
         path = self.local / checked(name)
         try:
             path.unlink()
@@ -94,7 +123,7 @@ class LocalLocation:
         except OSError as error:
             raise _local_error(path, "deleted", error) from error
         with contextlib.suppress(OSError):  # not empty, or never there
-            for folder in path.parents[:len(Path(name).parts) - 1]:
+            for folder in path.parents[: len(Path(name).parts) - 1]:
                 folder.rmdir()
 
     def names(self, prefix: str = "") -> list[str]:
@@ -105,7 +134,11 @@ class LocalLocation:
             for place, folders, here in os.walk(folder, onerror=_raise):
                 inside = "".join(f"{part}/" for part in Path(place).relative_to(self.local).parts)
                 found += [inside + name for name in here]
-                folders[:] = [name for name in folders if prefix.startswith(inside + name) or (inside + name).startswith(prefix)]
+                folders[:] = [
+                    name
+                    for name in folders
+                    if prefix.startswith(inside + name) or (inside + name).startswith(prefix)
+                ]
         except (FileNotFoundError, NotADirectoryError):
             pass  # nothing there, or removed meanwhile
         except OSError as error:
@@ -133,7 +166,9 @@ class LocalLocation:
         return {"driver": "file", "path": f"{folder.absolute()}/"}
 
     def wait(self, future: ts.Future):
-        """The result of one of TensorStore's futures about this location. Raises RuntimeError with TensorStore's message in one line."""
+        """The result of one of TensorStore's futures about this location. Raises RuntimeError with
+        TensorStore's message in one line.
+        """
         return _result(future, None)
 
 
@@ -169,20 +204,28 @@ class RemoteLocation:
         self.write(name, content)
 
     def claim(self, name: str, data) -> bool:
-        """Writes ``name`` unless another process has written it since this one first claimed it; False when that happened.
+        """Writes ``name`` unless another process has written it since this one first claimed it;
+        False when that happened.
 
-        The first claim takes the object over whatever it holds, so of several claimants the last to come goes on and all others
-        learn of it at their next claim, unless both wrote the same bytes (S3 knows an object by its hash). As strict as the server's
-        conditional writes: on an S3 endpoint that is not Amazon's, TensorStore compares and writes in two requests.
+        The first claim takes the object over whatever it holds, so of several claimants the last to
+        come goes on and all others learn of it at their next claim, unless both wrote the same
+        bytes (S3 knows an object by its hash). As strict as the server's conditional writes: on an
+        S3 endpoint that is not Amazon's, TensorStore compares and writes in two requests.
         """
         self._check_writable(name)
         before = self.generations.get(name)
         if before is None:
-            before = self._wait(name, "read", self.kvstore.read(checked(name), byte_range=slice(0, 0))).stamp.generation
-        after = self._wait(name, "written", self.kvstore.write(checked(name), bytes(data), if_equal=before)).generation
+            before = self._wait(
+                name, "read", self.kvstore.read(checked(name), byte_range=slice(0, 0))
+            ).stamp.generation
+        after = self._wait(
+            name, "written", self.kvstore.write(checked(name), bytes(data), if_equal=before)
+        ).generation
         if not after:  # TensorStore's "unknown": the condition did not hold, or there is no bucket
             if name not in self.sizes([name]):
-                raise UserError(f"{self.url}/{name}: cannot be written; check that the bucket exists")
+                raise UserError(
+                    f"{self.url}/{name}: cannot be written; check that the bucket exists"
+                )
             return False
         self.generations[name] = after
         return True
@@ -194,19 +237,32 @@ class RemoteLocation:
     def names(self, prefix: str = "") -> list[str]:
         """As of a local location. Raises UserError over http, which cannot list."""
         if not self.writable:
-            raise UserError(f"{self.url}: http cannot list files; use the s3:// or gs:// URL or a local path")
+            raise UserError(
+                f"{self.url}: http cannot list files; use the s3:// or gs:// URL or a local path"
+            )
         first = prefix.encode()
-        keys = ts.KvStore.KeyRange(first, first[:-1] + bytes([first[-1] + 1])) if first else None  # UTF-8 never ends in 255
+        keys = (
+            ts.KvStore.KeyRange(first, first[:-1] + bytes([first[-1] + 1])) if first else None
+        )  # UTF-8 never ends in 255
         return sorted(key.decode() for key in self._wait(prefix, "listed", self.kvstore.list(keys)))
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """None for each of the files that are there. Asked file by file, many at a time: it needs no right to list, and http cannot."""
+        """None for each of the files that are there. Asked file by file, many at a time: it needs
+        no right to list, and http cannot.
+        """
         asked = {name: self.kvstore.read(checked(name), byte_range=slice(0, 0)) for name in names}
-        return {name: None for name, future in asked.items() if self._wait(name, "read", future).state != "missing"}
+        return {
+            name: None
+            for name, future in asked.items()
+            if self._wait(name, "read", future).state != "missing"
+        }
 
     def spec(self, name: str = "") -> dict:
         """TensorStore's kvstore JSON of the folder ``name``, retries included."""
-        return {**self.base, "path": self.base.get("path", "") + (f"{checked(name)}/" if name else "")}
+        return {
+            **self.base,
+            "path": self.base.get("path", "") + (f"{checked(name)}/" if name else ""),
+        }
 
     def wait(self, future: ts.Future):
         """As of a local location. Raises TimeoutError as well, once the patience is over."""
@@ -214,7 +270,10 @@ class RemoteLocation:
 
     def _check_writable(self, name: str) -> None:
         if not self.writable:
-            raise UserError(f"{self.url}/{name}: http locations are read only; write to a local path, s3:// or gs://")
+            raise UserError(
+                f"{self.url}/{name}: http locations are read only; write to a local path, s3:// or"
+                " gs://"
+            )
 
     def _wait(self, name: str, action: str, future):
         try:
@@ -227,15 +286,19 @@ Location = LocalLocation | RemoteLocation
 
 
 def open_location(text: str | Path, *, patience: Patience | None = None) -> Location:
-    """A path, file:///path, s3://bucket/prefix, gs://bucket/prefix, http(s)://host/path. Touches neither disk nor network.
+    """A path, file:///path, s3://bucket/prefix, gs://bucket/prefix, http(s)://host/path. Touches
+    neither disk nor network.
 
-    s3: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL name another server than Amazon's, AWS_REGION or AWS_DEFAULT_REGION the region;
-    credentials come from the environment, the profile files or the instance. gs: TENSORSTORE_GCS_HTTP_URL names another server.
-    Raises UserError for any other scheme or a malformed URL.
+    s3: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL name another server than Amazon's, AWS_REGION or
+    AWS_DEFAULT_REGION the region; credentials come from the environment, the profile files or the
+    instance. gs: TENSORSTORE_GCS_HTTP_URL names another server. Raises UserError for any other
+    scheme or a malformed URL.
     """
     if isinstance(text, Path) or "://" not in text:
         if not str(text):
-            raise UserError("store '': empty path; give a directory or a URL such as s3://bucket/prefix")
+            raise UserError(
+                "store '': empty path; give a directory or a URL such as s3://bucket/prefix"
+            )
         return LocalLocation(Path(text))
     parts = urlsplit(text)
     if parts.scheme == "file":
@@ -243,9 +306,14 @@ def open_location(text: str | Path, *, patience: Patience | None = None) -> Loca
             raise UserError(f"{text}: not the URL of a local path; write file:///path/of/the/store")
         return LocalLocation(Path(unquote(parts.path)))
     if parts.scheme not in REMOTE:
-        raise UserError(f"{text}: unknown scheme {parts.scheme!r}; known: a local path, file, {', '.join(REMOTE)}")
+        raise UserError(
+            f"{text}: unknown scheme {parts.scheme!r}; known: a local path, file,"
+            f" {', '.join(REMOTE)}"
+        )
     if parts.query or parts.fragment or "@" in parts.netloc:
-        raise UserError(f"{text}: a store's URL takes no query, fragment or password; give scheme://host/path")
+        raise UserError(
+            f"{text}: a store's URL takes no query, fragment or password; give scheme://host/path"
+        )
     patience = patience or Patience()
     driver, url = REMOTE[parts.scheme], text.rstrip("/")
     try:
@@ -256,14 +324,25 @@ def open_location(text: str | Path, *, patience: Patience | None = None) -> Loca
             base |= _s3_environment()
         kvstore = ts.KvStore.open(base).result(timeout=patience.timeout_s)
     except ValueError as error:
-        raise UserError(f"{text}: not a URL of a store ({_one_line(error)}); give scheme://bucket/prefix or http(s)://host/path") from None
+        raise UserError(
+            f"{text}: not a URL of a store ({_one_line(error)}); give scheme://bucket/prefix or"
+            " http(s)://host/path"
+        ) from None
     return RemoteLocation(url, base, patience.timeout_s, kvstore, driver != "http", {})
 
 
 def checked(name: str) -> str:
     """The name itself. Raises UserError for one that would leave the location."""
-    if not name or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
-        raise UserError(f"file name {name!r}: must be relative and stay inside the store; the store is damaged, copy it again")
+    if (
+        not name
+        or name.startswith("/")
+        or any(part in ("", ".", "..") for part in name.split("/"))
+        or "\0" in name
+    ):
+        raise UserError(
+            f"file name {name!r}: must be relative and stay inside the store; the store is damaged,"
+            " copy it again"
+        )
     return name
 
 
@@ -274,7 +353,9 @@ def _s3_environment() -> dict:
         found["endpoint"] = endpoint.rstrip("/")
     if region := get("AWS_REGION") or get("AWS_DEFAULT_REGION"):
         found["aws_region"] = region
-    if get("AWS_ACCESS_KEY_ID"):  # first in TensorStore's chain too, which would complain of missing profile files on stderr
+    if get(
+        "AWS_ACCESS_KEY_ID"
+    ):  # first in TensorStore's chain too, which would complain of missing profile files on stderr
         found["aws_credentials"] = {"type": "environment"}
     return found
 
@@ -303,12 +384,20 @@ def _local_error(path: Path, action: str, error: OSError) -> UserError:
 
 def _remote_error(url: str, action: str, reason: str) -> UserError:
     if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
-        return UserError(f"{url}: cannot be {action}, permission denied ({reason}); check the credentials and what they allow")
+        return UserError(
+            f"{url}: cannot be {action}, permission denied ({reason}); check the credentials and"
+            " what they allow"
+        )
     if reason.startswith("OUT_OF_RANGE"):
-        return DamagedFile(f"{url}: shorter than expected ({reason}); copy the store again or export the run again")
+        return DamagedFile(
+            f"{url}: shorter than expected ({reason}); copy the store again or export the run again"
+        )
     if reason.startswith("NOT_FOUND") or "NoSuchBucket" in reason:
         return UserError(f"{url}: cannot be {action} ({reason}); check that the bucket exists")
-    return UserError(f"{url}: cannot be {action} ({reason}); check the network and the server, then run the same command again")
+    return UserError(
+        f"{url}: cannot be {action} ({reason}); check the network and the server, then run the same"
+        " command again"
+    )
 
 
 def _result(future: ts.Future, timeout_s: float | None):

@@ -1,4 +1,6 @@
-"""Low-rank rows: the best basis of a layer's rows is the leading eigenvectors of their Gram matrix X^T X (Eckart and Young)."""
+"""Low-rank rows: the best basis of a layer's rows is the leading eigenvectors of their Gram matrix
+X^T X (Eckart and Young).
+"""
 
 import functools
 
@@ -16,40 +18,59 @@ CALLS = 32  # of the fold whose float32 sums stay on the device before they are 
 
 
 def uniform_ranks(groups: tuple[Group, ...], rank: int | float) -> tuple[int, ...]:
-    """One rank per memory layer in model order: ``rank`` itself, or as a float that share of each layer's width.
+    """One rank per memory layer in model order: ``rank`` itself, or as a float that share of each
+    layer's width.
 
     Raises UserError for a rank outside 1..W, a share outside 0..1.
     """
     ranks = {}
     for group in groups:
         if isinstance(rank, float) and not 0 < rank <= 1:
-            raise UserError(f"--rank: {rank} is not a share above 0 and at most 1; give such a share, or a whole number of columns")
+            raise UserError(
+                f"--rank: {rank} is not a share above 0 and at most 1; give such a share, or a"
+                " whole number of columns"
+            )
         r = max(1, round(rank * group.width)) if isinstance(rank, float) else rank
         if not 1 <= r <= group.width:
-            raise UserError(f"--rank: {r} is not between 1 and {group.width}, the width of the rows of group {group.name}")
+            raise UserError(
+                f"--rank: {r} is not between 1 and {group.width}, the width of the rows of group"
+                f" {group.name}"
+            )
         ranks |= dict.fromkeys(group.layers, r)
     return tuple(ranks[layer] for layer in sorted(ranks))
 
 
 def useful_rank(vocab_size: int, width: int) -> int:
-    """The largest rank at which numbers [V, r] and basis [r, W] together are smaller than the rows [V, W]."""
+    """The largest rank at which numbers [V, r] and basis [r, W] together are smaller than the rows
+    [V, W].
+    """
     return max(0, (vocab_size * width - 1) // (vocab_size + width))
 
 
-def find_bases(params: dict, *, cfg: ModelConfig, groups: tuple[Group, ...], fold_rows: int, ranks: tuple[int, ...] | None = None,
-               rank_error: float | None = None, progress: bool = True) -> dict[int, np.ndarray]:
+def find_bases(
+    params: dict,
+    *,
+    cfg: ModelConfig,
+    groups: tuple[Group, ...],
+    fold_rows: int,
+    ranks: tuple[int, ...] | None = None,
+    rank_error: float | None = None,
+    progress: bool = True,
+) -> dict[int, np.ndarray]:
     """{model layer: basis float32 [r, W], orthonormal rows}, from one pass over all V.
 
-    ranks: by memory layer in model order. Without them each layer gets the smallest rank whose error, ||X - X B^T B|| / ||X||
-    in the Frobenius norm, is at most ``rank_error``. In memory: the Gram matrices of all layers, in float32 on the device and
-    in float64 on the host.
+    ranks: by memory layer in model order. Without them each layer gets the smallest rank whose
+    error, ||X - X B^T B|| / ||X|| in the Frobenius norm, is at most ``rank_error``. In memory: the
+    Gram matrices of all layers, in float32 on the device and in float64 on the host.
     """
     layers = sorted(layer for group in groups for layer in group.layers)
     rank_of = dict(zip(layers, ranks, strict=True)) if ranks else {}
     bases = {}
     for layer, gram_WW in grams(params, cfg, groups, fold_rows, progress).items():
         if not np.isfinite(gram_WW).all():
-            raise UserError(f"layer {layer}: its rows are not all finite; export an earlier checkpoint (--step)")
+            raise UserError(
+                f"layer {layer}: its rows are not all finite; export an earlier checkpoint (--step)"
+            )
         values, vectors = np.linalg.eigh(gram_WW)  # ascending
         rank = rank_of.get(layer) or _smallest_rank(values[::-1], rank_error)
         bases[layer] = np.ascontiguousarray(vectors[:, ::-1][:, :rank].T, np.float32)
@@ -62,20 +83,33 @@ def _smallest_rank(values: np.ndarray, rank_error: float) -> int:
     return max(1, int(np.argmax(tail <= rank_error**2 * tail[0])))
 
 
-def grams(params: dict, cfg: ModelConfig, groups: tuple[Group, ...], fold_rows: int, progress: bool) -> dict[int, np.ndarray]:
-    """{model layer: X^T X float64 [W, W]} of all V rows, from one pass over them; sums of CALLS calls are float32, on the device."""
-    zeros = {group.name: jnp.zeros((len(group.layers), group.width, group.width), jnp.float32) for group in groups}
+def grams(
+    params: dict, cfg: ModelConfig, groups: tuple[Group, ...], fold_rows: int, progress: bool
+) -> dict[int, np.ndarray]:
+    """{model layer: X^T X float64 [W, W]} of all V rows, from one pass over them; sums of CALLS
+    calls are float32, on the device.
+    """
+    zeros = {
+        group.name: jnp.zeros((len(group.layers), group.width, group.width), jnp.float32)
+        for group in groups
+    }
     total = {group.name: np.zeros(zeros[group.name].shape) for group in groups}
     v, step = cfg.vocab_size, fold_rows * CALLS
     with ProgressLine("export: bases", v, "rows", enabled=progress) as line:
         for start in range(0, v, step):
             stop, sums = min(start + step, v), jax.tree.map(jnp.copy, zeros)
             for at in range(start, stop, fold_rows):
-                sums = _add_gram(sums, params, np.arange(at, at + fold_rows, dtype=np.int32), cfg=cfg)
+                sums = _add_gram(
+                    sums, params, np.arange(at, at + fold_rows, dtype=np.int32), cfg=cfg
+                )
             for name, gram_LWW in sums.items():
                 total[name] += np.asarray(gram_LWW)
             line.update(stop)
-    return {layer: total[group.name][place] for group in groups for place, layer in enumerate(group.layers)}
+    return {
+        layer: total[group.name][place]
+        for group in groups
+        for place, layer in enumerate(group.layers)
+    }
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="sums")

@@ -9,7 +9,19 @@ from flexmemory.errors import UserError
 from flexmemory.tkv import format
 from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.encoding import DTYPES, FLOATS
-from flexmemory.tkv.format import BACKBONE_NAME, COPY_MARK, COUNTS, MANIFEST, TOKENIZER, VERSION, File, LayerError, Manifest, Source, TokenizerInfo
+from flexmemory.tkv.format import (
+    BACKBONE_NAME,
+    COPY_MARK,
+    COUNTS,
+    MANIFEST,
+    TOKENIZER,
+    VERSION,
+    File,
+    LayerError,
+    Manifest,
+    Source,
+    TokenizerInfo,
+)
 from flexmemory.tkv.location import Location
 
 FORMAT, READABLE = "tkv", (1, VERSION)
@@ -22,8 +34,18 @@ def to_json(manifest: Manifest) -> dict:
     for g in m.groups:
         ranks = {} if first else {"ranks": g.layout.ranks}
         scales = {"scales": None} if first else {}
-        groups.append({"name": g.name, "layers": g.layers, "width": g.width, **ranks, "bundle_bytes": g.bundle_bytes, "shards": g.shards,
-                       "bytes": g.bytes, **scales})
+        groups.append(
+            {
+                "name": g.name,
+                "layers": g.layers,
+                "width": g.width,
+                **ranks,
+                "bundle_bytes": g.bundle_bytes,
+                "shards": g.shards,
+                "bytes": g.bytes,
+                **scales,
+            }
+        )
     files = [dataclasses.asdict(file) for file in m.files]
     body = {
         "format": FORMAT,
@@ -43,7 +65,14 @@ def to_json(manifest: Manifest) -> dict:
         "backbone": {"dtype": "float32", **({"files": files} if first else {})},
         "tokenizer": {"file": TOKENIZER, **dataclasses.asdict(m.tokenizer)},
         "source": dataclasses.asdict(m.source),
-        **({} if first else {"errors": m.errors and [dataclasses.asdict(error) for error in m.errors], "files": files}),
+        **(
+            {}
+            if first
+            else {
+                "errors": m.errors and [dataclasses.asdict(error) for error in m.errors],
+                "files": files,
+            }
+        ),
     }
     body = json.loads(json.dumps(body))  # tuples become lists, as a reader sees them
     return {**body, "crc32": json_crc32(body)}
@@ -53,23 +82,40 @@ def from_json(content: object, origin: str) -> Manifest:
     """Checks a decoded tkv.json. Raises UserError naming the field and what to do."""
     mend = "export the run again"
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{origin}: not the manifest of a TKV store (format {_get(content, 'format')!r}); {mend}")
+        raise UserError(
+            f"{origin}: not the manifest of a TKV store (format {_get(content, 'format')!r});"
+            f" {mend}"
+        )
     if content.get("version") not in READABLE:
-        raise UserError(f"{origin}: version {content.get('version')!r}, this flexmemory reads {' and '.join(map(str, READABLE))}; {mend} or use "
-                        f"the flexmemory that wrote it ({content.get('flexmemory')})")
+        raise UserError(
+            f"{origin}: version {content.get('version')!r}, this flexmemory reads"
+            f" {' and '.join(map(str, READABLE))}; {mend} or use the flexmemory that wrote it"
+            f" ({content.get('flexmemory')})"
+        )
     body = {name: value for name, value in content.items() if name != "crc32"}
     if content.get("crc32") != json_crc32(body):
-        raise UserError(f"{origin}: crc32 {content.get('crc32')!r} does not fit the content, it was changed or damaged; {mend}")
+        raise UserError(
+            f"{origin}: crc32 {content.get('crc32')!r} does not fit the content, it was changed or"
+            f" damaged; {mend}"
+        )
     try:
         manifest = _parse(body)
         _check(manifest, origin, mend)
         written = to_json(manifest)
-        # a field that the config has gained since then takes its default, which must mean what was done before
-        written["model"] = {name: value for name, value in written["model"].items() if name in body["model"]}
+        # a field that the config has gained since then takes its default, which must mean what was
+        # done before
+        written["model"] = {
+            name: value for name, value in written["model"].items() if name in body["model"]
+        }
         if unknown := body.keys() - written.keys():
-            raise UserError(f"{origin}: unknown field {', '.join(sorted(unknown))}; {mend} or use the flexmemory that wrote it")
+            raise UserError(
+                f"{origin}: unknown field {', '.join(sorted(unknown))}; {mend} or use the"
+                " flexmemory that wrote it"
+            )
         if wrong := [name for name in written if name != "crc32" and written[name] != body[name]]:
-            raise UserError(f"{origin}: {', '.join(wrong)} not as the model, dtype and shard_rows say; {mend}")
+            raise UserError(
+                f"{origin}: {', '.join(wrong)} not as the model, dtype and shard_rows say; {mend}"
+            )
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -80,11 +126,21 @@ def from_json(content: object, origin: str) -> Manifest:
 def _parse(body: dict) -> Manifest:
     model, more = from_dict({"model": body["model"]}).model, {}
     if body["version"] > 1:
-        rank_of = {layer: rank for group in body["groups"] if group["ranks"] for layer, rank in zip(group["layers"], group["ranks"], strict=True)}
+        rank_of = {
+            layer: rank
+            for group in body["groups"]
+            if group["ranks"]
+            for layer, rank in zip(group["layers"], group["ranks"], strict=True)
+        }
         errors = body["errors"]
-        more = {"scale_group": body["scale_group"], "rank_error": body["rank_error"],
-                "ranks": tuple(rank_of[layer] for layer in format.memory_layers(model)) if rank_of else None,
-                "errors": None if errors is None else tuple(LayerError(**error) for error in errors)}
+        more = {
+            "scale_group": body["scale_group"],
+            "rank_error": body["rank_error"],
+            "ranks": (
+                tuple(rank_of[layer] for layer in format.memory_layers(model)) if rank_of else None
+            ),
+            "errors": None if errors is None else tuple(LayerError(**error) for error in errors),
+        }
     return Manifest(
         model=model,
         dtype=body["dtype"],
@@ -92,7 +148,9 @@ def _parse(body: dict) -> Manifest:
         fold_rows=body["fold_rows"],
         tokenizer=TokenizerInfo(**{k: v for k, v in body["tokenizer"].items() if k != "file"}),
         source=Source(**body["source"]),
-        files=tuple(File(**file) for file in (body["backbone"] if body["version"] == 1 else body)["files"]),
+        files=tuple(
+            File(**file) for file in (body["backbone"] if body["version"] == 1 else body)["files"]
+        ),
         version=body["version"],
         flexmemory=body["flexmemory"],
         **more,
@@ -106,43 +164,68 @@ def _check(m: Manifest, origin: str, mend: str) -> None:
     if m.vocab_size < 1 or m.shard_rows < 1 or m.shard_rows & (m.shard_rows - 1):
         raise UserError(f"{origin}: shard_rows {m.shard_rows} is not a power of two; {mend}")
     if m.scale_group < 0 or (m.scale_group and m.dtype in FLOATS):
-        raise UserError(f"{origin}: scale_group {m.scale_group} does not go with dtype {m.dtype}; {mend}")
+        raise UserError(
+            f"{origin}: scale_group {m.scale_group} does not go with dtype {m.dtype}; {mend}"
+        )
     if bad := [rank for g in m.groups for rank in g.layout.ranks or () if not 1 <= rank <= g.width]:
-        raise UserError(f"{origin}: groups: rank {bad[0]} is not between 1 and the rows' width; {mend}")
+        raise UserError(
+            f"{origin}: groups: rank {bad[0]} is not between 1 and the rows' width; {mend}"
+        )
     names = {file.name: file.bytes for file in m.files}
     if m.version == 1:
         if not all(BACKBONE_NAME.fullmatch(name) for name in names):
-            raise UserError(f"{origin}: backbone file names must be like backbone/model-00001-of-00001.safetensors; {mend}")
+            raise UserError(
+                f"{origin}: backbone file names must be like"
+                f" backbone/model-00001-of-00001.safetensors; {mend}"
+            )
         return
     if list(names) != sorted(names) or len(names) != len(m.files):
         raise UserError(f"{origin}: files: not sorted by name, or a name twice; {mend}")
     shards, rest = format.expected_files(m), {*format.fixed_names(m), COUNTS}
     for name in (*shards, *format.fixed_names(m)):
         if name not in names or names[name] != shards.get(name, names[name]):
-            raise UserError(f"{origin}: files: {name} is {'missing' if name not in names else f'{names[name]} bytes'}, "
-                            f"not as the model, dtype and shard_rows say; {mend}")
+            raise UserError(
+                f"{origin}: files: {name} is"
+                f" {'missing' if name not in names else f'{names[name]} bytes'}, not as the model,"
+                f" dtype and shard_rows say; {mend}"
+            )
     for name in names:
         if name not in shards and name not in rest and not BACKBONE_NAME.fullmatch(name):
             raise UserError(f"{origin}: files: {name!r} is no file of a store; {mend}")
 
 
 def read_manifest(location: Location) -> Manifest:
-    """The manifest of a complete store. Raises UserError where there is none, a partial export, or another version."""
+    """The manifest of a complete store. Raises UserError where there is none, a partial export, or
+    another version.
+    """
     try:
         content = json.loads(location.read(MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         if what := unfinished(location):
-            raise UserError(f"{location.url}: an unfinished {what}, not a store; run the same `flexmemory {what}` again to finish it") from None
-        raise UserError(f"{location.url}: no TKV store here (no {MANIFEST}); write one with `flexmemory export --workdir=RUN "
-                        f"--out={location.url}`") from None
+            raise UserError(
+                f"{location.url}: an unfinished {what}, not a store; run the same `flexmemory"
+                f" {what}` again to finish it"
+            ) from None
+        raise UserError(
+            f"{location.url}: no TKV store here (no {MANIFEST}); write one with `flexmemory export"
+            f" --workdir=RUN --out={location.url}`"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{location.url}/{MANIFEST}: not a readable JSON file ({error}); export the run again") from None
+        raise UserError(
+            f"{location.url}/{MANIFEST}: not a readable JSON file ({error}); export the run again"
+        ) from None
     return from_json(content, f"{location.url}/{MANIFEST}")
 
 
 def unfinished(location: Location) -> str | None:
-    """"export" or "copy" where the mark of one that has not ended is. Host 0 of an export always has one; version 1 had tkv.partial.json."""
-    for name, what in ((format.partial_file(0), "export"), (COPY_MARK, "copy"), ("tkv.partial.json", "export")):
+    """ "export" or "copy" where the mark of one that has not ended is. Host 0 of an export always
+    has one; version 1 had tkv.partial.json.
+    """
+    for name, what in (
+        (format.partial_file(0), "export"),
+        (COPY_MARK, "copy"),
+        ("tkv.partial.json", "export"),
+    ):
         try:
             location.read(name, 0, 1)
             return what
@@ -160,7 +243,9 @@ def json_crc32(body: dict) -> int:
 
 def config_hash(config: Config) -> str:
     """First 16 hex digits of a sha256 over the whole configuration."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 def _get(content, name):

@@ -1,4 +1,6 @@
-"""Opening and reading a TKV store. Every row that leaves here was checked against its checksum unless checking is off."""
+"""Opening and reading a TKV store. Every row that leaves here was checked against its checksum
+unless checking is off.
+"""
 
 import dataclasses
 import functools
@@ -40,16 +42,20 @@ class Store:
         return self.manifest.groups
 
     def read_bundles(self, ids_U: np.ndarray, out: dict[str, np.ndarray]) -> None:
-        """Fills ``out``, {group: uint8 [U, B] C-contiguous}, with the bundles of ascending different token ids int64.
+        """Fills ``out``, {group: uint8 [U, B] C-contiguous}, with the bundles of ascending
+        different token ids int64.
 
-        Raises UserError for an id outside the vocabulary, a shard that is missing or damaged, a bundle that fails its
-        checksum; what ``out`` then holds must not be used.
+        Raises UserError for an id outside the vocabulary, a shard that is missing or damaged, a
+        bundle that fails its checksum; what ``out`` then holds must not be used.
         """
         if not len(ids_U):
             return
         if ids_U[0] < 0 or ids_U[-1] >= self.manifest.vocab_size:
             bad = ids_U[0] if ids_U[0] < 0 else ids_U[-1]
-            raise UserError(f"token id {bad} is outside the store's vocabulary of {self.manifest.vocab_size}; use the store's tokenizer")
+            raise UserError(
+                f"token id {bad} is outside the store's vocabulary of {self.manifest.vocab_size};"
+                " use the store's tokenizer"
+            )
         for group in self.groups:
             self._readers[group.name].read(ids_U, out[group.name])
             if self.check:
@@ -58,11 +64,16 @@ class Store:
     def _verify(self, group: Group, ids_U: np.ndarray, bundles_UB: np.ndarray) -> None:
         wrong = np.flatnonzero(format.bundle_crc32(bundles_UB) != self._crc32_V[group.name][ids_U])
         if len(wrong):
-            raise UserError(f"{self.location.url}/rows/{group.name}: the rows of token {ids_U[wrong[0]]} fail their checksum"
-                            f"{f', and {len(wrong) - 1} more tokens' if len(wrong) > 1 else ''}; {MEND}")
+            raise UserError(
+                f"{self.location.url}/rows/{group.name}: the rows of token {ids_U[wrong[0]]} fail"
+                f" their checksum{f', and {len(wrong) - 1} more tokens' if len(wrong) > 1 else ''};"
+                f" {MEND}"
+            )
 
     def read_rows(self, ids_R: np.ndarray) -> dict[str, np.ndarray]:
-        """{group: rows_RLW, decoded} of token ids, any order, repeats allowed; in the store's dtype, float32 where rows are encoded."""
+        """{group: rows_RLW, decoded} of token ids, any order, repeats allowed; in the store's
+        dtype, float32 where rows are encoded.
+        """
         unique_U, inverse_R = np.unique(np.asarray(ids_R, np.int64), return_inverse=True)
         ordered = len(unique_U) == len(inverse_R) and bool((np.diff(inverse_R) > 0).all())
         stored = {group.name: allocate(len(unique_U), group.bundle_bytes) for group in self.groups}
@@ -74,7 +85,9 @@ class Store:
         return rows
 
     def bases(self) -> dict[str, Basis]:
-        """{group: basis float32 [r, W] of each layer}, () for a group that is not low-rank. Raises UserError on a damaged file."""
+        """{group: basis float32 [r, W] of each layer}, () for a group that is not low-rank. Raises
+        UserError on a damaged file.
+        """
         return self._bases
 
     @functools.cached_property
@@ -82,21 +95,32 @@ class Store:
         return load_bases(self.location, self.groups, self.manifest.file(BASIS))
 
     def backbone(self, *, stacked: bool = True, dtype: str = "float32") -> dict:
-        """Parameters without ``memory`` on the device, see :func:`backbone.load`. Raises UserError on a damaged file."""
-        return backbone.load(self.location, self.manifest.backbone, self.model, stacked=stacked, dtype=dtype)
+        """Parameters without ``memory`` on the device, see :func:`backbone.load`. Raises UserError
+        on a damaged file.
+        """
+        return backbone.load(
+            self.location, self.manifest.backbone, self.model, stacked=stacked, dtype=dtype
+        )
 
     def tokenizer(self) -> Tokenizer:
-        """The store's tokenizer. Raises UserError when tokenizer.json is not the one that was exported."""
+        """The store's tokenizer. Raises UserError when tokenizer.json is not the one that was
+        exported.
+        """
         return read_tokenizer(self.location, self.manifest)
 
     def counts(self) -> np.ndarray | None:
-        """How often each id occurs in the training data, uint64 [V]; None where the export had no counts."""
+        """How often each id occurs in the training data, uint64 [V]; None where the export had no
+        counts.
+        """
         file = self.manifest.file(COUNTS)
         if file is None:
             return None
         counts_V = np.load(io.BytesIO(_read_checked(self.location, file)))
         if counts_V.shape != (self.manifest.vocab_size,) or counts_V.dtype != np.uint64:
-            raise UserError(f"{self.location.url}/{COUNTS}: {counts_V.dtype} {counts_V.shape}, not uint64 [V]; export the run again")
+            raise UserError(
+                f"{self.location.url}/{COUNTS}: {counts_V.dtype} {counts_V.shape}, not uint64 [V];"
+                " export the run again"
+            )
         return counts_V
 
     def close(self) -> None:
@@ -105,35 +129,52 @@ class Store:
 
 
 def open_store(path: str | Path, *, check: bool = True) -> Store:
-    """Opens a TKV store at a path or URL and checks all that can be checked without reading rows: manifest, sizes of files, zarr
-    metadata, tokenizer.
+    """Opens a TKV store at a path or URL and checks all that can be checked without reading rows:
+    manifest, sizes of files, zarr metadata, tokenizer.
 
-    check: verify the checksum of every bundle that is read. Raises UserError: no store, an unfinished export, another
-    version, a missing or truncated file, another tokenizer.
+    check: verify the checksum of every bundle that is read. Raises UserError: no store, an
+    unfinished export, another version, a missing or truncated file, another tokenizer.
     """
     location = open_location(path)
     manifest = read_manifest(location)
-    check_sizes(location, format.expected_files(manifest) | {file.name: file.bytes for file in manifest.files})
+    check_sizes(
+        location,
+        format.expected_files(manifest) | {file.name: file.bytes for file in manifest.files},
+    )
     read_tokenizer(location, manifest)
     for group in manifest.groups:
-        _open_array(location, f"rows/{group.name}", lambda kvstore, group=group: format.rows_spec(kvstore, manifest, group))
-    crc32_V = {group.name: read_checksums(location, manifest, group) for group in manifest.groups if check}
+        _open_array(
+            location,
+            f"rows/{group.name}",
+            lambda kvstore, group=group: format.rows_spec(kvstore, manifest, group),
+        )
+    crc32_V = {
+        group.name: read_checksums(location, manifest, group) for group in manifest.groups if check
+    }
     readers = {group.name: open_reader(location, manifest, group) for group in manifest.groups}
     return Store(location, manifest, check, readers, crc32_V)
 
 
 def decoded(group: Group, bundles_RB: np.ndarray, basis: Basis) -> np.ndarray:
-    """rows_RLW of bundles uint8 [R, B]: a view in the stored dtype where they are plain, else float32."""
+    """rows_RLW of bundles uint8 [R, B]: a view in the stored dtype where they are plain, else
+    float32.
+    """
     stored = encoding.host_view(group.layout, bundles_RB)
     if group.layout.plain:
         return stored
-    padded = np.zeros((format.next_power(len(stored)), group.bundle_bytes), np.uint8)  # few shapes are compiled
+    padded = np.zeros(
+        (format.next_power(len(stored)), group.bundle_bytes), np.uint8
+    )  # few shapes are compiled
     padded[: len(stored)] = stored
-    return np.swapaxes(np.asarray(encoding.jitted_decode(group.layout, padded, basis, "float32")), 0, 1)[: len(stored)]
+    return np.swapaxes(
+        np.asarray(encoding.jitted_decode(group.layout, padded, basis, "float32")), 0, 1
+    )[: len(stored)]
 
 
 def check_sizes(location: Location, expected: dict[str, int]) -> None:
-    """Raises UserError naming the first file that is missing or of another size; a location that knows no sizes is trusted."""
+    """Raises UserError naming the first file that is missing or of another size; a location that
+    knows no sizes is trusted.
+    """
     found = location.sizes(list(expected))
     for name, size in expected.items():
         if name not in found:
@@ -143,11 +184,19 @@ def check_sizes(location: Location, expected: dict[str, int]) -> None:
 
 
 def read_checksums(location: Location, manifest: Manifest, group: Group) -> np.ndarray:
-    """uint32 [V], the CRC-32 of each token's bundle. From version 2 on they are those that the manifest knows, so no other store's rows pass."""
-    array = _open_array(location, f"checksums/{group.name}", lambda kvstore: format.checksums_spec(kvstore, manifest))
+    """uint32 [V], the CRC-32 of each token's bundle. From version 2 on they are those that the
+    manifest knows, so no other store's rows pass.
+    """
+    array = _open_array(
+        location,
+        f"checksums/{group.name}",
+        lambda kvstore: format.checksums_spec(kvstore, manifest),
+    )
     crc32_V = _result(location, f"checksums/{group.name}: cannot be read", array.read())
     files = {file.name: file for file in manifest.files}
-    whole = np.zeros((group.shards, manifest.shard_rows), "<u4")  # as in the files: unused places of the last are 0
+    whole = np.zeros(
+        (group.shards, manifest.shard_rows), "<u4"
+    )  # as in the files: unused places of the last are 0
     whole.reshape(-1)[: len(crc32_V)] = crc32_V
     for block in range(group.shards if manifest.version > 1 else 0):
         if crc32(whole[block]) != (file := files[format.checksum_file(group, block)]).crc32:
@@ -155,21 +204,36 @@ def read_checksums(location: Location, manifest: Manifest, group: Group) -> np.n
     return crc32_V
 
 
-def load_bases(location: Location, groups: tuple[Group, ...], file: File | None) -> dict[str, Basis]:
-    """{group: basis float32 [r, W] of each layer} from basis.safetensors; () for every group when there is no such file."""
+def load_bases(
+    location: Location, groups: tuple[Group, ...], file: File | None
+) -> dict[str, Basis]:
+    """{group: basis float32 [r, W] of each layer} from basis.safetensors; () for every group when
+    there is no such file.
+    """
     if file is None:
         return {group.name: () for group in groups}
     named, bases = backbone.load_tensors(location, file), {}
     for group in groups:
-        wanted = [(f"layers.{i}", (rank, group.width)) for i, rank in zip(group.layers, group.layout.ranks, strict=True)]
-        if bad := [name for name, shape in wanted if name not in named or named[name].shape != shape]:
-            raise UserError(f"{location.url}/{BASIS}: {bad[0]} is missing or not as the manifest says; {MEND}")
+        wanted = [
+            (f"layers.{i}", (rank, group.width))
+            for i, rank in zip(group.layers, group.layout.ranks, strict=True)
+        ]
+        if bad := [
+            name for name, shape in wanted if name not in named or named[name].shape != shape
+        ]:
+            raise UserError(
+                f"{location.url}/{BASIS}: {bad[0]} is missing or not as the manifest says; {MEND}"
+            )
         bases[group.name] = tuple(named[name] for name, _ in wanted)
     return bases
 
 
 def _open_array(location: Location, name: str, spec) -> ts.TensorStore:
-    return _result(location, f"{name}/zarr.json: missing or not as the manifest says", ts.open(spec(location.spec(name)), open=True, read=True))
+    return _result(
+        location,
+        f"{name}/zarr.json: missing or not as the manifest says",
+        ts.open(spec(location.spec(name)), open=True, read=True),
+    )
 
 
 def _result(location: Location, wrong: str, future: ts.Future):
@@ -177,8 +241,10 @@ def _result(location: Location, wrong: str, future: ts.Future):
     try:
         return location.wait(future)
     except TimeoutError as error:
-        raise UserError(f"{location.url}/{wrong.partition(':')[0]}: cannot be read ({error}); check the network and the server, then run the same "
-                        "command again") from None
+        raise UserError(
+            f"{location.url}/{wrong.partition(':')[0]}: cannot be read ({error}); check the network"
+            " and the server, then run the same command again"
+        ) from None
     except RuntimeError as error:
         raise UserError(f"{location.url}/{wrong} ({error}); {MEND}") from None
 
@@ -199,6 +265,8 @@ def read_tokenizer(location: Location, manifest: Manifest) -> Tokenizer:
         raise UserError(f"{name}: missing; copy the tokenizer.json of the run there") from None
     tokenizer = parse_tokenizer(data, origin=name)
     if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
-        raise UserError(f"{name}: fingerprint {tokenizer.fingerprint}, the store was exported with {manifest.tokenizer.fingerprint}; "
-                        "copy the tokenizer.json of the run there")
+        raise UserError(
+            f"{name}: fingerprint {tokenizer.fingerprint}, the store was exported with"
+            f" {manifest.tokenizer.fingerprint}; copy the tokenizer.json of the run there"
+        )
     return tokenizer

@@ -1,7 +1,9 @@
-"""The target of an export: whose it is, what is on it already, and the step by which it becomes a store.
+"""The target of an export: whose it is, what is on it already, and the step by which it becomes a
+store.
 
-Host 0 marks it with its record (``ready`` false), clears what was there, writes what must come before the rows, and sets ``ready``. The
-other hosts wait for that. Every record lists blocks whose files are on the disk; a block in any host's record is done.
+Host 0 marks it with its record (``ready`` false), clears what was there, writes what must come
+before the rows, and sets ``ready``. The other hosts wait for that. Every record lists blocks whose
+files are on the disk; a block in any host's record is done.
 """
 
 import contextlib
@@ -23,20 +25,30 @@ from flexmemory.tkv.manifest import read_manifest, to_json
 
 CONTENTS = ("rows", "checksums", "backbone", format.TOKENIZER, format.BASIS, format.COUNTS)
 PARTIAL, LOCK = "tkv.partial.", ".lock."  # and the number of the host
-RECORD_SECONDS = 2.0  # a kill loses the blocks of the last seconds, and a long list is not written for every block
+# a kill loses the blocks of the last seconds, and a long list is not written for every block
+RECORD_SECONDS = 2.0
 POLL_SECONDS = 0.5  # between looks at what other hosts have done
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
     files: list[File]
-    sums: dict[int, list[float]]  # model layer -> squared error, squares, largest error; {} for plain float32
+    sums: dict[
+        int, list[float]
+    ]  # model layer -> squared error, squares, largest error; {} for plain float32
 
 
 class Record:
     """tkv.partial.<host>.json. ``with record:`` writes at the end what is not yet written."""
 
-    def __init__(self, location: Location, host: int, identity: dict, prepared: list[File] = (), blocks: dict[int, Block] = ()):
+    def __init__(
+        self,
+        location: Location,
+        host: int,
+        identity: dict,
+        prepared: list[File] = (),
+        blocks: dict[int, Block] = (),
+    ):
         self.location, self.host, self.identity = location, host, identity
         self.prepared, self.blocks = list(prepared), dict(blocks)
         self._written = time.monotonic()
@@ -48,36 +60,59 @@ class Record:
             self.write()
 
     def write(self, ready: bool = True) -> None:
-        blocks = {str(k): {"files": [dataclasses.astuple(file) for file in block.files], "sums": block.sums} for k, block in self.blocks.items()}
-        content = {"identity": self.identity, "ready": ready, "prepared": [dataclasses.astuple(file) for file in self.prepared], "blocks": blocks}
+        blocks = {
+            str(k): {
+                "files": [dataclasses.astuple(file) for file in block.files],
+                "sums": block.sums,
+            }
+            for k, block in self.blocks.items()
+        }
+        content = {
+            "identity": self.identity,
+            "ready": ready,
+            "prepared": [dataclasses.astuple(file) for file in self.prepared],
+            "blocks": blocks,
+        }
         name, data = format.partial_file(self.host), json.dumps(content).encode()
         if self.location.local is not None:
             self.location.write(name, data)
         elif not self.location.claim(name, data):
-            raise UserError(f"--out: {self.location.url}: another process has begun to export there; wait for it or give another place")
+            raise UserError(
+                f"--out: {self.location.url}: another process has begun to export there; wait for"
+                " it or give another place"
+            )
         self._written = time.monotonic()
 
     def __enter__(self) -> "Record":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        with contextlib.suppress(*(() if kind is None else (OSError, UserError))):  # the first error is the one to tell
+        with contextlib.suppress(
+            *(() if kind is None else (OSError, UserError))
+        ):  # the first error is the one to tell
             self.write()
 
 
 def identity_of(manifest: Manifest) -> dict:
     """What must agree for blocks of two exports to be the same bytes."""
     body = to_json(manifest)
-    source = {name: value for name, value in body["source"].items() if name != "config_hash"}  # logging intervals do not change a row
+    source = {
+        name: value for name, value in body["source"].items() if name != "config_hash"
+    }  # logging intervals do not change a row
     names = ("version", "model", "dtype", "shard_rows", "fold_rows", "tokenizer")
-    more = {"scale_group": manifest.scale_group, "rank_error": manifest.rank_error,
-            "ranks": manifest.ranks and list(manifest.ranks) if manifest.rank_error is None else None}
+    more = {
+        "scale_group": manifest.scale_group,
+        "rank_error": manifest.rank_error,
+        "ranks": manifest.ranks and list(manifest.ranks) if manifest.rank_error is None else None,
+    }
     return {name: body[name] for name in names} | more | {"source": source}
 
 
 @contextlib.contextmanager
 def held(location: Location, host: int) -> Iterator[None]:
-    """Keeps a second process with the same host number away from a local target. On a remote one the records do, see :meth:`Record.write`."""
+    """Keeps a second process with the same host number away from a local target. On a remote one
+    the records do, see :meth:`Record.write`.
+    """
     if location.local is None:
         yield
         return
@@ -89,11 +124,16 @@ def held(location: Location, host: int) -> Iterator[None]:
         lock = open(path, "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino:  # else the one before has just removed it
+            if (
+                os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino
+            ):  # else the one before has just removed it
                 break
         except BlockingIOError:
             lock.close()
-            raise UserError(f"--out: {location.url}: another process writes there; wait for it or give another directory") from None
+            raise UserError(
+                f"--out: {location.url}: another process writes there; wait for it or give another"
+                " directory"
+            ) from None
         except FileNotFoundError:
             pass
         lock.close()
@@ -104,9 +144,16 @@ def held(location: Location, host: int) -> Iterator[None]:
         lock.close()
 
 
-def prepare(location: Location, manifest: Manifest, host: int, overwrite: bool, write_first: Callable[[], list[File]],
-            progress: bool) -> tuple[Record, dict[int, Block]] | None:
-    """This host's record and all blocks done so far, of any host; or None when the target is this store already.
+def prepare(
+    location: Location,
+    manifest: Manifest,
+    host: int,
+    overwrite: bool,
+    write_first: Callable[[], list[File]],
+    progress: bool,
+) -> tuple[Record, dict[int, Block]] | None:
+    """This host's record and all blocks done so far, of any host; or None when the target is this
+    store already.
 
     write_first: writes what rows need and returns it; host 0 calls it once, on a cleared target.
     """
@@ -116,52 +163,87 @@ def prepare(location: Location, manifest: Manifest, host: int, overwrite: bool, 
             if host == 0:
                 sweep(location)
             return None
-        raise UserError(f"--out: {location.url} holds a store of another run, step or dtype; give --overwrite to replace it, or another directory")
+        raise UserError(
+            f"--out: {location.url} holds a store of another run, step or dtype; give --overwrite"
+            " to replace it, or another directory"
+        )
     if host > 0:
         return _join(location, identity, host, overwrite, progress)
     known = _read(location, 0)
     if known is None:
         if not _exists(location, MANIFEST) and (foreign := _foreign(location)):
-            raise UserError(f"--out: {location.url} is not empty and no TKV store (it has {foreign}); give a new or empty directory")
+            raise UserError(
+                f"--out: {location.url} is not empty and no TKV store (it has {foreign}); give a"
+                " new or empty directory"
+            )
     elif known["identity"] != identity and not overwrite:
-        raise UserError(f"--out: {location.url} holds an unfinished export of another run, step or dtype; give --overwrite to start again, "
-                        "or another directory")
+        raise UserError(
+            f"--out: {location.url} holds an unfinished export of another run, step or dtype; give"
+            " --overwrite to start again, or another directory"
+        )
     elif known["identity"] == identity and known["ready"] and not _exists(location, MANIFEST):
         return _resumed(location, identity, 0, known["prepared"])
     record = Record(location, 0, identity)
-    record.write(ready=False)  # before clearing: a kill in between leaves an unfinished export, not foreign files
+    record.write(
+        ready=False
+    )  # before clearing: a kill in between leaves an unfinished export, not foreign files
     _clear(location)
     record.prepared = write_first()
     record.write()
     return record, {}
 
 
-def _join(location: Location, identity: dict, host: int, overwrite: bool, progress: bool) -> tuple[Record, dict[int, Block]]:
+def _join(
+    location: Location, identity: dict, host: int, overwrite: bool, progress: bool
+) -> tuple[Record, dict[int, Block]]:
     """Waits until host 0 has prepared the target for this export."""
     with ProgressLine(f"export: host {host} waits for host 0", 0, "s", enabled=progress) as line:
         began = time.monotonic()
         while True:
             known = _read(location, 0)
-            if known and known["identity"] == identity and known["ready"] and not _exists(location, MANIFEST):
+            if (
+                known
+                and known["identity"] == identity
+                and known["ready"]
+                and not _exists(location, MANIFEST)
+            ):
                 return _resumed(location, identity, host, known["prepared"])
             if known and known["identity"] != identity and not overwrite:
-                raise UserError(f"--out: {location.url}: host 0 exports another run, step or dtype there; give every host the same options")
+                raise UserError(
+                    f"--out: {location.url}: host 0 exports another run, step or dtype there; give"
+                    " every host the same options"
+                )
             line.update(time.monotonic() - began)
             time.sleep(POLL_SECONDS)
 
 
-def _resumed(location: Location, identity: dict, host: int, prepared: list[File]) -> tuple[Record, dict[int, Block]]:
+def _resumed(
+    location: Location, identity: dict, host: int, prepared: list[File]
+) -> tuple[Record, dict[int, Block]]:
     """The record of an interrupted export, without blocks that have lost a file."""
     done, mine = _blocks(location, identity), _read(location, host)
     found = location.sizes([file.name for block in done.values() for file in block.files])
-    done = {k: block for k, block in done.items() if all(found.get(file.name, -1) in (None, file.bytes) for file in block.files)}
+    done = {
+        k: block
+        for k, block in done.items()
+        if all(found.get(file.name, -1) in (None, file.bytes) for file in block.files)
+    }
     own = mine["blocks"] if mine and mine["identity"] == identity else {}
-    return Record(location, host, identity, prepared, {k: block for k, block in own.items() if k in done}), done
+    return (
+        Record(
+            location, host, identity, prepared, {k: block for k, block in own.items() if k in done}
+        ),
+        done,
+    )
 
 
-def wait_for_hosts(location: Location, manifest: Manifest, record: Record, progress: bool) -> dict[int, Block]:
+def wait_for_hosts(
+    location: Location, manifest: Manifest, record: Record, progress: bool
+) -> dict[int, Block]:
     """All blocks, once every host has recorded its own."""
-    with ProgressLine("export: waiting for other hosts", manifest.blocks, "blocks", enabled=progress) as line:
+    with ProgressLine(
+        "export: waiting for other hosts", manifest.blocks, "blocks", enabled=progress
+    ) as line:
         while True:
             done = _blocks(location, record.identity) | record.blocks
             if len(done) == manifest.blocks:
@@ -178,10 +260,17 @@ def publish(location: Location, manifest: Manifest, record: Record) -> None:
 
 
 def bytes_there(location: Location) -> int:
-    """Bytes of what an export would clear or go on with; 0 for a remote target, whose space nobody knows."""
+    """Bytes of what an export would clear or go on with; 0 for a remote target, whose space nobody
+    knows.
+    """
     if location.local is None:
         return 0
-    return sum(size or 0 for size in location.sizes([name for name in location.names() if name.split("/")[0] in CONTENTS]).values())
+    return sum(
+        size or 0
+        for size in location.sizes(
+            [name for name in location.names() if name.split("/")[0] in CONTENTS]
+        ).values()
+    )
 
 
 def sweep(location: Location) -> None:
@@ -196,7 +285,9 @@ def _is_private(name: str) -> bool:
 
 
 def _clear(location: Location) -> None:
-    """Removes the contents of a store or an unfinished export, and nothing else. The manifest goes first: what is left is no store."""
+    """Removes the contents of a store or an unfinished export, and nothing else. The manifest goes
+    first: what is left is no store.
+    """
     location.delete(MANIFEST)
     for name in location.names():
         private = _is_private(name) and name != format.partial_file(0)
@@ -209,8 +300,14 @@ def _clear(location: Location) -> None:
 
 def _foreign(location: Location) -> str | None:
     """Something that is there and is no part of an export."""
-    names = (path.name for path in location.local.iterdir()) if location.local is not None else location.names()
-    return next((name for name in names if not name.startswith(LOCK) and not _is_private(name)), None)
+    names = (
+        (path.name for path in location.local.iterdir())
+        if location.local is not None
+        else location.names()
+    )
+    return next(
+        (name for name in names if not name.startswith(LOCK) and not _is_private(name)), None
+    )
 
 
 def _exists(location: Location, name: str) -> bool:
@@ -232,13 +329,25 @@ def _read(location: Location, host: int) -> dict | None:
     name = format.partial_file(host)
     try:
         content = json.loads(location.read(name))
-        blocks = {int(k): Block([File(*file) for file in block["files"]], {int(layer): sums for layer, sums in block["sums"].items()})
-                  for k, block in content["blocks"].items()}
-        return {"identity": content["identity"], "ready": bool(content["ready"]), "prepared": [File(*file) for file in content["prepared"]],
-                "blocks": blocks}
+        blocks = {
+            int(k): Block(
+                [File(*file) for file in block["files"]],
+                {int(layer): sums for layer, sums in block["sums"].items()},
+            )
+            for k, block in content["blocks"].items()
+        }
+        return {
+            "identity": content["identity"],
+            "ready": bool(content["ready"]),
+            "prepared": [File(*file) for file in content["prepared"]],
+            "blocks": blocks,
+        }
     except FileNotFoundError:
         return None
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{location.url}/{name}: not readable ({error!r}); delete it and run the same command again") from None
+        raise UserError(
+            f"{location.url}/{name}: not readable ({error!r}); delete it and run the same command"
+            " again"
+        ) from None

@@ -1,6 +1,8 @@
-"""Many reads with two system calls: io_uring, and the question what the page cache holds. Linux, from Python alone.
+"""Many reads with two system calls: io_uring, and the question what the page cache holds. Linux,
+from Python alone.
 
-Requests and results pass through memory shared with the kernel, which NumPy fills and reads a batch at a time.
+Requests and results pass through memory shared with the kernel, which NumPy fills and reads a batch
+at a time.
 """
 
 import ctypes
@@ -13,19 +15,55 @@ import threading
 import numpy as np
 
 ENTRIES = 256  # requests in flight: disks want 64 or more
-_SETUP, _ENTER, _CACHESTAT = 425, 426, 451  # the same numbers on every machine that Linux runs JAX on
+_SETUP, _ENTER, _CACHESTAT = (
+    425,
+    426,
+    451,
+)  # the same numbers on every machine that Linux runs JAX on
 _GETEVENTS, _READ, _SINGLE_MMAP, _SQES = 1, 22, 1, 0x10000000
 _BLOCK = 4096  # a read that stopped short goes on from a multiple of this, as O_DIRECT demands
 _AGAIN = (errno.EAGAIN, errno.EINTR, errno.EBUSY)
 
-_PARAMS = np.dtype([
-    ("sq_entries", "u4"), ("cq_entries", "u4"), ("flags", "u4"), ("thread_cpu", "u4"), ("thread_idle", "u4"), ("features", "u4"),
-    ("wq_fd", "u4"), ("reserved", "u4", 3),
-    ("sq", [("head", "u4"), ("tail", "u4"), ("mask", "u4"), ("entries", "u4"), ("flags", "u4"), ("dropped", "u4"), ("array", "u4"),
-            ("reserved", "u4"), ("address", "u8")]),
-    ("cq", [("head", "u4"), ("tail", "u4"), ("mask", "u4"), ("entries", "u4"), ("overflow", "u4"), ("cqes", "u4"), ("flags", "u4"),
-            ("reserved", "u4"), ("address", "u8")]),
-])
+_PARAMS = np.dtype(
+    [
+        ("sq_entries", "u4"),
+        ("cq_entries", "u4"),
+        ("flags", "u4"),
+        ("thread_cpu", "u4"),
+        ("thread_idle", "u4"),
+        ("features", "u4"),
+        ("wq_fd", "u4"),
+        ("reserved", "u4", 3),
+        (
+            "sq",
+            [
+                ("head", "u4"),
+                ("tail", "u4"),
+                ("mask", "u4"),
+                ("entries", "u4"),
+                ("flags", "u4"),
+                ("dropped", "u4"),
+                ("array", "u4"),
+                ("reserved", "u4"),
+                ("address", "u8"),
+            ],
+        ),
+        (
+            "cq",
+            [
+                ("head", "u4"),
+                ("tail", "u4"),
+                ("mask", "u4"),
+                ("entries", "u4"),
+                ("overflow", "u4"),
+                ("cqes", "u4"),
+                ("flags", "u4"),
+                ("reserved", "u4"),
+                ("address", "u8"),
+            ],
+        ),
+    ]
+)
 
 
 def linux_call():
@@ -39,7 +77,9 @@ def linux_call():
 
 
 class CacheStat:
-    """How many pages of a stretch of a file the page cache holds, without reading any (Linux 6.5 and later, for the file's owner)."""
+    """How many pages of a stretch of a file the page cache holds, without reading any (Linux 6.5
+    and later, for the file's owner).
+    """
 
     def __init__(self):
         self._call = linux_call()
@@ -47,7 +87,9 @@ class CacheStat:
         self._addresses = ctypes.addressof(self._range), ctypes.addressof(self._found)
 
     def pages(self, fd: int, offset: int, length: int) -> int:
-        """Cached pages of bytes offset to offset + length of ``fd``. Raises OSError where the kernel does not tell. One thread at a time."""
+        """Cached pages of bytes offset to offset + length of ``fd``. Raises OSError where the
+        kernel does not tell. One thread at a time.
+        """
         self._range[0], self._range[1] = offset, length
         if self._call(_CACHESTAT, fd, *self._addresses, 0, 0, 0):
             code = ctypes.get_errno()
@@ -56,7 +98,9 @@ class CacheStat:
 
 
 class Ring:
-    """One io_uring of ``entries`` places. Raises OSError where the kernel refuses one (seccomp, sysctl, not Linux)."""
+    """One io_uring of ``entries`` places. Raises OSError where the kernel refuses one (seccomp,
+    sysctl, not Linux).
+    """
 
     def __init__(self, entries: int = ENTRIES):
         self._call = linux_call()
@@ -70,18 +114,29 @@ class Ring:
             os.close(self._fd)
             raise OSError(errno.ENOSYS, "io_uring of Linux 5.4 or later is needed")
         sq, cq, self._entries = p["sq"], p["cq"], int(p["sq_entries"])
-        size = max(int(sq["array"]) + 4 * self._entries, int(cq["cqes"]) + 16 * int(p["cq_entries"]))
-        self._maps = mmap.mmap(self._fd, size), mmap.mmap(self._fd, 64 * self._entries, offset=_SQES)
+        size = max(
+            int(sq["array"]) + 4 * self._entries, int(cq["cqes"]) + 16 * int(p["cq_entries"])
+        )
+        self._maps = (
+            mmap.mmap(self._fd, size),
+            mmap.mmap(self._fd, 64 * self._entries, offset=_SQES),
+        )
         rings, requests = self._maps
-        np.frombuffer(rings, np.uint32, self._entries, sq["array"])[:] = np.arange(self._entries)  # place k always holds request k
-        self._sq_head, self._sq_tail, self._cq_head = (np.frombuffer(rings, np.uint32, 1, at) for at in (sq["head"], sq["tail"], cq["head"]))
+        np.frombuffer(rings, np.uint32, self._entries, sq["array"])[:] = np.arange(
+            self._entries
+        )  # place k always holds request k
+        self._sq_head, self._sq_tail, self._cq_head = (
+            np.frombuffer(rings, np.uint32, 1, at) for at in (sq["head"], sq["tail"], cq["head"])
+        )
         self._sqes = np.frombuffer(requests, np.int64).reshape(self._entries, 8)
         self._cqes = np.frombuffer(rings, np.int64, 2 * p["cq_entries"], cq["cqes"]).reshape(-1, 2)
         self._lock = threading.Lock()
 
     def close(self) -> None:
         with self._lock:
-            self._sq_head = self._sq_tail = self._cq_head = self._sqes = self._cqes = None  # views keep the maps open
+            self._sq_head = self._sq_tail = self._cq_head = self._sqes = self._cqes = (
+                None  # views keep the maps open
+            )
             for shared in self._maps:
                 shared.close()
             self._maps = ()
@@ -89,24 +144,38 @@ class Ring:
                 os.close(self._fd)
             self._fd = -1
 
-    def read(self, fds_N: np.ndarray, offsets_N: np.ndarray, addresses_N: np.ndarray, lengths_N: np.ndarray, wanted_N: np.ndarray) -> np.ndarray:
-        """Reads lengths[n] bytes at offsets[n] of fds[n] to memory at addresses[n], all int64 [N]; returns the bytes got, int64 [N].
+    def read(
+        self,
+        fds_N: np.ndarray,
+        offsets_N: np.ndarray,
+        addresses_N: np.ndarray,
+        lengths_N: np.ndarray,
+        wanted_N: np.ndarray,
+    ) -> np.ndarray:
+        """Reads lengths[n] bytes at offsets[n] of fds[n] to memory at addresses[n], all int64 [N];
+        returns the bytes got, int64 [N].
 
-        A read that brings less than wanted[n] (at least 1) is sent again for the rest until its file ends. Raises OSError for
-        a read that fails; no request is in flight when this returns or raises.
+        A read that brings less than wanted[n] (at least 1) is sent again for the rest until its
+        file ends. Raises OSError for a read that fails; no request is in flight when this returns
+        or raises.
         """
         count = len(fds_N)
         got_N, done_N = np.zeros((2, count), np.int64)  # done: where the last attempt started
         requests = np.empty((count, 5), np.int64)  # the five words of a request that are not 0
         requests[:, 0] = fds_N << 32 | _READ
-        requests[:, 1], requests[:, 2], requests[:, 3], requests[:, 4] = offsets_N, addresses_N, lengths_N, np.arange(count)
+        requests[:, 1], requests[:, 2], requests[:, 3], requests[:, 4] = (
+            offsets_N,
+            addresses_N,
+            lengths_N,
+            np.arange(count),
+        )
         waiting = requests
         with self._lock:
             self._settle()
             try:
                 while len(waiting) or self._flying():
                     while len(waiting) and (room := self._entries - self._flying()):
-                        waiting = waiting[self._submit(waiting[:room]):]
+                        waiting = waiting[self._submit(waiting[:room]) :]
                     flying = self._flying()
                     which, result = self._reap(max(1, flying // 2) if len(waiting) else flying)
                     arrived = done_N[which] + result
@@ -119,39 +188,51 @@ class Ring:
                         arrived = np.maximum(arrived, got_N[which])
                         more = which[again]
                         done_N[more] = arrived[again] // _BLOCK * _BLOCK
-                        waiting = np.concatenate([waiting, requests[more] + done_N[more, None] * [0, 1, 1, -1, 0]])
+                        waiting = np.concatenate(
+                            [waiting, requests[more] + done_N[more, None] * [0, 1, 1, -1, 0]]
+                        )
                     got_N[which] = arrived
             finally:
                 self._settle()
         return got_N
 
     def _flying(self) -> int:
-        """Requests that the kernel took and whose results we did not. From the shared counters: right wherever an interrupt struck."""
+        """Requests that the kernel took and whose results we did not. From the shared counters:
+        right wherever an interrupt struck.
+        """
         return (int(self._sq_head[0]) - int(self._cq_head[0])) % 2**32
 
     def _settle(self) -> None:
-        """Waits until the kernel has stopped writing into the memory of an interrupted or failed read."""
+        """Waits until the kernel has stopped writing into the memory of an interrupted or failed
+        read.
+        """
         while flying := self._flying():
             self._reap(flying)
 
     def _submit(self, requests: np.ndarray) -> int:
-        """Offers as many requests to the kernel as fit before the ring wraps; returns how many it took."""
+        """Offers as many requests to the kernel as fit before the ring wraps; returns how many it
+        took.
+        """
         head = int(self._sq_head[0])
         place = head % self._entries
-        requests = requests[:self._entries - place]
-        self._sqes[place:place + len(requests), :5] = requests
+        requests = requests[: self._entries - place]
+        self._sqes[place : place + len(requests), :5] = requests
         self._sq_tail[0] = (head + len(requests)) % 2**32
-        self._enter(len(requests), 0)  # a system call of this thread: the kernel sees the stores above
+        self._enter(
+            len(requests), 0
+        )  # a system call of this thread: the kernel sees the stores above
         return (int(self._sq_head[0]) - head) % 2**32
 
     def _reap(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Waits for up to ``count`` results, takes exactly these (the wait ordered them before our loads, later ones it did not)."""
+        """Waits for up to ``count`` results, takes exactly these (the wait ordered them before our
+        loads, later ones it did not).
+        """
         head = int(self._cq_head[0])
         place = head % len(self._cqes)
         count = min(count, len(self._cqes) - place)
         while not self._enter(0, count):
             pass
-        cqes = self._cqes[place:place + count].copy()
+        cqes = self._cqes[place : place + count].copy()
         self._cq_head[0] = (head + count) % 2**32
         return cqes[:, 0], cqes.view(np.int32)[:, 2]
 

@@ -1,4 +1,6 @@
-"""Verify: does a store hold what the run's weights fold to, and does the model run from disk as it does from the weights?"""
+"""Verify: does a store hold what the run's weights fold to, and does the model run from disk as it
+does from the weights?
+"""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -23,37 +25,70 @@ READ_BYTES, READERS = 16 << 20, 4
 TOLERANCE = 1e-5  # of the largest value; 0 is expected on the backend that exported
 
 
-def verify(store_path: str | Path, workdir: str | Path, *, tokens: int = 32, prompts: int = 4, tolerance: float = TOLERANCE,
-           ram_budget: int | None = None, progress: bool = True) -> dict:
+def verify(
+    store_path: str | Path,
+    workdir: str | Path,
+    *,
+    tokens: int = 32,
+    prompts: int = 4,
+    tolerance: float = TOLERANCE,
+    ram_budget: int | None = None,
+    progress: bool = True,
+) -> dict:
     """Compares the store with the run folder's checkpoint of the step that it was exported from.
 
-    tokens: length of each of ``prompts`` random prompts, and greedy tokens decoded after it. tolerance: of differences
-    relative to the largest value. ram_budget: bytes of row cache of the offloaded side; by default a quarter of the
-    tokens of one prompt, so that rows are evicted and read again. Returns the dict of :func:`verify_params`. Raises
-    UserError where either side cannot be opened or they are different models.
+    tokens: length of each of ``prompts`` random prompts, and greedy tokens decoded after it.
+    tolerance: of differences relative to the largest value. ram_budget: bytes of row cache of the
+    offloaded side; by default a quarter of the tokens of one prompt, so that rows are evicted and
+    read again. Returns the dict of :func:`verify_params`. Raises UserError where either side cannot
+    be opened or they are different models.
     """
     from flexmemory.train.checkpoint import load_params  # late: Orbax takes a second to import
 
     store = open_store(store_path)
     config, params, _ = load_params(Path(workdir), store.manifest.source.step)
-    return verify_params(store, config.model, params, tokens=tokens, prompts=prompts, tolerance=tolerance, ram_budget=ram_budget, progress=progress)
+    return verify_params(
+        store,
+        config.model,
+        params,
+        tokens=tokens,
+        prompts=prompts,
+        tolerance=tolerance,
+        ram_budget=ram_budget,
+        progress=progress,
+    )
 
 
-def verify_params(store: Store, cfg: ModelConfig, params: dict, *, tokens: int = 32, prompts: int = 4, tolerance: float = TOLERANCE,
-                  ram_budget: int | None = None, progress: bool = False) -> dict:
+def verify_params(
+    store: Store,
+    cfg: ModelConfig,
+    params: dict,
+    *,
+    tokens: int = 32,
+    prompts: int = 4,
+    tolerance: float = TOLERANCE,
+    ram_budget: int | None = None,
+    progress: bool = False,
+) -> dict:
     """Figures of the store against live parameters. Both sides run the same engine.
 
-    Returned: rows_max_abs_diff, rows_max_rel_diff (over the largest row value), logits_max_abs_diff, logits_max_rel_diff (over
-    the largest logit), greedy_equal: against live rows rounded to the store's dtype, so exactly 0 and True on the backend
-    that exported. rounding_rows_max_abs_diff, rounding_logits_max_rel_diff: what that rounding itself costs, 0 for a
-    float32 store. ok: all relative differences within ``tolerance`` and the greedy tokens equal. Also tokens, prompts,
-    tolerance, dtype, and what the row cache saw.
+    Returned: rows_max_abs_diff, rows_max_rel_diff (over the largest row value),
+    logits_max_abs_diff, logits_max_rel_diff (over the largest logit), greedy_equal: against live
+    rows rounded to the store's dtype, so exactly 0 and True on the backend that exported.
+    rounding_rows_max_abs_diff, rounding_logits_max_rel_diff: what that rounding itself costs, 0 for
+    a float32 store. ok: all relative differences within ``tolerance`` and the greedy tokens equal.
+    Also tokens, prompts, tolerance, dtype, and what the row cache saw.
     """
-    from flexmemory.runtime.engine import Engine  # late: rows and files are checked without the runtime
+    from flexmemory.runtime.engine import (
+        Engine,
+    )  # late: rows and files are checked without the runtime
     from flexmemory.runtime.rows import Budgets, LiveRows
 
     if cfg != store.model:
-        raise UserError(f"{store.location.url}: its model is not the run's; give the run {store.manifest.source.run!r} that it was exported from")
+        raise UserError(
+            f"{store.location.url}: its model is not the run's; give the run"
+            f" {store.manifest.source.run!r} that it was exported from"
+        )
     if tokens < 1 or prompts < 1:
         raise UserError(f"--tokens, --prompts: {tokens}, {prompts} must be above 0")
     result = compare_rows(store, cfg, params, progress)
@@ -62,7 +97,13 @@ def verify_params(store: Store, cfg: ModelConfig, params: dict, *, tokens: int =
     tokenizer = store.tokenizer()
     if ram_budget is None:
         ram_budget = max(1, tokens // 4) * m.bundle_bytes
-    live = Engine.of(cfg, params, LiveRows(cfg, params, store.groups, store.bases(), m.fold_rows), tokenizer, max_batch=prompts)
+    live = Engine.of(
+        cfg,
+        params,
+        LiveRows(cfg, params, store.groups, store.bases(), m.fold_rows),
+        tokenizer,
+        max_batch=prompts,
+    )
     offloaded = Engine(store, Budgets(ram=ram_budget), max_batch=prompts)
     ids_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (prompts, tokens))
     live_logits_BTV = live.logits(ids_BT)
@@ -73,55 +114,106 @@ def verify_params(store: Store, cfg: ModelConfig, params: dict, *, tokens: int =
     if [group.layout for group in exact_groups] == [group.layout for group in store.groups]:
         result["rounding_logits_max_rel_diff"] = 0.0
     else:
-        exact = Engine.of(cfg, params, LiveRows(cfg, params, exact_groups, {group.name: () for group in exact_groups}, m.fold_rows), tokenizer)
-        result["rounding_logits_max_rel_diff"] = relative(max_abs(exact.logits(ids_BT), live_logits_BTV), scale)
+        exact = Engine.of(
+            cfg,
+            params,
+            LiveRows(
+                cfg, params, exact_groups, {group.name: () for group in exact_groups}, m.fold_rows
+            ),
+            tokenizer,
+        )
+        result["rounding_logits_max_rel_diff"] = relative(
+            max_abs(exact.logits(ids_BT), live_logits_BTV), scale
+        )
     # ragged on purpose, and past the end of documents, so that all tokens are compared
     ragged = [ids[: max(1, tokens - b)] for b, ids in enumerate(ids_BT.tolist())]
-    sides = [[g.ids for g in engine.generate(ragged, tokens, stop_at_eos=False)] for engine in (live, offloaded)]
+    sides = [
+        [g.ids for g in engine.generate(ragged, tokens, stop_at_eos=False)]
+        for engine in (live, offloaded)
+    ]
     result["greedy_equal"] = sides[0] == sides[1]
-    within = all(result[name] <= tolerance for name in ("rows_max_rel_diff", "logits_max_rel_diff"))  # False for NaN
-    return {**result, "ok": bool(within and result["greedy_equal"]), "dtype": dtype, "tokens": tokens, "prompts": prompts,
-            "tolerance": tolerance, "rows": offloaded.source.stats()}
+    within = all(
+        result[name] <= tolerance for name in ("rows_max_rel_diff", "logits_max_rel_diff")
+    )  # False for NaN
+    return {
+        **result,
+        "ok": bool(within and result["greedy_equal"]),
+        "dtype": dtype,
+        "tokens": tokens,
+        "prompts": prompts,
+        "tolerance": tolerance,
+        "rows": offloaded.source.stats(),
+    }
 
 
 def compare_rows(store: Store, cfg: ModelConfig, params: dict, progress: bool = False) -> dict:
     """Every row of the store against the live fold, a block at a time.
 
-    rows_max_abs_diff, rows_max_rel_diff: against the fold encoded as the store is (with the store's bases), 0 on the backend that
-    exported. rounding_rows_max_abs_diff: of that encoding against float32 rows.
+    rows_max_abs_diff, rows_max_rel_diff: against the fold encoded as the store is (with the store's
+    bases), 0 on the backend that exported. rounding_rows_max_abs_diff: of that encoding against
+    float32 rows.
     """
     m, v, bases = store.manifest, cfg.vocab_size, store.bases()
-    exact_groups, none = format.model_groups(cfg, "float32", m.shard_rows), {group.name: () for group in store.groups}
-    same = tuple(group.layout for group in exact_groups) == tuple(group.layout for group in store.groups)
-    params, call = jax.device_put(params), dict(cfg=cfg, fold_rows=m.fold_rows, block_rows=m.shard_rows)
+    exact_groups, none = (
+        format.model_groups(cfg, "float32", m.shard_rows),
+        {group.name: () for group in store.groups},
+    )
+    same = tuple(group.layout for group in exact_groups) == tuple(
+        group.layout for group in store.groups
+    )
+    params, call = (
+        jax.device_put(params),
+        dict(cfg=cfg, fold_rows=m.fold_rows, block_rows=m.shard_rows),
+    )
     live_blocks = fold_table(params, bases, groups=store.groups, **call) if store.groups else ()
-    exact_blocks = itertools.repeat(None) if same else fold_table(params, none, groups=exact_groups, **call)
+    exact_blocks = (
+        itertools.repeat(None) if same else fold_table(params, none, groups=exact_groups, **call)
+    )
     stored_diff = rounding_diff = largest = 0.0
     with ProgressLine("verify", v, "rows", enabled=progress) as line:
         for (start, live), exact_block in zip(live_blocks, exact_blocks, strict=False):
             stop, exact = min(start + m.shard_rows, v), live if same else exact_block[1]
-            found = {group.name: allocate(stop - start, group.bundle_bytes) for group in store.groups}
+            found = {
+                group.name: allocate(stop - start, group.bundle_bytes) for group in store.groups
+            }
             store.read_bundles(np.arange(start, stop), found)
             for group, exact_group in zip(store.groups, exact_groups, strict=True):
                 name, basis = group.name, bases[group.name]
-                live_RLW, exact_RLW = decoded(group, live[name], basis), decoded(exact_group, exact[name], ())
-                stored_diff = _worst(stored_diff, max_abs(decoded(group, found[name], basis), live_RLW))
+                live_RLW, exact_RLW = (
+                    decoded(group, live[name], basis),
+                    decoded(exact_group, exact[name], ()),
+                )
+                stored_diff = _worst(
+                    stored_diff, max_abs(decoded(group, found[name], basis), live_RLW)
+                )
                 rounding_diff = _worst(rounding_diff, max_abs(live_RLW, exact_RLW))
                 largest = _worst(largest, float(np.abs(exact_RLW).max()))
             line.update(stop)
-    return {"rows_max_abs_diff": stored_diff, "rows_max_rel_diff": relative(stored_diff, largest), "rounding_rows_max_abs_diff": rounding_diff}
+    return {
+        "rows_max_abs_diff": stored_diff,
+        "rows_max_rel_diff": relative(stored_diff, largest),
+        "rounding_rows_max_abs_diff": rounding_diff,
+    }
 
 
 def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
-    """Reads every file of a store again: its size and CRC-32 against the manifest, every bundle's CRC-32 against checksums/.
+    """Reads every file of a store again: its size and CRC-32 against the manifest, every bundle's
+    CRC-32 against checksums/.
 
-    Returns {files, bytes, bundles: counts of what was read, damaged: [{name, what}], ok}. A version 1 manifest knows the CRC-32 of backbone files
-    alone; the others are then checked by size, bundles and tokenizer. Raises UserError where there is no readable manifest.
+    Returns {files, bytes, bundles: counts of what was read, damaged: [{name, what}], ok}. A version
+    1 manifest knows the CRC-32 of backbone files alone; the others are then checked by size,
+    bundles and tokenizer. Raises UserError where there is no readable manifest.
     """
     location = open_location(path)
     manifest = read_manifest(location)
-    shards = {format.shard_file(group, block): (group, block) for group in manifest.groups for block in range(group.shards)}
-    known = {name: (size, None) for name, size in format.expected_files(manifest).items()} | {f.name: (f.bytes, f.crc32) for f in manifest.files}
+    shards = {
+        format.shard_file(group, block): (group, block)
+        for group in manifest.groups
+        for block in range(group.shards)
+    }
+    known = {name: (size, None) for name, size in format.expected_files(manifest).items()} | {
+        f.name: (f.bytes, f.crc32) for f in manifest.files
+    }
     total, damaged, done = sum(size for size, _ in known.values()), [], 0
 
     def check(name: str) -> tuple[str | None, int]:
@@ -129,7 +221,13 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
         size, wanted = known[name]
         try:
             if name in shards:
-                return _check_shard(location, manifest, *shards[name], wanted, *known[format.checksum_file(*shards[name])])
+                return _check_shard(
+                    location,
+                    manifest,
+                    *shards[name],
+                    wanted,
+                    *known[format.checksum_file(*shards[name])],
+                )
             found, crc = location.sizes([name]).get(name, 0), 0
             for start in range(0, size if found in (None, size) else 0, READ_BYTES):
                 crc = crc32(location.read(name, start, min(start + READ_BYTES, size)), crc)
@@ -140,7 +238,10 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
             return str(error), 0
 
     bundles = 0
-    with ProgressLine("verify", total / 1e6, "MB", enabled=progress) as line, ThreadPoolExecutor(READERS) as pool:
+    with (
+        ProgressLine("verify", total / 1e6, "MB", enabled=progress) as line,
+        ThreadPoolExecutor(READERS) as pool,
+    ):
         for name, (what, read) in zip(known, pool.map(check, known), strict=True):
             bundles, done = bundles + read, done + known[name][0]
             if what:
@@ -151,22 +252,41 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
             read_tokenizer(location, manifest)
         except UserError as error:
             damaged.append({"name": format.TOKENIZER, "what": str(error)})
-    return {"files": len(known), "bytes": total, "bundles": bundles, "damaged": damaged, "ok": not damaged}
+    return {
+        "files": len(known),
+        "bytes": total,
+        "bundles": bundles,
+        "damaged": damaged,
+        "ok": not damaged,
+    }
 
 
-def _check_shard(location: Location, manifest: Manifest, group: Group, block: int, wanted: int | None, sums_bytes: int,
-                 sums_wanted: int | None) -> tuple[str | None, int]:
+def _check_shard(
+    location: Location,
+    manifest: Manifest,
+    group: Group,
+    block: int,
+    wanted: int | None,
+    sums_bytes: int,
+    sums_wanted: int | None,
+) -> tuple[str | None, int]:
     data = location.read(format.shard_file(group, block))
     if wrong := _wrong(len(data), format.shard_bytes(manifest, group, block), crc32(data), wanted):
         return wrong, 0
     start = block * manifest.shard_rows
     rows = min(manifest.shard_rows, manifest.vocab_size - start)
-    bundles_RB = np.frombuffer(data, np.uint8, rows * group.bundle_bytes).reshape(rows, group.bundle_bytes)
+    bundles_RB = np.frombuffer(data, np.uint8, rows * group.bundle_bytes).reshape(
+        rows, group.bundle_bytes
+    )
     sums = location.read(format.checksum_file(group, block))
     if _wrong(len(sums), sums_bytes, crc32(sums), sums_wanted):
         return None, 0  # damaged itself, and named as such
     bad = np.flatnonzero(format.bundle_crc32(bundles_RB) != np.frombuffer(sums, "<u4", rows))
-    return f"{len(bad)} bundles, the first of token {start + bad[0]}, fail their checksum" if len(bad) else None, rows
+    return (
+        f"{len(bad)} bundles, the first of token {start + bad[0]}, fail their checksum"
+        if len(bad)
+        else None
+    ), rows
 
 
 def _wrong(size: int, wanted_size: int, crc: int, wanted_crc: int | None) -> str | None:

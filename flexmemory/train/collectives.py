@@ -4,20 +4,45 @@ import math
 import re
 from collections import Counter
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
-CALLED = re.compile(r"(?:to_apply|body|calls|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+CALLED = re.compile(
+    r"(?:to_apply|body|calls|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+)
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> list[dict]:
-    """One dict per collective of the program: {"kind", "shape" of one device's result, "bytes" of it, "count" in a run of the program}, largest first.
+    """One dict per collective of the program: {"kind", "shape" of one device's result, "bytes" of
+    it, "count" in a run of the program}, largest first.
 
-    ``hlo``: text of ``jax.stages.Compiled.as_text()``. A loop counts as often as XLA knows it to run; one that it does not know counts once. What runs in
-    a branch counts as if it were taken. Collectives over a single device are no traffic and are left out.
+    ``hlo``: text of ``jax.stages.Compiled.as_text()``. A loop counts as often as XLA knows it to
+    run; one that it does not know counts once. What runs in a branch counts as if it were taken.
+    Collectives over a single device are no traffic and are left out.
     """
     bodies, entry = _computations(hlo)
     made = Counter()
@@ -26,15 +51,22 @@ def collectives(hlo: str) -> list[dict]:
         for line in bodies.get(name, ()):
             found = OPERATION.match(line)
             if found and not _alone(line):
-                made[found[2], _result(found[1], bool(found[3]) and found[2] != "all-reduce")] += times
+                made[found[2], _result(found[1], bool(found[3]) and found[2] != "all-reduce")] += (
+                    times
+                )
             trips = TRIPS.search(line)
             inner = times * int(trips[1]) if trips and " while(" in line else times
             for called, branches in () if found else CALLED.findall(line):
-                for other in [called] if called else [b.strip().lstrip("%") for b in branches.split(",")]:
+                for other in (
+                    [called] if called else [b.strip().lstrip("%") for b in branches.split(",")]
+                ):
                     walk(other, inner)
 
     walk(entry, 1)
-    rows = [{"kind": kind, "shape": shape, "bytes": _bytes(shape), "count": count} for (kind, shape), count in made.items()]
+    rows = [
+        {"kind": kind, "shape": shape, "bytes": _bytes(shape), "count": count}
+        for (kind, shape), count in made.items()
+    ]
     return sorted(rows, key=lambda row: -row["bytes"] * row["count"])
 
 
@@ -69,4 +101,7 @@ def _result(text: str, with_operands: bool) -> str:
 
 
 def _bytes(shape: str) -> int:
-    return sum(BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in ARRAY.findall(shape))
+    return sum(
+        BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, dims in ARRAY.findall(shape)
+    )

@@ -22,24 +22,35 @@ HOST = "tables in the host's memory"  # with their moments, where parallel.table
 
 
 def on_mesh(cfg: Config, mesh: str) -> tuple[Config, list[str]]:
-    """(the config on that mesh, what had to be changed for it): the smallest plan that uses the mesh's axes where the config's does not, and
-    micro-batches that its sections divide."""
+    """(the config on that mesh, what had to be changed for it): the smallest plan that uses the
+    mesh's axes where the config's does not, and micro-batches that its sections divide.
+    """
     said, plan = [], cfg.parallel.plan
     used = {word.partition("=")[0] for word in mesh.split(",") if not word.endswith("=1")}
     if not used <= set(parallel.PLANS[plan][1]):
-        plan = next((name for name, (_, axes) in parallel.PLANS.items() if used <= set(axes)), "fsdp_tp")
+        plan = next(
+            (name for name, (_, axes) in parallel.PLANS.items() if used <= set(axes)), "fsdp_tp"
+        )
         said.append(f"parallel.plan={plan}")
     cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, plan=plan, mesh=mesh))
-    pieces, batch, accum = parallel.sections_of(parallel.mesh_sizes(cfg.parallel)), cfg.data.batch_size, cfg.train.accum_steps
+    pieces, batch, accum = (
+        parallel.sections_of(parallel.mesh_sizes(cfg.parallel)),
+        cfg.data.batch_size,
+        cfg.train.accum_steps,
+    )
     if batch // accum % pieces and batch % pieces == 0:
-        accum = max(n for n in range(1, min(accum, batch // pieces) + 1) if batch % (n * pieces) == 0)
+        accum = max(
+            n for n in range(1, min(accum, batch // pieces) + 1) if batch % (n * pieces) == 0
+        )
         said.append(f"train.accum_steps={accum}")
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accum_steps=accum))
     return cfg, said
 
 
 def abstract_step(cfg: Config, mesh, rows: int) -> tuple[dict, dict]:
-    """(state, batch) of shapes with shardings on a mesh, for :func:`make_train_step`; ``rows``: unique ids of a section."""
+    """(state, batch) of shapes with shardings on a mesh, for :func:`make_train_step`; ``rows``:
+    unique ids of a section.
+    """
     sections = parallel.sections_of(mesh.shape)
     count = min(max(rows, expected_rows(cfg, 1)), sections * rows, cfg.model.vocab_size)
     state = abstract_state(cfg)
@@ -52,12 +63,15 @@ def abstract_step(cfg: Config, mesh, rows: int) -> tuple[dict, dict]:
     lengths = {"unique_ids": sections * rows, "places": sections * rows, "table_ids": count}
     batch |= {name: jax.ShapeDtypeStruct((length,), np.int32) for name, length in lengths.items()}
     specs = parallel.batch_specs(batch)
-    return jax.tree.map(_at, state, places), {name: _at(leaf, jax.NamedSharding(mesh, specs[name])) for name, leaf in batch.items()}
+    return jax.tree.map(_at, state, places), {
+        name: _at(leaf, jax.NamedSharding(mesh, specs[name])) for name, leaf in batch.items()
+    }
 
 
 def expected_rows(cfg: Config, sections: int) -> int:
-    """Unique ids of a section, padded, if tokens were drawn by Zipf's law (exponent 1) over the vocabulary; of a model without rows as many as there
-    may be, as in training."""
+    """Unique ids of a section, padded, if tokens were drawn by Zipf's law (exponent 1) over the
+    vocabulary; of a model without rows as many as there may be, as in training.
+    """
     tokens, vocab = cfg.data.batch_size * cfg.data.seq_len // sections, cfg.model.vocab_size
     if not any(spec.row_width for spec in layer_specs(cfg.model)):
         return min(tokens, vocab)
@@ -67,12 +81,15 @@ def expected_rows(cfg: Config, sections: int) -> int:
 
 
 def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
-    """What a step of ``cfg`` needs on every device of ``mesh``, which may be abstract where nothing is to be compiled.
+    """What a step of ``cfg`` needs on every device of ``mesh``, which may be abstract where nothing
+    is to be compiled.
 
-    {"devices", "mesh", "plan", "rows_per_section", "bytes": per device by PARTS (of tables in the host's memory the rows of three batches), HOST and,
-    compiled, "temporaries" and "peak" (of the device); "arrays": per device, the largest first, [{"name", "shape", "bytes", "spec"}] (of such tables the
-    rows of a batch); "flops": of a step on each device; "collectives": see collectives.py, and "sent": their bytes; None where not compiled}. Raises
-    UserError where the mesh does not divide the model or the batch.
+    {"devices", "mesh", "plan", "rows_per_section", "bytes": per device by PARTS (of tables in the
+    host's memory the rows of three batches), HOST and, compiled, "temporaries" and "peak" (of the
+    device); "arrays": per device, the largest first, [{"name", "shape", "bytes", "spec"}] (of such
+    tables the rows of a batch); "flops": of a step on each device; "collectives": see
+    collectives.py, and "sent": their bytes; None where not compiled}. Raises UserError where the
+    mesh does not divide the model or the batch.
     """
     sizes = dict(mesh.shape)
     state = abstract_state(cfg)
@@ -80,23 +97,48 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
         whole = jax.tree.leaves(jax.tree.map(_at, state, parallel.placed(cfg, state)))
         state, batch = abstract_step(cfg, mesh, rows)
-        arrays = [{"name": parallel.path_name(path), "shape": leaf.shape, "bytes": _own_bytes(leaf), "spec": str(leaf.sharding.spec)}
-                  for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+        arrays = [
+            {
+                "name": parallel.path_name(path),
+                "shape": leaf.shape,
+                "bytes": _own_bytes(leaf),
+                "spec": str(leaf.sharding.spec),
+            }
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        ]
         traced = make_train_step(cfg).trace(state, batch)
     parts, more = dict.fromkeys((*PARTS, HOST), 0), 0
-    for (path, leaf), array, there in zip(jax.tree_util.tree_leaves_with_path(state), arrays, whole, strict=True):
+    for (path, leaf), array, there in zip(
+        jax.tree_util.tree_leaves_with_path(state), arrays, whole, strict=True
+    ):
         kind = "table" if array["name"].endswith(".table") else "weight"
         part = f"{kind}s" if array["name"].startswith("params.") else f"{kind} moments"
         parts[part] += array["bytes"]
         if cfg.parallel.table_memory == "host" and parallel.is_table(path, leaf):
             others = (IN_FLIGHT - 1) * array["bytes"]  # of other batches, beside the step
-            parts[part], parts[HOST], more = parts[part] + others, parts[HOST] + _own_bytes(there), more + others
+            parts[part], parts[HOST], more = (
+                parts[part] + others,
+                parts[HOST] + _own_bytes(there),
+                more + others,
+            )
     parts["batch"] = sum(_own_bytes(leaf) for leaf in batch.values())
     numbers, tokens = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
     sections = parallel.sections_of(sizes)
-    made = {"devices": math.prod(sizes.values()), "mesh": sizes, "plan": cfg.parallel.plan, "rows_per_section": rows,
-            "flops": tokens * train_flops_per_token(numbers, rows * sections / tokens) / math.prod(sizes.values()),
-            "bytes": parts, "arrays": sorted(arrays, key=lambda array: -array["bytes"]), "collectives": None, "sent": None}
+    made = {
+        "devices": math.prod(sizes.values()),
+        "mesh": sizes,
+        "plan": cfg.parallel.plan,
+        "rows_per_section": rows,
+        "flops": (
+            tokens
+            * train_flops_per_token(numbers, rows * sections / tokens)
+            / math.prod(sizes.values())
+        ),
+        "bytes": parts,
+        "arrays": sorted(arrays, key=lambda array: -array["bytes"]),
+        "collectives": None,
+        "sent": None,
+    }
     if compiled:
         program = traced.lower().compile()
         sent, need = collectives(program.as_text()), memory(program)

@@ -35,42 +35,65 @@ from flexmemory.train.step import init_state, make_train_step
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a gradient is not finite. The message names the step and the last good checkpoint."""
+    """The loss or a gradient is not finite. The message names the step and the last good
+    checkpoint.
+    """
 
 
 class TrainingInterrupted(RuntimeError):
-    """Asked to stop. The message names the step; a checkpoint of it is written and the same call goes on from there."""
+    """Asked to stop. The message names the step; a checkpoint of it is written and the same call
+    goes on from there.
+    """
 
 
 def resolve(cfg: Config) -> tuple[Config, TokenShards, TokenShards]:
-    """(config with the data's vocabulary filled in, train shards, validation shards). Raises UserError when they do not fit."""
+    """(config with the data's vocabulary filled in, train shards, validation shards). Raises
+    UserError when they do not fit.
+    """
     if not cfg.data.path:
         raise UserError("config data.path: empty; give a directory written by `flexmemory prepare`")
     # absolute, so that the run folder can be evaluated from anywhere
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(Path(cfg.data.path).absolute())))
+    cfg = dataclasses.replace(
+        cfg, data=dataclasses.replace(cfg.data, path=str(Path(cfg.data.path).absolute()))
+    )
     train, val = TokenShards(cfg.data.path, "train"), TokenShards(cfg.data.path, "val")
     if not cfg.model.vocab_size:
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=train.vocab_size))
+        cfg = dataclasses.replace(
+            cfg, model=dataclasses.replace(cfg.model, vocab_size=train.vocab_size)
+        )
     if cfg.model.vocab_size < train.vocab_size:
-        raise UserError(f"config model.vocab_size: {cfg.model.vocab_size} is smaller than the data's vocabulary {train.vocab_size}; "
-                        "set it to that or to 0")
+        raise UserError(
+            f"config model.vocab_size: {cfg.model.vocab_size} is smaller than the data's vocabulary"
+            f" {train.vocab_size}; set it to that or to 0"
+        )
     train.num_windows(cfg.data.seq_len)  # raises when a sequence is longer than a shard
     return cfg, train, val
 
 
-def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callable[[], bool] = lambda: False,
-          profile_steps: range | None = None) -> dict:
-    """Trains (or resumes) a run and returns what final_result.json holds; a finished run is left as it is.
+def train(
+    cfg: Config,
+    workdir: str | Path,
+    progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+    profile_steps: range | None = None,
+) -> dict:
+    """Trains (or resumes) a run and returns what final_result.json holds; a finished run is left as
+    it is.
 
-    ``stop`` is asked after every step (in a run of one process; several hear SIGTERM together); when it says so, a checkpoint is written and TrainingInterrupted raised. A profiler trace of
-    ``profile_steps``, numbered from 1, goes to the run folder. Raises UserError (also when the disk is full) and TrainingDiverged.
+    ``stop`` is asked after every step (in a run of one process; several hear SIGTERM together);
+    when it says so, a checkpoint is written and TrainingInterrupted raised. A profiler trace of
+    ``profile_steps``, numbered from 1, goes to the run folder. Raises UserError (also when the disk
+    is full) and TrainingDiverged.
     """
     workdir, clock = Path(workdir), Clock()
     if profile_steps is not None:
         trace.check(profile_steps, cfg.train.steps)
     with clock.span("setup"), contextlib.ExitStack() as closing:
         cfg, shards, val_shards = cluster.together(lambda: resolve(cfg))
-        cluster.agree({f"config {name}": value for name, value in leaves(cfg).items() if name != "data.path"} | {"data fingerprint": shards.fingerprint})
+        cluster.agree(
+            {f"config {name}": value for name, value in leaves(cfg).items() if name != "data.path"}
+            | {"data fingerprint": shards.fingerprint}
+        )
         if mesh := parallel.make_mesh(cfg.parallel):
             parallel.check(cfg, abstract_params(cfg.model), dict(mesh.shape))
             closing.enter_context(jax.set_mesh(mesh))
@@ -79,17 +102,38 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
         encode_questions(questions, tokenizer, cfg.data.seq_len)  # raises when one is too long
         if cfg.train.tensorboard:
             summary_writer()  # raises when it is not installed
-        batches = make_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=cfg.train.seed,
-                               accum=cfg.train.accum_steps, segments=cfg.data.document_mask, sections=parallel.sections(), own=parallel.own_sections(),
-                               row_sizes=None if any(spec.row_width for spec in layer_specs(cfg.model)) else ())  # without rows one size does, and one compilation
-        if lock := cluster.together(lambda: claim(workdir, cfg, shards.fingerprint, tokenizer), first_only=True):
+        batches = make_batches(
+            shards,
+            seq_len=cfg.data.seq_len,
+            batch_size=cfg.data.batch_size,
+            seed=cfg.train.seed,
+            accum=cfg.train.accum_steps,
+            segments=cfg.data.document_mask,
+            sections=parallel.sections(),
+            own=parallel.own_sections(),
+            row_sizes=None if any(spec.row_width for spec in layer_specs(cfg.model)) else (),
+        )  # without rows one size does, and one compilation
+        if lock := cluster.together(
+            lambda: claim(workdir, cfg, shards.fingerprint, tokenizer), first_only=True
+        ):
             closing.enter_context(lock)
-        cluster.agree({f"--workdir {workdir} (is it on a file system that all see?): the start written in it": started(workdir)})
-        checkpoints = closing.enter_context(contextlib.closing(checkpoint.open_checkpoints(workdir, cfg.train.keep_checkpoints)))
+        cluster.agree(
+            {
+                f"--workdir {workdir} (is it on a file system that all see?): the start written in it": started(
+                    workdir
+                )
+            }
+        )
+        checkpoints = closing.enter_context(
+            contextlib.closing(checkpoint.open_checkpoints(workdir, cfg.train.keep_checkpoints))
+        )
         state = checkpoint.restore(checkpoints, workdir, cfg)
         start = int(state["step"]) if state else 0
         if profile_steps and start >= profile_steps[-1] and cluster.is_first():
-            print(f"train: the run is at step {start}, past those to profile; nothing is traced", file=sys.stderr)
+            print(
+                f"train: the run is at step {start}, past those to profile; nothing is traced",
+                file=sys.stderr,
+            )
         if start == cfg.train.steps and (workdir / "final_result.json").exists():
             return json.loads((workdir / "final_result.json").read_bytes())
         counts = {name: float(value) for name, value in state.pop("data").items()} if state else {}
@@ -98,7 +142,20 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
             tables = closing.enter_context(contextlib.closing(HostTables(cfg, state)))
             state = tables.state
         state = state or init_state(cfg)
-        run = closing.enter_context(contextlib.closing(Run(cfg, workdir, clock, checkpoints, progress and cluster.is_first(), start, counts, tables)))
+        run = closing.enter_context(
+            contextlib.closing(
+                Run(
+                    cfg,
+                    workdir,
+                    clock,
+                    checkpoints,
+                    progress and cluster.is_first(),
+                    start,
+                    counts,
+                    tables,
+                )
+            )
+        )
         traced = profile_steps if profile_steps and cluster.is_first() else range(0)
         tracing = closing.enter_context(trace.Trace(workdir / "profile", traced, clock))
         closing = closing.pop_all()
@@ -108,21 +165,42 @@ def train(cfg: Config, workdir: str | Path, progress: bool = True, stop: Callabl
             return run.finish(state, val_shards, tokenizer, questions)
     except Exception as error:
         if is_disk_full(error):
-            raise UserError(f"--workdir {workdir}: the disk is full; make room and run the same command again to go on") from error
+            raise UserError(
+                f"--workdir {workdir}: the disk is full; make room and run the same command again"
+                " to go on"
+            ) from error
         raise
 
 
 class Run:
     """One call of :func:`train`: what the loop carries besides the train state."""
 
-    def __init__(self, cfg: Config, workdir: Path, clock: Clock, checkpoints, progress: bool, start: int, counts: dict[str, float],
-                 tables: HostTables | None):
-        self.cfg, self.workdir, self.clock, self.checkpoints, self.tables = cfg, workdir, clock, checkpoints, tables
+    def __init__(
+        self,
+        cfg: Config,
+        workdir: Path,
+        clock: Clock,
+        checkpoints,
+        progress: bool,
+        start: int,
+        counts: dict[str, float],
+        tables: HostTables | None,
+    ):
+        self.cfg, self.workdir, self.clock, self.checkpoints, self.tables = (
+            cfg,
+            workdir,
+            clock,
+            checkpoints,
+            tables,
+        )
         self.progress, self.start, self.saved = progress, start, start
         self.step_fn, self.eval_step = make_train_step(cfg), make_eval_step(cfg)
         self.compiled = {}  # (R of all sections, C): (compiled step, its facts)
         self.writer = Writer(workdir, start, cfg.train.tensorboard) if cluster.is_first() else None
-        self.account, self.tokens_per_step = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
+        self.account, self.tokens_per_step = (
+            account(cfg.model, cfg.data.seq_len),
+            cfg.data.batch_size * cfg.data.seq_len,
+        )
         self.work = Work(clock, self.account, self.tokens_per_step, counts)
 
     def close(self) -> None:
@@ -133,18 +211,31 @@ class Run:
         if self.writer:
             self.writer.write(step, numbers)
 
-    def steps(self, state: dict, batches, val_shards: TokenShards, stop: Callable[[], bool], tracing: trace.Trace) -> dict:
+    def steps(
+        self,
+        state: dict,
+        batches,
+        val_shards: TokenShards,
+        stop: Callable[[], bool],
+        tracing: trace.Trace,
+    ) -> dict:
         """Trains from ``start`` to the end and returns the state."""
         cfg, pending = self.cfg, None
-        with ProgressLine("train", cfg.train.steps, "steps", self.progress, start=self.start) as line, \
-                prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as made:
+        with (
+            ProgressLine(
+                "train", cfg.train.steps, "steps", self.progress, start=self.start
+            ) as line,
+            prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as made,
+        ):
             stream = self.tables.ahead(made) if self.tables else made
             for step in range(self.start + 1, cfg.train.steps + 1):
                 with self.clock.span("data_wait"):
                     batch = next(stream)
                 rows = batch["unique_ids"].size, batch["table_ids"].size
                 if pending and (rows not in self.compiled or tracing.begins(step)):
-                    self._log(line, *pending)  # so that no step's time passes for the compiler's or the profiler's
+                    self._log(
+                        line, *pending
+                    )  # so that no step's time passes for the compiler's or the profiler's
                     pending = None
                 if self.tables:
                     with self.clock.span("rows_wait"):
@@ -159,9 +250,17 @@ class Run:
                 if pending:
                     self._log(line, *pending)
                 pending = (step, metrics, rows)
-                evaluates, saves = self._due(cfg.train.eval_every, step), self._due(cfg.train.checkpoint_every, step)
+                evaluates, saves = (
+                    self._due(cfg.train.eval_every, step),
+                    self._due(cfg.train.checkpoint_every, step),
+                )
                 if evaluates or saves or tracing.ends(step):
-                    self._log(line, *pending)  # waits for the step: what is evaluated or saved must be sound, what is traced complete
+                    self._log(
+                        line,
+                        *pending,
+                        # waits for the step: what is evaluated or saved must be sound, what is
+                        # traced complete
+                    )
                     pending = None
                     if tracing.ends(step):
                         tracing.close()
@@ -176,12 +275,16 @@ class Run:
                         self._save(state, step)
                     with self.clock.span("checkpoint"):
                         self.checkpoints.wait()
-                    raise TrainingInterrupted(f"stopped after step {step}; the same command goes on from there")
+                    raise TrainingInterrupted(
+                        f"stopped after step {step}; the same command goes on from there"
+                    )
             if pending:
                 self._log(line, *pending)
         return state
 
-    def finish(self, state: dict, val_shards: TokenShards, tokenizer: Tokenizer, questions: list[dict]) -> dict:
+    def finish(
+        self, state: dict, val_shards: TokenShards, tokenizer: Tokenizer, questions: list[dict]
+    ) -> dict:
         """Final checkpoint, evaluation and result."""
         cfg, steps = self.cfg, self.cfg.train.steps
         if self.saved < steps or not checkpoint.complete_steps(self.workdir):
@@ -190,12 +293,20 @@ class Run:
             self.checkpoints.wait()
         result = self._evaluate(state, steps, val_shards)
         with self.clock.span("eval"):
-            answers = answer_accuracy(cfg, state["params"], tokenizer, questions, rows_of=self._rows_of(state))
+            answers = answer_accuracy(
+                cfg, state["params"], tokenizer, questions, rows_of=self._rows_of(state)
+            )
         seconds = self.clock.seconds()
         final = {
-            "step": steps, "tokens": steps * self.tokens_per_step, **result, **answers, **self.work.totals(steps),
-            "seconds": seconds | {"total": sum(seconds.values())}, "peak_bytes": {"device": peak_device_bytes(), "process": peak_rss()},
-            "resumed_from": self.start, "accounting": self.account,
+            "step": steps,
+            "tokens": steps * self.tokens_per_step,
+            **result,
+            **answers,
+            **self.work.totals(steps),
+            "seconds": seconds | {"total": sum(seconds.values())},
+            "peak_bytes": {"device": peak_device_bytes(), "process": peak_rss()},
+            "resumed_from": self.start,
+            "accounting": self.account,
         }
         if cluster.is_first():
             write_json(self.workdir / "final_result.json", final)
@@ -208,41 +319,70 @@ class Run:
         return self.tables.rows_of(state) if self.tables else None
 
     def _compile(self, line: ProgressLine, rows: tuple[int, int], state: dict, batch: dict) -> None:
-        """Compiles the step for the batch's R and C, which take a few static sizes, and writes what is known of all of them to compile.json."""
+        """Compiles the step for the batch's R and C, which take a few static sizes, and writes what
+        is known of all of them to compile.json.
+        """
         text = line.text
         line.update(line.done, f"compiling for {rows[0]:,} rows")
         with self.clock.span("compile"):
             self.compiled[rows] = compile_step(self.step_fn, state, batch)
-            steps = [{"rows": rows, "table_rows": table_rows, "rows_per_token": rows / self.tokens_per_step, **facts,
-                      "flops": flops(self.account, self.tokens_per_step, rows / self.tokens_per_step, facts["xla_flops"])}
-                     for (rows, table_rows), (_, facts) in self.compiled.items()]
+            steps = [
+                {
+                    "rows": rows,
+                    "table_rows": table_rows,
+                    "rows_per_token": rows / self.tokens_per_step,
+                    **facts,
+                    "flops": flops(
+                        self.account,
+                        self.tokens_per_step,
+                        rows / self.tokens_per_step,
+                        facts["xla_flops"],
+                    ),
+                }
+                for (rows, table_rows), (_, facts) in self.compiled.items()
+            ]
             if cluster.is_first():
-                write_json(self.workdir / "compile.json", {"device": jax.devices()[0].device_kind, "steps": steps})
+                write_json(
+                    self.workdir / "compile.json",
+                    {"device": jax.devices()[0].device_kind, "steps": steps},
+                )
         line.update(line.done, text)
         self.work.interrupt()
 
     def _log(self, line: ProgressLine, step: int, metrics: dict, rows: tuple[int, int]) -> None:
-        """Reads one step's metrics (this waits for that step only), checks them, and writes every log_every-th."""
+        """Reads one step's metrics (this waits for that step only), checks them, and writes every
+        log_every-th.
+        """
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if bad := [f"{name} {numbers[name]}" for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(numbers[name])]:
+        if bad := [
+            f"{name} {numbers[name]}"
+            for name in ("loss", "grad_norm", "param_norm")
+            if not math.isfinite(numbers[name])
+        ]:
             self.checkpoints.wait()
             good = checkpoint.complete_steps(self.workdir)
-            raise TrainingDiverged(f"step {step}: {', '.join(bad)}; last good checkpoint: "
-                                   f"{self.workdir / 'checkpoints' / str(good[-1]) if good else 'none yet'}")
+            raise TrainingDiverged(
+                f"step {step}: {', '.join(bad)}; last good checkpoint: "
+                f"{self.workdir / 'checkpoints' / str(good[-1]) if good else 'none yet'}"
+            )
         self.work.count(step, rows[0], self.compiled[rows][1]["xla_flops"])
         if step % self.cfg.train.log_every and step != self.cfg.train.steps:
             line.update(step)
             return
         text, rates = f"loss {numbers['loss']:.4f}", self.work.rates(step)
         if rates:
-            text += f"  {rates['tokens_per_s']:,.0f} tokens/s  MFU " + ("unknown" if rates["mfu"] is None else f"{rates['mfu']:.1%}")
+            text += f"  {rates['tokens_per_s']:,.0f} tokens/s  MFU " + (
+                "unknown" if rates["mfu"] is None else f"{rates['mfu']:.1%}"
+            )
         seconds = {f"{part}_s": value for part, value in self.clock.seconds().items()}
         self.write(step, {**numbers, **rates, "tokens": step * self.tokens_per_step, **seconds})
         line.update(step, text)
 
     def _evaluate(self, state: dict, step: int, val_shards: TokenShards) -> dict:
         with self.clock.span("eval"):
-            result = perplexity(self.cfg, state["params"], val_shards, self.eval_step, rows_of=self._rows_of(state))
+            result = perplexity(
+                self.cfg, state["params"], val_shards, self.eval_step, rows_of=self._rows_of(state)
+            )
         result = {f"val_{name}": value for name, value in result.items()}
         self.write(step, result)
         return result
@@ -251,5 +391,10 @@ class Run:
         with self.clock.span("checkpoint"):
             if self.tables:
                 self.checkpoints.wait()  # or the host would hold the tables three times
-            checkpoint.save(self.checkpoints, step, self.tables.whole(state) if self.tables else state, self.work.counts)
+            checkpoint.save(
+                self.checkpoints,
+                step,
+                self.tables.whole(state) if self.tables else state,
+                self.work.counts,
+            )
         self.saved = step

@@ -1,4 +1,6 @@
-"""Cross-entropy over a large vocabulary, a piece of the batch at a time: logits of all its tokens never exist at once."""
+"""Cross-entropy over a large vocabulary, a piece of the batch at a time: logits of all its tokens
+never exist at once.
+"""
 
 import functools
 
@@ -7,8 +9,9 @@ import jax.numpy as jnp
 
 from flexmemory.parallel import gathered, local, names, spec_of, sum_over_batch, varying
 
-# Of one piece's logits [tokens, V] in float32, where no chunk is given. A CPU is as fast with an eighth of it; a GPU reads and writes the head's
-# gradient [D, V] once per piece, which takes 200 / tokens of the piece's matmuls.
+# Of one piece's logits [tokens, V] in float32, where no chunk is given. A CPU is as fast with an
+# eighth of it; a GPU reads and writes the head's gradient [D, V] once per piece, which takes 200 /
+# tokens of the piece's matmuls.
 LOGITS_BYTES = 1 << 29
 
 
@@ -20,11 +23,15 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arra
     return lse_BT - picked_BT, lse_BT**2
 
 
-def chunked_losses(x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """:func:`token_losses` of the logits x_BTD @ head_DV, for evaluation: its derivative would keep every logit.
+def chunked_losses(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`token_losses` of the logits x_BTD @ head_DV, for evaluation: its derivative would keep
+    every logit.
 
-    x_BTD final states in compute dtype; head_DV float32; targets_BT int32. ``chunk``: the most tokens whose logits exist at
-    once; None: as many as LOGITS_BYTES holds. On a mesh every device takes its own tokens, and its own part of the vocabulary.
+    x_BTD final states in compute dtype; head_DV float32; targets_BT int32. ``chunk``: the most
+    tokens whose logits exist at once; None: as many as LOGITS_BYTES holds. On a mesh every device
+    takes its own tokens, and its own part of the vocabulary.
     """
     weight_DV = gathered(head_DV.astype(x_BTD.dtype))
     vocab_axes = names(spec_of(weight_DV)[1])
@@ -39,19 +46,27 @@ def chunked_losses(x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, 
         made = jax.lax.map(piece, (split(x_BTD, count), split(targets_BT, count)))
         return jax.tree.map(lambda loss_CN: join(loss_CN, targets_BT.shape), made)
 
-    return local(losses, lambda x, weight, targets: (targets, targets))(x_BTD, weight_DV, targets_BT)
+    return local(losses, lambda x, weight, targets: (targets, targets))(
+        x_BTD, weight_DV, targets_BT
+    )
 
 
 def _scores(x_ND, targets_N, weight_DV, vocab_axes: tuple[str, ...]):
-    """(exp(logits - the largest) [N, V], their sum, place of the target in V, logsumexp, logit of the target), float32. ``vocab_axes``: mesh axes
-    over which the vocabulary is cut; V is the own part, outside of which a place may lie, and all else but the first is of the whole."""
+    """(exp(logits - the largest) [N, V], their sum, place of the target in V, logsumexp, logit of
+    the target), float32. ``vocab_axes``: mesh axes over which the vocabulary is cut; V is the own
+    part, outside of which a place may lie, and all else but the first is of the whole.
+    """
     logits_NV = _matmul(x_ND, weight_DV)
     place_N = targets_N - (jax.lax.axis_index(vocab_axes) * weight_DV.shape[1] if vocab_axes else 0)
-    picked_N = jnp.take_along_axis(logits_NV, jnp.clip(place_N, 0, weight_DV.shape[1] - 1)[:, None], axis=-1)[:, 0]
+    picked_N = jnp.take_along_axis(
+        logits_NV, jnp.clip(place_N, 0, weight_DV.shape[1] - 1)[:, None], axis=-1
+    )[:, 0]
     top_N = logits_NV.max(axis=-1)
     if vocab_axes:
         top_N = jax.lax.pmax(top_N, vocab_axes)
-        picked_N = jax.lax.psum(jnp.where((place_N >= 0) & (place_N < weight_DV.shape[1]), picked_N, 0), vocab_axes)
+        picked_N = jax.lax.psum(
+            jnp.where((place_N >= 0) & (place_N < weight_DV.shape[1]), picked_N, 0), vocab_axes
+        )
     exp_NV = jnp.exp(logits_NV - top_N[:, None])
     sum_N = exp_NV.sum(axis=-1)
     if vocab_axes:
@@ -60,12 +75,20 @@ def _scores(x_ND, targets_N, weight_DV, vocab_axes: tuple[str, ...]):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def mean_loss(x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, tokens: int, z_weight: float,
-              chunk: int | None = None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """(loss + z_weight * z, (loss, z)): float32 sums over the batch of :func:`chunked_losses`, whose arguments it takes, over ``tokens``.
+def mean_loss(
+    x_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    tokens: int,
+    z_weight: float,
+    chunk: int | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """(loss + z_weight * z, (loss, z)): float32 sums over the batch of :func:`chunked_losses`,
+    whose arguments it takes, over ``tokens``.
 
-    Only the first carries a gradient. It is made along with the loss, so that logits are computed once and dropped piece by piece; that of
-    head_DV is summed in float32. ``tokens`` and ``z_weight`` are plain numbers.
+    Only the first carries a gradient. It is made along with the loss, so that logits are computed
+    once and dropped piece by piece; that of head_DV is summed in float32. ``tokens`` and
+    ``z_weight`` are plain numbers.
     """
     return _means(*chunked_losses(x_BTD, head_DV, targets_BT, chunk), tokens, z_weight)
 
@@ -82,23 +105,32 @@ def _forward(x_BTD, head_DV, targets_BT, tokens, z_weight, chunk):
     def losses(x_BTD, weight_DV, targets_BT):
         def piece(grad_DV, inputs):
             x_ND, targets_N = inputs
-            exp_NV, sum_N, place_N, lse_N, picked_N = _scores(x_ND, targets_N, weight_DV, vocab_axes)
+            exp_NV, sum_N, place_N, lse_N, picked_N = _scores(
+                x_ND, targets_N, weight_DV, vocab_axes
+            )
             # d ce = softmax - onehot; d lse^2 = 2 lse softmax
             scale_N = (1 + 2 * z_weight * lse_N) / (sum_N * tokens)
             hit_NV = jnp.arange(exp_NV.shape[1]) == place_N[:, None]
             grad_NV = (exp_NV * scale_N[:, None] - hit_NV / tokens).astype(x_ND.dtype)
             grad_ND = _matmul(grad_NV, weight_DV.T)
-            grad_ND = (jax.lax.psum(grad_ND, vocab_axes) if vocab_axes else grad_ND).astype(x_ND.dtype)
+            grad_ND = (jax.lax.psum(grad_ND, vocab_axes) if vocab_axes else grad_ND).astype(
+                x_ND.dtype
+            )
             return grad_DV + _matmul(x_ND.T, grad_NV), (lse_N - picked_N, lse_N**2, grad_ND)
 
         count = pieces(targets_BT.size, weight_DV.shape[1], chunk)
-        # a token that only fills up the last piece has x = 0: it adds nothing to grad_DV, and join drops the rest
+        # a token that only fills up the last piece has x = 0: it adds nothing to grad_DV, and join
+        # drops the rest
         zeros_DV = varying(jnp.zeros(weight_DV.shape, jnp.float32), vocab_axes)
-        grad_DV, (ce_CN, z_CN, grad_CND) = jax.lax.scan(piece, zeros_DV, (split(x_BTD, count), split(targets_BT, count)))
+        grad_DV, (ce_CN, z_CN, grad_CND) = jax.lax.scan(
+            piece, zeros_DV, (split(x_BTD, count), split(targets_BT, count))
+        )
         ce_BT, z_BT, grad_BTD = (join(a_CN, targets_BT.shape) for a_CN in (ce_CN, z_CN, grad_CND))
         return ce_BT, z_BT, grad_BTD, sum_over_batch(grad_DV, head_spec)
 
-    ce_BT, z_BT, grad_BTD, grad_DV = local(losses, lambda x, weight, targets: (targets, targets, x, head_spec))(x_BTD, weight_DV, targets_BT)
+    ce_BT, z_BT, grad_BTD, grad_DV = local(
+        losses, lambda x, weight, targets: (targets, targets, x, head_spec)
+    )(x_BTD, weight_DV, targets_BT)
     return _means(ce_BT, z_BT, tokens, z_weight), (grad_BTD, grad_DV)
 
 
@@ -121,7 +153,9 @@ def pieces(tokens: int, vocab: int, chunk: int | None) -> int:
 
 
 def split(a_BT: jax.Array, count: int) -> jax.Array:
-    """[B, T, ...] -> [count, N, ...], filled up with 0. Piece c is every count-th token from c on: a batch spread over devices stays spread."""
+    """[B, T, ...] -> [count, N, ...], filled up with 0. Piece c is every count-th token from c on:
+    a batch spread over devices stays spread.
+    """
     a_T = a_BT.reshape(-1, *a_BT.shape[2:])
     a_T = jnp.pad(a_T, [(0, -len(a_T) % count)] + [(0, 0)] * (a_T.ndim - 1))
     return a_T.reshape(-1, count, *a_T.shape[1:]).swapaxes(0, 1)

@@ -1,4 +1,6 @@
-"""AdamW with a label for every parameter: clipping by true global norm, warm-up schedules, own settings for tables."""
+"""AdamW with a label for every parameter: clipping by true global norm, warm-up schedules, own
+settings for tables.
+"""
 
 import re
 from collections.abc import Callable
@@ -23,32 +25,43 @@ LABELS = (
 
 
 def label_params(params: dict) -> dict:
-    """A tree of labels shaped like ``params``. Raises ValueError naming a parameter without a label."""
+    """A tree of labels shaped like ``params``. Raises ValueError naming a parameter without a
+    label.
+    """
 
     def label(path, _):
         name = path_name(path)
         for word, pattern in LABELS:
             if re.search(pattern, name):
                 return word
-        raise ValueError(f"parameter {name} has no label: add a row to flexmemory.train.optimizer.LABELS")
+        raise ValueError(
+            f"parameter {name} has no label: add a row to flexmemory.train.optimizer.LABELS"
+        )
 
     return jax.tree_util.tree_map_with_path(label, params)
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate at a step: linear warm-up from lr/warmup_steps, then cosine or wsd (constant, then linear) to min_lr, or constant."""
+    """Learning rate at a step: linear warm-up from lr/warmup_steps, then cosine or wsd (constant,
+    then linear) to min_lr, or constant.
+    """
     warmup = min(cfg.warmup_steps, steps)
     rest = max(steps - warmup, 1)
     if cfg.schedule == "cosine":
         after = optax.cosine_decay_schedule(cfg.lr, rest, alpha=cfg.min_lr / cfg.lr)
     elif cfg.schedule == "wsd":
         decay = max(int(rest * cfg.decay_fraction), 1)
-        after = optax.join_schedules([optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, cfg.min_lr, decay)], [rest - decay])
+        after = optax.join_schedules(
+            [optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, cfg.min_lr, decay)],
+            [rest - decay],
+        )
     else:
         after = optax.constant_schedule(cfg.lr)
     if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(cfg.lr / warmup, cfg.lr, max(warmup - 1, 1)), after], [warmup])
+    return optax.join_schedules(
+        [optax.linear_schedule(cfg.lr / warmup, cfg.lr, max(warmup - 1, 1)), after], [warmup]
+    )
 
 
 def group_norms(grads: dict) -> dict[str, jax.Array]:
@@ -61,7 +74,9 @@ def group_norms(grads: dict) -> dict[str, jax.Array]:
 
 
 def clip(grads: dict, norms: dict[str, jax.Array], cfg: OptimizerConfig) -> dict:
-    """Scales gradients so that the norm over all labels (tables apart when they have their own clip) is at most clip_norm."""
+    """Scales gradients so that the norm over all labels (tables apart when they have their own
+    clip) is at most clip_norm.
+    """
 
     def factor(names, limit):
         norm = jnp.sqrt(sum(norms[n] ** 2 for n in names))
@@ -75,14 +90,25 @@ def clip(grads: dict, norms: dict[str, jax.Array], cfg: OptimizerConfig) -> dict
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (decoupled decay) on clipped gradients; norms do not decay, tables take table_lr and table_weight_decay."""
+    """AdamW (decoupled decay) on clipped gradients; norms do not decay, tables take table_lr and
+    table_weight_decay.
+    """
 
     def decay(updates, params):
         rate = {"table": cfg.table_weight_decay, "norm": 0.0}
-        return jax.tree.map(lambda u, p, label: u + rate.get(label, cfg.weight_decay) * p, updates, params, label_params(params))
+        return jax.tree.map(
+            lambda u, p, label: u + rate.get(label, cfg.weight_decay) * p,
+            updates,
+            params,
+            label_params(params),
+        )
 
     def table_lr(updates, params):
-        return jax.tree.map(lambda u, label: u * cfg.table_lr if label == "table" else u, updates, label_params(updates))
+        return jax.tree.map(
+            lambda u, label: u * cfg.table_lr if label == "table" else u,
+            updates,
+            label_params(updates),
+        )
 
     return optax.chain(
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),

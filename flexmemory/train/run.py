@@ -1,4 +1,6 @@
-"""The run folder: config.json, run.json (revision, versions, data), tokenizer.json, metrics.jsonl, compile.json, checkpoints/, final_result.json."""
+"""The run folder: config.json, run.json (revision, versions, data), tokenizer.json, metrics.jsonl,
+compile.json, checkpoints/, final_result.json.
+"""
 
 import dataclasses
 import fcntl
@@ -17,37 +19,62 @@ from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.errors import UserError
 from flexmemory.files import SCRATCH, is_disk_full, write_json, write_text
 
-# fields that may change between the start and the resumption of a run: they do not touch parameters or batches
-FREE = {"data.path", "train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep_checkpoints",
-        "train.tensorboard", "parallel.plan", "parallel.mesh", "parallel.table_memory"}
+# fields that may change between the start and the resumption of a run: they do not touch parameters
+# or batches
+FREE = {
+    "data.path",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.tensorboard",
+    "parallel.plan",
+    "parallel.mesh",
+    "parallel.table_memory",
+}
 LOCK = ".lock"
 LOG = "log."  # a log may be there before the run, as `| tee log.txt` makes one
 
 
 def leaves(config: Config) -> dict:
     """{dotted field: value}"""
-    return {f"{section.name}.{field.name}": get(config, f"{section.name}.{field.name}")
-            for section in dataclasses.fields(config) for field in dataclasses.fields(getattr(config, section.name))}
+    return {
+        f"{section.name}.{field.name}": get(config, f"{section.name}.{field.name}")
+        for section in dataclasses.fields(config)
+        for field in dataclasses.fields(getattr(config, section.name))
+    }
 
 
 def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenizer) -> IO:
-    """Creates the run folder or checks that it belongs to this config and data; returns the lock that keeps others out while it is open.
+    """Creates the run folder or checks that it belongs to this config and data; returns the lock
+    that keeps others out while it is open.
 
-    Raises UserError naming what differs, another process that trains there, or a folder that cannot be written.
+    Raises UserError naming what differs, another process that trains there, or a folder that cannot
+    be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        known = {path.name for path in workdir.iterdir() if not path.name.endswith(SCRATCH) and not path.name.startswith(LOG)} - {LOCK}
+        known = {
+            path.name
+            for path in workdir.iterdir()
+            if not path.name.endswith(SCRATCH) and not path.name.startswith(LOG)
+        } - {LOCK}
         if (workdir / "config.json").exists():
             check_same(workdir, cfg, data_fingerprint)
         elif known:
-            raise UserError(f"--workdir {workdir}: not empty and not a run folder; give a new folder")
+            raise UserError(
+                f"--workdir {workdir}: not empty and not a run folder; give a new folder"
+            )
         lock = open(workdir / LOCK, "a")  # not "w": what the holder of the lock wrote stays
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise UserError(f"--workdir {workdir}: another process trains there; wait for it or give another folder") from None
+            raise UserError(
+                f"--workdir {workdir}: another process trains there; wait for it or give another"
+                " folder"
+            ) from None
         lock.truncate(0)
         lock.write(secrets.token_hex(8))
         lock.flush()
@@ -56,19 +83,47 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
         tokenizer.save(workdir)
         if (workdir / "final_result.json").exists() and (workdir / "run.json").exists():
             return lock  # nothing is trained any more: it says what made the run
-        write_json(workdir / "run.json", {
-            "data_fingerprint": data_fingerprint, "git": git_revision(), "device": jax.devices()[0].device_kind,
-            "platform": jax.default_backend(), "devices": jax.device_count() if cfg.parallel.plan != "single" else 1, "processes": jax.process_count(),
-            "versions": {name: importlib.metadata.version(name) for name in
-                         ("flexmemory", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")}})
+        write_json(
+            workdir / "run.json",
+            {
+                "data_fingerprint": data_fingerprint,
+                "git": git_revision(),
+                "device": jax.devices()[0].device_kind,
+                "platform": jax.default_backend(),
+                "devices": jax.device_count() if cfg.parallel.plan != "single" else 1,
+                "processes": jax.process_count(),
+                "versions": {
+                    name: importlib.metadata.version(name)
+                    for name in (
+                        "flexmemory",
+                        "jax",
+                        "jaxlib",
+                        "flax",
+                        "optax",
+                        "orbax-checkpoint",
+                        "tensorstore",
+                        "grain",
+                        "numpy",
+                    )
+                },
+            },
+        )
     except OSError as error:
-        mend = "make room and run the same command again" if is_disk_full(error) else "give another folder"
-        raise UserError(f"--workdir {workdir}: cannot be written ({error.strerror}); {mend}") from None
+        mend = (
+            "make room and run the same command again"
+            if is_disk_full(error)
+            else "give another folder"
+        )
+        raise UserError(
+            f"--workdir {workdir}: cannot be written ({error.strerror}); {mend}"
+        ) from None
     return lock
 
 
 def started(workdir: Path) -> str | None:
-    """What the last :func:`claim` wrote into the folder, which is different each time; None where it cannot be read."""
+    """What the last :func:`claim` wrote into the folder, which is different each time; None where
+    it cannot be read.
+    """
     try:
         return (workdir / LOCK).read_text()
     except OSError:
@@ -80,31 +135,47 @@ def check_same(workdir: Path, cfg: Config, data_fingerprint: str) -> None:
     old, new = leaves(load_json(workdir / "config.json")), leaves(cfg)
     for name, value in new.items():
         if name not in FREE and old[name] != value:
-            raise UserError(f"--workdir {workdir}: used by another config ({name} is {old[name]!r} there, {value!r} here); "
-                            "give a new folder or the same config")
+            raise UserError(
+                f"--workdir {workdir}: used by another config ({name} is {old[name]!r} there,"
+                f" {value!r} here); give a new folder or the same config"
+            )
     if (workdir / "run.json").exists():
         try:
             known = json.loads((workdir / "run.json").read_bytes())["data_fingerprint"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{workdir / 'run.json'}: not readable; delete it if the data are the same") from None
+            raise UserError(
+                f"{workdir / 'run.json'}: not readable; delete it if the data are the same"
+            ) from None
         if known != data_fingerprint:
-            raise UserError(f"--workdir {workdir}: trained on other data (fingerprint {known}, now {data_fingerprint}); "
-                            "give the same data or a new folder")
+            raise UserError(
+                f"--workdir {workdir}: trained on other data (fingerprint {known}, now"
+                f" {data_fingerprint}); give the same data or a new folder"
+            )
 
 
 def git_revision() -> str | None:
     """Commit of the source tree, with "+dirty" when it has changes; None outside a git checkout."""
+
     def git(*args):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *args],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 class Writer:
-    """Appends metrics to metrics.jsonl, one JSON object a line; TensorBoard is a view of the same numbers."""
+    """Appends metrics to metrics.jsonl, one JSON object a line; TensorBoard is a view of the same
+    numbers.
+    """
 
     def __init__(self, workdir: Path, resume_step: int, tensorboard: bool):
         self.board = None
@@ -112,7 +183,11 @@ class Writer:
             self.board = summary_writer()(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         path = workdir / "metrics.jsonl"
         if path.exists():  # steps after the checkpoint will be run, and written, again
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) is not None and _step(line) <= resume_step]
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if _step(line) is not None and _step(line) <= resume_step
+            ]
             write_text(path, "".join(line + "\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8")
 
@@ -135,7 +210,9 @@ def summary_writer() -> type:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise UserError("config train.tensorboard: needs tensorboardX; pip install 'flexmemory[tensorboard]'") from None
+        raise UserError(
+            "config train.tensorboard: needs tensorboardX; pip install 'flexmemory[tensorboard]'"
+        ) from None
     return SummaryWriter
 
 
@@ -151,4 +228,8 @@ def read_metrics(workdir: Path) -> list[dict]:
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step(line) is not None]
+    return [
+        json.loads(line)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if _step(line) is not None
+    ]

@@ -10,8 +10,10 @@ from flexmemory.train.clock import Clock
 
 
 class Trace:
-    """Writes what jax.profiler sees of ``steps``, numbered from 1 as in metrics.jsonl, into ``folder``; a context manager that ends the trace
-    whatever happens. Of a resumed run it traces the steps that are left. Starting and writing it are the clock's "profile"."""
+    """Writes what jax.profiler sees of ``steps``, numbered from 1 as in metrics.jsonl, into
+    ``folder``; a context manager that ends the trace whatever happens. Of a resumed run it traces
+    the steps that are left. Starting and writing it are the clock's "profile".
+    """
 
     def __init__(self, folder: Path, steps: range, clock: Clock):
         self.folder, self.steps, self.clock, self.running = folder, steps, clock, False
@@ -21,7 +23,9 @@ class Trace:
         return not self.running and number in self.steps
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
-        """To be held while step ``number`` is called: starts the trace where it is time, and names the step in it."""
+        """To be held while step ``number`` is called: starts the trace where it is time, and names
+        the step in it.
+        """
         if number not in self.steps:
             return contextlib.nullcontext()
         if not self.running:
@@ -50,4 +54,7 @@ class Trace:
 def check(steps: range, total: int) -> None:
     """Raises UserError where ``steps`` are none or not all among 1 to ``total``."""
     if not steps or steps[0] < 1 or steps[-1] > total:
-        raise UserError(f"--profile_steps={steps.start}:{steps.stop - 1}: give FIRST:LAST with 1 <= FIRST <= LAST <= {total}, the run's train.steps")
+        raise UserError(
+            f"--profile_steps={steps.start}:{steps.stop - 1}: give FIRST:LAST with 1 <= FIRST <="
+            f" LAST <= {total}, the run's train.steps"
+        )

@@ -19,7 +19,14 @@ def trained_of(tiny_config):
     @functools.cache
     def make(pattern: str, seed: int = 0) -> Trained:
         cfg, train, val = resolve(tiny_config(pattern))
-        return Trained(cfg, init_params(cfg.model, seed), val, train, tokenizers.load(cfg.data.path), read_questions(cfg.data.path)[:40])
+        return Trained(
+            cfg,
+            init_params(cfg.model, seed),
+            val,
+            train,
+            tokenizers.load(cfg.data.path),
+            read_questions(cfg.data.path)[:40],
+        )
 
     return make
 

@@ -12,12 +12,18 @@ from flexmemory.analysis import caching
 
 def most_hits(tokens, slots):
     """By trying everything that a cache may keep."""
+
     @functools.cache
     def best(i, held):
         if i == len(tokens):
             return 0
         seen = held | {tokens[i]}
-        options = [frozenset(kept) for size in (len(seen) - 1, len(seen)) for kept in itertools.combinations(sorted(seen), size) if size <= slots]
+        options = [
+            frozenset(kept)
+            for size in (len(seen) - 1, len(seen))
+            for kept in itertools.combinations(sorted(seen), size)
+            if size <= slots
+        ]
         return (tokens[i] in held) + max(best(i + 1, kept) for kept in options)
 
     return best(0, frozenset())
@@ -42,13 +48,17 @@ def test_nothing_beats_the_clairvoyant():
         tokens = rng.zipf(1.3, 600) % 50
         counts_V = np.bincount(tokens[::-2], minlength=50)
         best = caching.clairvoyant_hits(tokens, slots)
-        found = {policy: caching.hits(tokens, slots, policy, counts_V) for policy in caching.POLICIES}
+        found = {
+            policy: caching.hits(tokens, slots, policy, counts_V) for policy in caching.POLICIES
+        }
         assert 0 < max(found.values()) <= best, (slots, found, best)
     every = len(tokens) - len(np.unique(tokens))
     assert all(caching.hits(tokens, 50, policy, counts_V) == every for policy in caching.POLICIES)
     assert caching.clairvoyant_hits(tokens, 50) == every
     top = np.argsort(-counts_V, kind="stable")[:10]
-    assert caching.hits(tokens, 10, "static", counts_V) == np.isin(tokens, top).sum() - len(np.intersect1d(tokens, top))
+    assert caching.hits(tokens, 10, "static", counts_V) == np.isin(tokens, top).sum() - len(
+        np.intersect1d(tokens, top)
+    )
 
 
 def test_hit_curves(trained_of):

@@ -1,4 +1,6 @@
-"""Coefficients of the keys against the rows that they make, clusters that are there and that are not."""
+"""Coefficients of the keys against the rows that they make, clusters that are there and that are
+not.
+"""
 
 import json
 
@@ -17,12 +19,19 @@ PATTERN = "dense (memoryllm flex)*2 stem"
 
 def blobs(rng, k=5, rows=300, width=20, spread=0.02):
     """(rows of length 1 around k directions, which one)"""
-    centre_KF, label_R = np.linalg.qr(rng.standard_normal((width, k)))[0].T, rng.integers(0, k, rows)
+    centre_KF, label_R = (
+        np.linalg.qr(rng.standard_normal((width, k)))[0].T,
+        rng.integers(0, k, rows),
+    )
     x_RF = centre_KF[label_R] + spread * rng.standard_normal((rows, width))
     return jnp.asarray(x_RF / np.linalg.norm(x_RF, axis=1, keepdims=True), jnp.float32), label_R
 
 
-@pytest.mark.parametrize(("settings", "layers"), [({}, (1, 2, 3, 4)), ({"model.x0_norm_shared": True, "model.x0_norm": "layernorm"}, (4,))], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [({}, (1, 2, 3, 4)), ({"model.x0_norm_shared": True, "model.x0_norm": "layernorm"}, (4,))],
+    ids=str,
+)
 def test_values_weighted_by_coefficients_are_the_rows(tiny_config, settings, layers):
     """Eq 2.8."""
     from flexmemory.train.loop import resolve
@@ -32,7 +41,9 @@ def test_values_weighted_by_coefficients_are_the_rows(tiny_config, settings, lay
     rows_LRW = live_rows(cfg, params)(jnp.asarray(ids))["w32"]
     of_kind = {"memoryllm": "stack0", "flex": "stack1"}
     for layer in layers:
-        down_FD = params["memory"]["stacks"][of_kind["flex" if layer % 2 == 0 else "memoryllm"]]["ffn"]["down"][(layer - 1) // 2]
+        down_FD = params["memory"]["stacks"][of_kind["flex" if layer % 2 == 0 else "memoryllm"]][
+            "ffn"
+        ]["down"][(layer - 1) // 2]
         c_RF = keys.coefficients(cfg, params, layer, ids)
         np.testing.assert_allclose(c_RF @ down_FD, rows_LRW[layer - 1], atol=1e-6)
         assert not np.allclose(keys.coefficients(cfg, params, layer, ids, before_gate=True), c_RF)
@@ -40,9 +51,14 @@ def test_values_weighted_by_coefficients_are_the_rows(tiny_config, settings, lay
 
 def test_a_stream_is_its_calls(trained_of, monkeypatch):
     trained = trained_of(PATTERN)
-    model, whole = trained.cfg.model, keys.coefficients(trained.cfg.model, trained.params, 1, np.arange(400))
+    model, whole = (
+        trained.cfg.model,
+        keys.coefficients(trained.cfg.model, trained.params, 1, np.arange(400)),
+    )
     monkeypatch.setattr(keys, "AT_ONCE", 150)
-    np.testing.assert_allclose(keys.coefficients(model, trained.params, 1, np.arange(400)), whole, atol=1e-7)
+    np.testing.assert_allclose(
+        keys.coefficients(model, trained.params, 1, np.arange(400)), whole, atol=1e-7
+    )
 
 
 def test_kmeans_finds_what_is_there():
@@ -52,13 +68,20 @@ def test_kmeans_finds_what_is_there():
     assert len(pairs) == 5 == len({new for _, new in pairs})
     assert inertia == pytest.approx(float(((x_RF - centre_KF[got_R]) ** 2).sum()), rel=1e-3)
     assert kmeans.cluster(x_RF, 5, seed=0)[2] == inertia
-    assert kmeans.cluster(jnp.ones((10, 3)), 4, seed=0)[2] == pytest.approx(0, abs=1e-4)  # clusters may stay empty
+    assert kmeans.cluster(jnp.ones((10, 3)), 4, seed=0)[2] == pytest.approx(
+        0, abs=1e-4
+    )  # clusters may stay empty
 
 
 def test_the_best_start_wins():
     x_RF = jnp.asarray(np.random.default_rng(3).random((80, 3)), jnp.float32)
-    every = [float(jax.jit(kmeans._lloyd, static_argnums=1)(x_RF, 6, key)[2]) for key in jax.random.split(jax.random.key(0), kmeans.RESTARTS)]
-    assert kmeans.cluster(x_RF, 6, seed=0)[2] == pytest.approx(min(every), rel=1e-6) and max(every) > 1.001 * min(every)
+    every = [
+        float(jax.jit(kmeans._lloyd, static_argnums=1)(x_RF, 6, key)[2])
+        for key in jax.random.split(jax.random.key(0), kmeans.RESTARTS)
+    ]
+    assert kmeans.cluster(x_RF, 6, seed=0)[2] == pytest.approx(min(every), rel=1e-6) and max(
+        every
+    ) > 1.001 * min(every)
 
 
 def test_silhouette():
@@ -70,9 +93,14 @@ def test_silhouette():
     distance, values = 1 - np.asarray(x_RF, np.float64) @ np.asarray(x_RF, np.float64).T, []
     for i, own in enumerate(label_R):
         others = [np.delete(distance[i], i)[np.delete(label_R, i) == k] for k in range(4)]
-        a, b = others[own].mean() if len(others[own]) else None, min(d.mean() for k, d in enumerate(others) if k != own)
+        a, b = (
+            others[own].mean() if len(others[own]) else None,
+            min(d.mean() for k, d in enumerate(others) if k != own),
+        )
         values.append(0 if a is None else (b - a) / max(a, b))
-    assert float(kmeans.silhouette(x_RF, jnp.asarray(label_R), 5)) == pytest.approx(np.mean(values), abs=1e-5)
+    assert float(kmeans.silhouette(x_RF, jnp.asarray(label_R), 5)) == pytest.approx(
+        np.mean(values), abs=1e-5
+    )
     assert float(kmeans.silhouette(x_RF, jnp.zeros(60, int), 5)) == 0
 
 
@@ -88,20 +116,38 @@ def test_clusters(trained_of):
     got = keys.clusters(trained)
     json.dumps(got, allow_nan=False)
     sizes = [found["size"] for found in got["clusters"]]
-    assert got["layer"] == 1 and got["k"] == 4 and sum(sizes) == len(got["points"]) == 400 and sizes == sorted(sizes, reverse=True)
+    assert (
+        got["layer"] == 1
+        and got["k"] == 4
+        and sum(sizes) == len(got["points"]) == 400
+        and sizes == sorted(sizes, reverse=True)
+    )
     assert np.bincount([place for _, _, place in got["points"]]).tolist() == sizes
-    assert sum(found["seen"] for found in got["clusters"]) == np.count_nonzero(read_train_counts(trained.cfg.data.path))
+    assert sum(found["seen"] for found in got["clusters"]) == np.count_nonzero(
+        read_train_counts(trained.cfg.data.path)
+    )
     assert all(len(found["examples"]) == min(12, found["size"]) for found in got["clusters"])
-    x_RF = np.asarray(kmeans.directions(keys.coefficients(trained.cfg.model, trained.params, 1, np.arange(400))), np.float64)
+    x_RF = np.asarray(
+        kmeans.directions(keys.coefficients(trained.cfg.model, trained.params, 1, np.arange(400))),
+        np.float64,
+    )
     values = np.linalg.svd(x_RF - x_RF.mean(0), compute_uv=False)
     assert got["explained"] == pytest.approx((values**2 / (values**2).sum())[:2].tolist(), rel=1e-3)
     assert np.linalg.norm([x for x, _, _ in got["points"]]) == pytest.approx(values[0], rel=1e-2)
 
 
 def test_cluster_coefficient(trained_of):
-    same, other = keys.cluster_coefficient(trained_of(PATTERN)), keys.cluster_coefficient(trained_of(PATTERN, 1))
+    same, other = (
+        keys.cluster_coefficient(trained_of(PATTERN)),
+        keys.cluster_coefficient(trained_of(PATTERN, 1)),
+    )
     json.dumps(same, allow_nan=False)
-    assert [(row["layer"], row["kind"]) for row in same["layers"]] == [(1, "memoryllm"), (2, "flex"), (3, "memoryllm"), (4, "flex")]
+    assert [(row["layer"], row["kind"]) for row in same["layers"]] == [
+        (1, "memoryllm"),
+        (2, "flex"),
+        (3, "memoryllm"),
+        (4, "flex"),
+    ]
     for row, changed in zip(same["layers"], other["layers"], strict=True):
         assert row["coefficient"] == row["fresh"] == changed["fresh"] != changed["coefficient"]
         assert -1 <= row["permuted"] <= 1
@@ -111,10 +157,14 @@ def test_outliers(trained_of, with_params):
     trained = trained_of(PATTERN)
     planted = jax.tree.map(lambda a: a, trained.params)
     up = planted["memory"]["stacks"]["stack0"]["ffn"]["up"]
-    planted["memory"]["stacks"]["stack0"]["ffn"]["up"] = up.at[0, :, 5].multiply(1e4)  # layer 1: one key takes all
+    planted["memory"]["stacks"]["stack0"]["ffn"]["up"] = up.at[0, :, 5].multiply(
+        1e4
+    )  # layer 1: one key takes all
     got = keys.outliers(with_params(trained, planted))
     json.dumps(got, allow_nan=False)
-    assert [row["layer"] for row in got["layers"]] == [1, 2, 3, 4] and [row["keys"] for row in got["layers"]] == [88, 55, 88, 55]
+    assert [row["layer"] for row in got["layers"]] == [1, 2, 3, 4] and [
+        row["keys"] for row in got["layers"]
+    ] == [88, 55, 88, 55]
     c_RF = np.asarray(keys.coefficients(trained.cfg.model, trained.params, 1, np.arange(400)))
     for sigma in keys.SIGMAS:
         want = (np.abs(c_RF) > sigma * c_RF.std(axis=1, keepdims=True)).sum() / 400
@@ -125,4 +175,8 @@ def test_outliers(trained_of, with_params):
 
 def test_no_keys(trained_of):
     for measure in (keys.clusters, keys.cluster_coefficient, keys.outliers):
-        assert measure(trained_of("dense"))["applies"] is measure(trained_of("stem"))["applies"] is False
+        assert (
+            measure(trained_of("dense"))["applies"]
+            is measure(trained_of("stem"))["applies"]
+            is False
+        )

@@ -1,10 +1,12 @@
-"""`flexmemory bench decode` at smoke scale: what it reports must be there and hang together. It says nothing about speed."""
+"""`flexmemory bench decode` at smoke scale: what it reports must be there and hang together. It
+says nothing about speed.
+"""
 
 import numpy as np
+from tkv.making import config, make_store, params
 
 from flexmemory.bench.decode import Forced, measure, zipf
 from flexmemory.runtime.rows import Budgets
-from tkv.making import config, make_store, params
 
 
 def test_smoke(tmp_path):
@@ -13,13 +15,27 @@ def test_smoke(tmp_path):
         cold = placement["offloaded_lru"]["rows"]["cold"]
         assert cold["rows"] > 0 and cold["bytes"] == cold["rows"] * placement["bundle_bytes"]
         assert placement["cold"]["most_cached_pages_found"] in (0, None)
-        assert 0 <= placement["offloaded_lru"]["wait_share"] < 1 and placement["resident"]["wait_share"] == 0
+        assert (
+            0 <= placement["offloaded_lru"]["wait_share"] < 1
+            and placement["resident"]["wait_share"] == 0
+        )
     assert made["placements"]["compute_first"]["pattern"] == "dense*1 memoryllm*3"
     kinds = {name: figure for name, figure in made["kinds"].items() if isinstance(figure, dict)}
-    assert len(kinds) == 5 and kinds["dense"]["total_parameters"] == kinds["memoryllm"]["total_parameters"]
-    assert kinds["memoryllm"]["memory_over_dense"] < kinds["flex beta=1"]["memory_over_dense"] < kinds["flex beta=3"]["memory_over_dense"] < 1
+    assert (
+        len(kinds) == 5
+        and kinds["dense"]["total_parameters"] == kinds["memoryllm"]["total_parameters"]
+    )
+    assert (
+        kinds["memoryllm"]["memory_over_dense"]
+        < kinds["flex beta=1"]["memory_over_dense"]
+        < kinds["flex beta=3"]["memory_over_dense"]
+        < 1
+    )
     large = made["processes"]["memory"]
-    assert large["peak_rss"] > large["backbone_bytes"] and 0 < large["open_seconds"] < large["first_token_seconds"]
+    assert (
+        large["peak_rss"] > large["backbone_bytes"]
+        and 0 < large["open_seconds"] < large["first_token_seconds"]
+    )
 
 
 def test_forced_tokens_are_taken(tmp_path):

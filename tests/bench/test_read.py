@@ -26,7 +26,9 @@ def test_the_report_is_json_with_all_figures(report):
             assert size[state]["ceiling"]["us"] > 0
             for name in ("auto", "tensorstore"):
                 found = size[state][name]
-                assert 0 < found["us"] <= found["p99_us"] and found["share"] == pytest.approx(size[state]["ceiling"]["us"] / found["us"], abs=0.01)
+                assert 0 < found["us"] <= found["p99_us"] and found["share"] == pytest.approx(
+                    size[state]["ceiling"]["us"] / found["us"], abs=0.01
+                )
 
 
 def test_cold_is_cold_and_warm_is_warm(report):
@@ -58,7 +60,11 @@ def test_wrong_bytes_are_refused(tmp_path, monkeypatch):
             self._read(ids_U, out_UB)
             out_UB[-1, -1] ^= 1
 
-    monkeypatch.setattr(read, "open_reader", lambda *args, real=read.open_reader, **kwargs: Wrong(real(*args, **kwargs)))
+    monkeypatch.setattr(
+        read,
+        "open_reader",
+        lambda *args, real=read.open_reader, **kwargs: Wrong(real(*args, **kwargs)),
+    )
     with pytest.raises(UserError, match="auto reads other bytes than the files hold"):
         measure(tmp_path, "smoke", sizes=(4,), rounds=1)
 
@@ -70,4 +76,6 @@ def test_more_ids_than_rows_are_refused(tmp_path):
 
 def test_the_ram_tier_is_beside_a_copy(report):
     for size in report["sizes"].values():
-        assert size["ram"]["over_take"] == pytest.approx(size["ram"]["tier"]["us"] / size["ram"]["take"]["us"], rel=0.05)
+        assert size["ram"]["over_take"] == pytest.approx(
+            size["ram"]["tier"]["us"] / size["ram"]["take"]["us"], rel=0.05
+        )

@@ -10,16 +10,26 @@ import pytest
 
 @pytest.fixture(scope="module")
 def report():
-    done = subprocess.run([sys.executable, "-m", "flexmemory.cli.main", "bench", "sharding", "--scale=smoke"], capture_output=True, text=True,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        [sys.executable, "-m", "flexmemory.cli.main", "bench", "sharding", "--scale=smoke"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_ours_sends_rows_and_ids_alone(report):
     for size in report["sizes"].values():
-        rows = 2 * size["unique_ids_per_section"] * 32 * 4 // 2  # to the section and back, half of the columns on each of two tensor devices
-        assert rows <= size["layouts"]["ours"]["bytes"] <= rows + 2 * 4 * size["unique_ids_per_section"] * 4
+        rows = (
+            2 * size["unique_ids_per_section"] * 32 * 4 // 2
+        )  # to the section and back, half of the columns on each of two tensor devices
+        assert (
+            rows
+            <= size["layouts"]["ours"]["bytes"]
+            <= rows + 2 * 4 * size["unique_ids_per_section"] * 4
+        )
 
 
 def test_the_partitioner_sends_more_in_every_plain_layout(report):
@@ -27,7 +37,11 @@ def test_the_partitioner_sends_more_in_every_plain_layout(report):
     for size in report["sizes"].values():
         sent = {name: layout["bytes"] for name, layout in size["layouts"].items()}
         assert sent["replicated"] >= size["table_bytes"]
-        assert size["partitioner_over_ours"] == min(sent["rows"], sent["columns"], sent["replicated"]) / sent["ours"] > 2
+        assert (
+            size["partitioner_over_ours"]
+            == min(sent["rows"], sent["columns"], sent["replicated"]) / sent["ours"]
+            > 2
+        )
 
 
 def test_tables_shrink_as_devices_grow(report):

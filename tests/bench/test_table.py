@@ -19,18 +19,27 @@ def report(tmp_path_factory):
 
 def test_the_report_is_json_with_all_figures(report):
     again = json.loads(json.dumps(report, allow_nan=False))
-    assert set(again["optimizers"]) == {"lazy_adam", "rowwise_adagrad"} and again["stream_gb_per_s"] > 0
+    assert (
+        set(again["optimizers"]) == {"lazy_adam", "rowwise_adagrad"}
+        and again["stream_gb_per_s"] > 0
+    )
     for found in again["optimizers"].values():
         assert set(found["sizes"]) == {"256", "1024"} and found["stream_us"] > 0
-        assert found["ratio"] == pytest.approx(found["sizes"]["1024"]["us"] / found["sizes"]["256"]["us"])
+        assert found["ratio"] == pytest.approx(
+            found["sizes"]["1024"]["us"] / found["sizes"]["256"]["us"]
+        )
         assert all(size["us"] > 0 and size["move_us"] > 0 for size in found["sizes"].values())
     assert again["optimizers"]["lazy_adam"]["moved_bytes"] == 7 * 2 * 40 * 8 * 4
-    assert again["dense"]["speedup"] == pytest.approx(again["dense"]["adamw_us"] / again["dense"]["lazy_adam_us"])
+    assert again["dense"]["speedup"] == pytest.approx(
+        again["dense"]["adamw_us"] / again["dense"]["lazy_adam_us"]
+    )
 
 
 def test_the_update_makes_no_table(report):
     for found in report["optimizers"].values():
-        assert found["temp_bytes"]["1024"] == found["temp_bytes"]["256"] < found["table_bytes"]["1024"]
+        assert (
+            found["temp_bytes"]["1024"] == found["temp_bytes"]["256"] < found["table_bytes"]["1024"]
+        )
 
 
 def test_the_report_names_no_place(report, tmp_path):
@@ -52,7 +61,10 @@ def test_sparse_and_dense_steps_update_the_same_rows():
     made = {}
     for name, step in (("adamw", table.dense_step), ("lazy_adam", table.sparse_step("lazy_adam"))):
         state = table.fresh_state(name, 2, 20, 4)
-        (made[name],) = (np.asarray(params["memory"]["stacks"]["stack0"]["table"]) for params in [step(state, table.gradient(state, 3), ids)[0]])
+        (made[name],) = (
+            np.asarray(params["memory"]["stacks"]["stack0"]["table"])
+            for params in [step(state, table.gradient(state, 3), ids)[0]]
+        )
     np.testing.assert_allclose(made["lazy_adam"], made["adamw"], rtol=1e-5)
     assert set(np.flatnonzero(made["adamw"].any(axis=(0, 2)))) == {3, 9, 17}
 

@@ -29,10 +29,20 @@ def test_config_trains_at_smoke_size(path, tiny_data, tmp_path):
     assert 0 < final["val_loss"] < 10
 
 
-@pytest.mark.parametrize(("name", "arg"), [
-    ("memoryllm", "250m"), ("memoryllm", "750m"), ("memoryllm", "1b,dense=8"), ("flexmemory", "1b,beta=0.5"), ("flexmemory", "250m,beta=8"),
-    ("dense", "750m,kind=parallel"), ("dense", "1b,kind=attn_only"), ("stem", "350m,kind=stem-gate"), ("stem", "1b,kind=stem-dagger"),
-])
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [
+        ("memoryllm", "250m"),
+        ("memoryllm", "750m"),
+        ("memoryllm", "1b,dense=8"),
+        ("flexmemory", "1b,beta=0.5"),
+        ("flexmemory", "250m,beta=8"),
+        ("dense", "750m,kind=parallel"),
+        ("dense", "1b,kind=attn_only"),
+        ("stem", "350m,kind=stem-gate"),
+        ("stem", "1b,kind=stem-dagger"),
+    ],
+)
 def test_paper_sizes_build(name, arg):
     module = next(load(path) for path in FILES if path.stem == name)
     cfg = from_dict(module.get_config(arg))
@@ -43,4 +53,10 @@ def test_paper_sizes_build(name, arg):
 
 
 def test_every_config_says_what_it_is():
-    assert {path.stem for path in FILES} >= {"quickstart", "dense", "memoryllm", "flexmemory", "stem"}
+    assert {path.stem for path in FILES} >= {
+        "quickstart",
+        "dense",
+        "memoryllm",
+        "flexmemory",
+        "stem",
+    }

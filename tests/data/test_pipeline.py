@@ -1,4 +1,6 @@
-"""Batches: pure in (seed, k), exact unique ids, hosts that partition, evaluation that counts each token once."""
+"""Batches: pure in (seed, k), exact unique ids, hosts that partition, evaluation that counts each
+token once.
+"""
 
 import json
 import threading
@@ -20,7 +22,14 @@ T = 16
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("pipeline") / "data"
-    prepare("facts:people=8,docs=3+tasks:n=60,eval=3", "bpe:400", out, val_fraction=0.2, shard_tokens=3000, progress=False)
+    prepare(
+        "facts:people=8,docs=3+tasks:n=60,eval=3",
+        "bpe:400",
+        out,
+        val_fraction=0.2,
+        shard_tokens=3000,
+        progress=False,
+    )
     return out
 
 
@@ -46,10 +55,17 @@ def assert_same(a, b):
 
 def test_shapes_and_targets(shards):
     batch = make(shards, accum=2, segments=True)[3]
-    assert {name: (value.shape, value.dtype) for name, value in batch.items() if name in ("ids", "targets", "inverse", "segments")} == {
+    assert {
+        name: (value.shape, value.dtype)
+        for name, value in batch.items()
+        if name in ("ids", "targets", "inverse", "segments")
+    } == {
         name: ((2, 4, T), np.dtype(np.int32)) for name in ("ids", "targets", "inverse", "segments")
     }
-    assert len(batch["unique_ids"]) in make(shards, accum=2).row_sizes and batch["unique_ids"].dtype == np.int32
+    assert (
+        len(batch["unique_ids"]) in make(shards, accum=2).row_sizes
+        and batch["unique_ids"].dtype == np.int32
+    )
     np.testing.assert_array_equal(batch["ids"][..., 1:], batch["targets"][..., :-1])
 
 
@@ -61,7 +77,9 @@ def test_batches_hold_the_windows_they_name(shards):
             window = shards.window(int(i), T)
             np.testing.assert_array_equal(batch["ids"].reshape(-1, T)[row], window[:-1])
             np.testing.assert_array_equal(batch["targets"].reshape(-1, T)[row], window[1:])
-            np.testing.assert_array_equal(batch["segments"].reshape(-1, T)[row], shards.segments(int(i), T)[:-1])
+            np.testing.assert_array_equal(
+                batch["segments"].reshape(-1, T)[row], shards.segments(int(i), T)[:-1]
+            )
 
 
 def test_batch_k_needs_nothing_but_k(data, shards):
@@ -76,15 +94,21 @@ def test_batch_k_needs_nothing_but_k(data, shards):
 def test_an_epoch_sees_each_window_once_and_the_next_in_another_order(shards):
     n = shards.num_windows(T)
     batches = make(shards, batch_size=1)
-    orders = [[int(batches.window_numbers(k).item()) for k in range(e * n, (e + 1) * n)] for e in (0, 1)]
+    orders = [
+        [int(batches.window_numbers(k).item()) for k in range(e * n, (e + 1) * n)] for e in (0, 1)
+    ]
     assert [sorted(order) for order in orders] == [list(range(n))] * 2
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
     plain = make(shards, shuffle=False)
-    assert np.concatenate([plain.window_numbers(k).ravel() for k in range(3)]).tolist() == list(range(24))
+    assert np.concatenate([plain.window_numbers(k).ravel() for k in range(3)]).tolist() == list(
+        range(24)
+    )
 
 
 def test_the_seed_changes_the_order(shards):
-    assert make(shards).window_numbers(0).tolist() != make(shards, seed=6).window_numbers(0).tolist()
+    assert (
+        make(shards).window_numbers(0).tolist() != make(shards, seed=6).window_numbers(0).tolist()
+    )
 
 
 def check_unique(batch, vocab_size):
@@ -92,14 +116,19 @@ def check_unique(batch, vocab_size):
     np.testing.assert_array_equal(unique[inverse], batch["ids"])
     assert unique.min() >= 0 and unique.max() < vocab_size
     used = inverse.max() + 1
-    assert (np.diff(unique[:used]) > 0).all() and (len(unique) == vocab_size or (unique[used:] == 0).all())
+    assert (np.diff(unique[:used]) > 0).all() and (
+        len(unique) == vocab_size or (unique[used:] == 0).all()
+    )
 
 
 @pytest.mark.parametrize("row_sizes", [None, (8,), (24, 40, 64), (4000,)])
 def test_unique_ids_are_exact_whatever_the_sizes(shards, row_sizes):
     batches = make(shards, batch_size=4, accum=2, row_sizes=row_sizes)
     enough = min(shards.vocab_size, 4 * T)
-    assert list(batches.row_sizes) == sorted(set(batches.row_sizes)) and batches.row_sizes[-1] == enough
+    assert (
+        list(batches.row_sizes) == sorted(set(batches.row_sizes))
+        and batches.row_sizes[-1] == enough
+    )
     for k in range(60):
         batch = batches[k]
         check_unique(batch, shards.vocab_size)
@@ -126,8 +155,18 @@ def test_measured_sizes_are_pure_round_and_rarely_overflow(shards):
     typical, enough = batches.row_sizes
     assert typical % 8 == 0 and enough == min(shards.vocab_size, 8 * T)
     counts = [batches.unique_counts(k)[0] for k in range(200)]
-    assert 0.7 * typical < sorted(counts)[100] < typical and sum(count > typical for count in counts) <= 4
-    assert [pipeline._round_up(n) for n in (1, 8, 100, 130, 513, 1000)] == [8, 8, 104, 136, 576, 1024]
+    assert (
+        0.7 * typical < sorted(counts)[100] < typical
+        and sum(count > typical for count in counts) <= 4
+    )
+    assert [pipeline._round_up(n) for n in (1, 8, 100, 130, 513, 1000)] == [
+        8,
+        8,
+        104,
+        136,
+        576,
+        1024,
+    ]
 
 
 class TwoKinds:
@@ -148,37 +187,74 @@ def test_padding_is_never_referred_to_even_where_id_0_is_used():
     found = pipeline.unique_rows(ids, 100, (8, 50))
     assert found["unique_ids"].tolist() == [0, 5, 7, 9, 0, 0, 0, 0]
     assert found["inverse"].tolist() == [[[0, 1, 1, 3]], [[2, 2, 2, 2]]]
-    np.testing.assert_equal(found, pipeline.unique_rows(ids, 100, (8, 50), table_sizes=(4, 6)))  # one section has as many places for both
-    assert found["table_ids"].tolist() == [0, 5, 7, 9, 100, 100, 100, 100] and found["places"].tolist() == [0, 1, 2, 3, 8, 8, 8, 8]
+    np.testing.assert_equal(
+        found, pipeline.unique_rows(ids, 100, (8, 50), table_sizes=(4, 6))
+    )  # one section has as many places for both
+    assert found["table_ids"].tolist() == [0, 5, 7, 9, 100, 100, 100, 100] and found[
+        "places"
+    ].tolist() == [0, 1, 2, 3, 8, 8, 8, 8]
 
 
-@pytest.mark.parametrize("row_sizes, table_sizes, count", [((5,), (3, 7, 11), 7), ((5,), (), 15), ((5,), (40,), 15), ((20,), (), 20), ((20,), (6,), 6)])
+@pytest.mark.parametrize(
+    "row_sizes, table_sizes, count",
+    [((5,), (3, 7, 11), 7), ((5,), (), 15), ((5,), (40,), 15), ((20,), (), 20), ((20,), (6,), 6)],
+)
 def test_every_sections_ids_have_their_place_among_those_of_all(row_sizes, table_sizes, count):
-    ids = np.array([[[0, 5], [5, 9], [19, 0]], [[7, 7], [0, 5], [1, 19]]], np.int32)  # three sections of up to four ids, six in all
-    hosts = [pipeline.unique_rows(ids, 20, row_sizes, 3, own, table_sizes) for own in ((0, 2), (1,))]
+    ids = np.array(
+        [[[0, 5], [5, 9], [19, 0]], [[7, 7], [0, 5], [1, 19]]], np.int32
+    )  # three sections of up to four ids, six in all
+    hosts = [
+        pipeline.unique_rows(ids, 20, row_sizes, 3, own, table_sizes) for own in ((0, 2), (1,))
+    ]
     for host, own in zip(hosts, ((0, 2), (1,)), strict=True):
         np.testing.assert_array_equal(host["table_ids"], hosts[0]["table_ids"])
-        assert len(host["table_ids"]) == count and set(host["table_ids"]) - {20} == {0, 1, 5, 7, 9, 19}
-        for s, unique_R, places_R in zip(own, host["unique_ids"].reshape(len(own), -1), host["places"].reshape(len(own), -1), strict=True):
+        assert len(host["table_ids"]) == count and set(host["table_ids"]) - {20} == {
+            0,
+            1,
+            5,
+            7,
+            9,
+            19,
+        }
+        for s, unique_R, places_R in zip(
+            own,
+            host["unique_ids"].reshape(len(own), -1),
+            host["places"].reshape(len(own), -1),
+            strict=True,
+        ):
             there = places_R < count
             np.testing.assert_array_equal(host["table_ids"][places_R[there]], unique_R[there])
-            assert sorted(unique_R[there]) == sorted(set(ids[:, s].ravel())) and (places_R[~there] == count).all()
+            assert (
+                sorted(unique_R[there]) == sorted(set(ids[:, s].ravel()))
+                and (places_R[~there] == count).all()
+            )
 
 
 def test_hosts_partition_the_global_batch_whatever_the_cut(shards):
     whole = make(shards, batch_size=12, accum=2, segments=True)
-    hosts = [make(shards, batch_size=12, accum=2, segments=True, sections=6, own=own) for own in ((0, 1, 4), (2, 5), (3,))]
+    hosts = [
+        make(shards, batch_size=12, accum=2, segments=True, sections=6, own=own)
+        for own in ((0, 1, 4), (2, 5), (3,))
+    ]
     assert len({host.row_sizes for host in hosts}) == 1 and hosts[0].row_sizes[-1] == 2 * T
     for k in (0, 7, 500):
         parts = [host[k] for host in hosts]
         order = np.argsort((0, 1, 4, 2, 5, 3))
         for name in ("ids", "targets", "segments"):
-            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1)[:, order], whole[k][name])
+            np.testing.assert_array_equal(
+                np.concatenate([part[name] for part in parts], axis=1)[:, order], whole[k][name]
+            )
         sections = np.concatenate([part["unique_ids"] for part in parts]).reshape(6, -1)[order]
-        assert sections.shape[1] == next(size for size in hosts[0].row_sizes if size >= hosts[0].unique_counts(k)[0])
+        assert sections.shape[1] == next(
+            size for size in hosts[0].row_sizes if size >= hosts[0].unique_counts(k)[0]
+        )
         inverse = np.concatenate([part["inverse"] for part in parts], axis=1)[:, order]
         for s, unique_R in enumerate(sections):
-            mine = {"ids": whole[k]["ids"][:, s : s + 1], "inverse": inverse[:, s : s + 1], "unique_ids": unique_R}
+            mine = {
+                "ids": whole[k]["ids"][:, s : s + 1],
+                "inverse": inverse[:, s : s + 1],
+                "unique_ids": unique_R,
+            }
             check_unique(mine, shards.vocab_size)
 
 
@@ -191,7 +267,10 @@ def test_sections_that_may_hold_the_vocabulary_are_it(shards):
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"batch_size": 10, "accum": 4}, r"batch_size=10 is not divisible by accum\*sections=4\*1; use a multiple of 4"),
+        (
+            {"batch_size": 10, "accum": 4},
+            r"batch_size=10 is not divisible by accum\*sections=4\*1; use a multiple of 4",
+        ),
         ({"batch_size": 8, "sections": 3}, "batch_size=8 is not divisible"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"accum": 0}, "accum=0"),
@@ -214,12 +293,22 @@ def test_evaluation_counts_every_target_once(val, seq_len, batch_size):
     expected = [val.tokens(s, 0, n) for s, n in enumerate(val.shard_tokens)]
     pairs = []
     for batch in eval_batches(val, seq_len=seq_len, batch_size=batch_size, segments=True):
-        assert {value.shape for name, value in batch.items() if name in ("ids", "targets", "inverse", "segments")} == {(batch_size, seq_len)}
+        assert {
+            value.shape
+            for name, value in batch.items()
+            if name in ("ids", "targets", "inverse", "segments")
+        } == {(batch_size, seq_len)}
         assert batch["weight"].dtype == np.float32 and set(np.unique(batch["weight"])) <= {0.0, 1.0}
         check_unique(batch, val.vocab_size)
         counted = batch["weight"] == 1
-        pairs += zip(batch["ids"][counted].tolist(), batch["targets"][counted].tolist(), strict=True)
-    assert pairs == [pair for tokens in expected for pair in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)]
+        pairs += zip(
+            batch["ids"][counted].tolist(), batch["targets"][counted].tolist(), strict=True
+        )
+    assert pairs == [
+        pair
+        for tokens in expected
+        for pair in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)
+    ]
 
 
 def test_a_bounded_evaluation_is_spread_over_the_split_and_is_the_same_again(val):
@@ -228,10 +317,14 @@ def test_a_bounded_evaluation_is_spread_over_the_split_and_is_the_same_again(val
     starts = [(s, start) for s, n in enumerate(val.shard_tokens) for start in range(0, n - 1, T)]
     taken = [starts[i * len(starts) // rows] for i in range(rows)]
     firsts = np.concatenate([batch["ids"][:, 0][batch["weight"][:, 0] == 1] for batch in batches])
-    assert firsts.tolist() == [int(val.tokens(shard, start, start + 1)[0]) for shard, start in taken]
+    assert firsts.tolist() == [
+        int(val.tokens(shard, start, start + 1)[0]) for shard, start in taken
+    ]
     assert taken[-1][0] == len(val.shard_tokens) - 1
     assert 0 < sum(batch["weight"].sum() for batch in batches) <= 100
-    for a, b in zip(batches, eval_batches(val, seq_len=T, batch_size=4, max_tokens=100), strict=True):
+    for a, b in zip(
+        batches, eval_batches(val, seq_len=T, batch_size=4, max_tokens=100), strict=True
+    ):
         assert_same(a, b)
     for bad in ({"max_tokens": 0}, {"batch_size": 0}, {"seq_len": 0}):
         with pytest.raises(UserError):
@@ -241,7 +334,9 @@ def test_a_bounded_evaluation_is_spread_over_the_split_and_is_the_same_again(val
 def test_evaluation_segments_are_the_documents(val):
     eos = val.eos_id
     for batch in eval_batches(val, seq_len=T, batch_size=4, segments=True):
-        for ids, segments, weight in zip(batch["ids"], batch["segments"], batch["weight"], strict=True):
+        for ids, segments, weight in zip(
+            batch["ids"], batch["segments"], batch["weight"], strict=True
+        ):
             n = int(weight.sum())
             documents = np.cumsum(np.concatenate([[0], ids[: max(n - 1, 0)] == eos]))[:n]
             np.testing.assert_array_equal(segments[:n], documents)
@@ -300,7 +395,9 @@ def test_prefetch_leaves_no_thread_behind():
 
 
 def test_the_order_of_batches_is_pinned(tmp_path):
-    """A change here means that old runs do not resume with their own data: bump the format version, do not mend the numbers."""
+    """A change here means that old runs do not resume with their own data: bump the format version,
+    do not mend the numbers.
+    """
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 399}) + "\n")
     prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", val_fraction=0, progress=False)
     batches = make(TokenShards(tmp_path / "data", "train"), batch_size=6, seed=11)

@@ -1,4 +1,6 @@
-"""What prefetch does with the batches on their way; order, depth, errors and ends are in test_pipeline."""
+"""What prefetch does with the batches on their way; order, depth, errors and ends are in
+test_pipeline.
+"""
 
 import threading
 

@@ -1,4 +1,6 @@
-"""Text → shards: exact, whole or resumable, the same however it was interrupted, and read back as written."""
+"""Text → shards: exact, whole or resumable, the same however it was interrupted, and read back as
+written.
+"""
 
 import json
 import shutil
@@ -25,7 +27,11 @@ ARGUMENTS = {"val_fraction": 0.1, "shard_tokens": 2000, "progress": False}
 
 def contents(directory):
     """Every file of a dataset, so that two can be compared byte for byte."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 def write_texts(path, texts):
@@ -56,7 +62,9 @@ def test_the_shards_hold_exactly_the_text(tmp_path, spec):
             tokens = shards.tokens(number, 0, count)
             assert tokens[-1] == shards.eos_id  # no document goes over the end
             documents = np.split(tokens, np.flatnonzero(tokens == shards.eos_id) + 1)[:-1]
-            starts = json.loads((tmp_path / "data" / split / f"shard_{number:05d}.json").read_text())["starts"]
+            starts = json.loads(
+                (tmp_path / "data" / split / f"shard_{number:05d}.json").read_text()
+            )["starts"]
             assert starts == np.cumsum([0, *map(len, documents)])[:-1].tolist()
             found += [tokenizer.decode(document[:-1]) for document in documents]
         assert found == texts
@@ -66,20 +74,40 @@ def test_the_shards_hold_exactly_the_text(tmp_path, spec):
 
 
 @settings(max_examples=15, deadline=None)
-@given(texts=st.lists(st.text(max_size=30), min_size=1).filter(any), shard_tokens=st.integers(2, 50))
+@given(
+    texts=st.lists(st.text(max_size=30), min_size=1).filter(any), shard_tokens=st.integers(2, 50)
+)
 def test_any_text_comes_back(tmp_path_factory, texts, shard_tokens):
     directory = tmp_path_factory.mktemp("any")
     write_texts(directory / "a.jsonl", texts)
-    prepare(str(directory / "a.jsonl"), "byte", directory / "data", val_fraction=0, shard_tokens=shard_tokens, progress=False)
-    shards, tokenizer = TokenShards(directory / "data", "train"), tokenizers.load(directory / "data")
+    prepare(
+        str(directory / "a.jsonl"),
+        "byte",
+        directory / "data",
+        val_fraction=0,
+        shard_tokens=shard_tokens,
+        progress=False,
+    )
+    shards, tokenizer = (
+        TokenShards(directory / "data", "train"),
+        tokenizers.load(directory / "data"),
+    )
     tokens = [shards.tokens(i, 0, n) for i, n in enumerate(shards.shard_tokens)]
     assert "".join(tokenizer.decode(t) for t in tokens) == "".join(texts)
-    # A shard above the limit is one long document, and no two neighbours would have fitted into one.
-    assert all(n <= shard_tokens or (t == shards.eos_id).sum() == 1 for n, t in zip(shards.shard_tokens, tokens, strict=True))
+    # A shard above the limit is one long document, and no two neighbours would have fitted into
+    # one.
+    assert all(
+        n <= shard_tokens or (t == shards.eos_id).sum() == 1
+        for n, t in zip(shards.shard_tokens, tokens, strict=True)
+    )
 
 
 def test_dtype_is_the_smallest_that_holds_the_vocabulary():
-    assert [prepare_lib.layout.dtype_for(v).str for v in (257, 65536, 65537)] == ["<u2", "<u2", "<u4"]
+    assert [prepare_lib.layout.dtype_for(v).str for v in (257, 65536, 65537)] == [
+        "<u2",
+        "<u2",
+        "<u4",
+    ]
 
 
 def test_counts_are_those_of_the_train_tokens(dataset):
@@ -116,17 +144,24 @@ def test_a_finished_directory_is_left_alone_and_other_arguments_are_named(datase
     before = contents(dataset)
     index = prepare(SOURCE, "bpe:300", dataset, **ARGUMENTS)
     assert index == json.loads(before["index.json"]) and contents(dataset) == before
-    for change, names in [({"seed": 5}, ["seed=0", "5 now"]), ({"val_fraction": 0.2, "shard_tokens": 9}, ["val_fraction=0.1", "shard_tokens=2000"])]:
+    for change, names in [
+        ({"seed": 5}, ["seed=0", "5 now"]),
+        ({"val_fraction": 0.2, "shard_tokens": 9}, ["val_fraction=0.1", "shard_tokens=2000"]),
+    ]:
         with pytest.raises(UserError) as caught:
             prepare(SOURCE, "bpe:300", dataset, **(ARGUMENTS | change))
         assert all(name in str(caught.value) for name in names)
-    for source, tokenizer, name in [("tasks", "bpe:300", "source="), (SOURCE, "byte", "tokenizer=")]:
+    for source, tokenizer, name in [
+        ("tasks", "bpe:300", "source="),
+        (SOURCE, "byte", "tokenizer="),
+    ]:
         with pytest.raises(UserError, match=name):
             prepare(source, tokenizer, dataset, **ARGUMENTS)
     assert contents(dataset) == before
 
 
-# Kills itself at the n-th file that is put in its place: before it, so that its temporary file is all there is.
+# Kills itself at the n-th file that is put in its place: before it, so that its temporary file is
+# all there is.
 KILLED = """
 import os, signal, sys
 from flexmemory.data import prepare as lib
@@ -142,7 +177,12 @@ lib.prepare(sys.argv[3], "bpe:300", sys.argv[1], val_fraction=0.1, shard_tokens=
 
 
 def kill_at(out, n, source=SOURCE):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(out), str(n), source], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(out), str(n), source],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
@@ -156,10 +196,16 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(dataset, tmp_path):
     tokenised = []
     encode = tokenizers.Tokenizer.encode_batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers.Tokenizer, "encode_batch", lambda self, texts: tokenised.extend(texts) or encode(self, texts))
+        patch.setattr(
+            tokenizers.Tokenizer,
+            "encode_batch",
+            lambda self, texts: tokenised.extend(texts) or encode(self, texts),
+        )
         prepare(SOURCE, "bpe:300", out, **ARGUMENTS)
     assert contents(out) == contents(dataset)
-    assert len(tokenised) < 0.8 * len(list(sources.open_source(SOURCE).documents()))  # whole shards are not made again
+    assert len(tokenised) < 0.8 * len(
+        list(sources.open_source(SOURCE).documents())
+    )  # whole shards are not made again
 
 
 def test_killed_before_the_index_it_is_unfinished_and_then_finished(dataset, tmp_path):
@@ -178,7 +224,11 @@ def test_a_source_that_changed_under_a_resumed_run_is_refused(tmp_path, change):
     path = write_texts(tmp_path / "a.jsonl", texts)
     prepare(str(path), "byte", tmp_path / "data", **arguments)
     (tmp_path / "data" / "index.json").unlink()
-    other = {"altered": ["another" + texts[0][7:], *texts[1:]], "shorter": texts[:20], "longer": [*texts, "more"]}[change]
+    other = {
+        "altered": ["another" + texts[0][7:], *texts[1:]],
+        "shorter": texts[:20],
+        "longer": [*texts, "more"],
+    }[change]
     write_texts(path, other)
     with pytest.raises(UserError, match="the source has changed since train shard"):
         prepare(str(path), "byte", tmp_path / "data", **arguments)
@@ -217,14 +267,26 @@ def test_bad_text_in_the_middle_is_named_and_leaves_no_dataset(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl, line 51: malformed JSON"):
         prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", progress=False)
     assert not (tmp_path / "data").exists()
-    line = json.dumps({"text": "fine " * 10_000}) + "\n"  # more than is tokenised at a time, so that shards come before the mistake
+    line = (
+        json.dumps({"text": "fine " * 10_000}) + "\n"
+    )  # more than is tokenised at a time, so that shards come before the mistake
     (tmp_path / "a.jsonl").write_text(line * 200 + "{broken\n")
     with pytest.raises(UserError, match="a.jsonl, line 201"):
-        prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", shard_tokens=100_000, progress=False)
-    with pytest.raises(UserError, match="unfinished"):  # whole shards are kept to go on from, but they are no dataset
+        prepare(
+            str(tmp_path / "a.jsonl"),
+            "byte",
+            tmp_path / "data",
+            shard_tokens=100_000,
+            progress=False,
+        )
+    with pytest.raises(
+        UserError, match="unfinished"
+    ):  # whole shards are kept to go on from, but they are no dataset
         TokenShards(tmp_path / "data", "train")
     (tmp_path / "a.jsonl").write_text(line * 201)
-    prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", shard_tokens=100_000, progress=False)
+    prepare(
+        str(tmp_path / "a.jsonl"), "byte", tmp_path / "data", shard_tokens=100_000, progress=False
+    )
 
 
 def test_it_never_writes_among_other_files(tmp_path):
@@ -250,7 +312,12 @@ def set_version(data):
 @pytest.mark.parametrize(
     "damage, match",
     [
-        (lambda d: (d / "train/shard_00001.bin").write_bytes((d / "train/shard_00001.bin").read_bytes()[:-2]), r"shard_00001\.bin has \d+ bytes"),
+        (
+            lambda d: (d / "train/shard_00001.bin").write_bytes(
+                (d / "train/shard_00001.bin").read_bytes()[:-2]
+            ),
+            r"shard_00001\.bin has \d+ bytes",
+        ),
         (lambda d: (d / "train/shard_00000.bin").unlink(), r"shard_00000\.bin is missing"),
         (lambda d: (d / "index.json").write_text("{"), r"unreadable index\.json"),
         (lambda d: (d / "index.json").unlink(), "unfinished"),
@@ -264,8 +331,19 @@ def test_a_damaged_dataset_is_refused(dataset, tmp_path, damage, match):
 
 
 def test_damaged_companions_are_refused(dataset, tmp_path):
-    data = damaged(dataset, tmp_path, lambda d: [(d / name).unlink() for name in ("questions.jsonl", "train_counts.npy", "train/shard_00000.json")])
-    for read, match in [(read_questions, "questions"), (read_train_counts, "counts"), (lambda d: TokenShards(d, "train").segments(0, 8), "shard index")]:
+    data = damaged(
+        dataset,
+        tmp_path,
+        lambda d: [
+            (d / name).unlink()
+            for name in ("questions.jsonl", "train_counts.npy", "train/shard_00000.json")
+        ],
+    )
+    for read, match in [
+        (read_questions, "questions"),
+        (read_train_counts, "counts"),
+        (lambda d: TokenShards(d, "train").segments(0, 8), "shard index"),
+    ]:
         with pytest.raises(UserError, match=match):
             read(data)
 
@@ -288,11 +366,19 @@ def test_windows_and_segments_are_those_of_the_plain_tokens(dataset, seq_len):
         for start in range(0, len(tokens), seq_len):
             if start + seq_len + 1 <= len(tokens):
                 windows.append(tokens[start : start + seq_len + 1])
-                segments.append([d - documents[start] for d in documents[start : start + seq_len + 1]])
+                segments.append(
+                    [d - documents[start] for d in documents[start : start + seq_len + 1]]
+                )
     assert shards.num_windows(seq_len) == len(windows)
     for i in range(0, len(windows), 1 + len(windows) // 300):
-        assert shards.window(i, seq_len).tolist() == windows[i] and shards.window(i, seq_len).dtype == np.int32
-        assert shards.segments(i, seq_len).tolist() == segments[i] and shards.segments(i, seq_len).dtype == np.int32
+        assert (
+            shards.window(i, seq_len).tolist() == windows[i]
+            and shards.window(i, seq_len).dtype == np.int32
+        )
+        assert (
+            shards.segments(i, seq_len).tolist() == segments[i]
+            and shards.segments(i, seq_len).dtype == np.int32
+        )
     for i in (-1, len(windows)):
         with pytest.raises(IndexError):
             shards.window(i, seq_len)
@@ -307,11 +393,26 @@ def test_a_sequence_longer_than_the_shards_says_what_fits(dataset):
 
 
 def test_the_command_prints_a_table_and_refuses_bad_flags(tmp_path, capsys):
-    assert run(["--source=tasks:n=50", "--tokenizer=byte", f"--out={tmp_path}/data", "--val_fraction=0.2", "--workers=1"]) == 0
+    assert (
+        run(
+            [
+                "--source=tasks:n=50",
+                "--tokenizer=byte",
+                f"--out={tmp_path}/data",
+                "--val_fraction=0.2",
+                "--workers=1",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     shards = TokenShards(tmp_path / "data", "train")
     assert f"{shards.n_tokens:,}" in printed and "bytes/token" in printed and "val" in printed
-    for flags, match in [([], "--source"), (["--source=a", "--tokenizer=byte", "--out=b", "--val_fraction=x"], "val_fraction"), (["--sauce=1"], "required|sauce")]:
+    for flags, match in [
+        ([], "--source"),
+        (["--source=a", "--tokenizer=byte", "--out=b", "--val_fraction=x"], "val_fraction"),
+        (["--sauce=1"], "required|sauce"),
+    ]:
         with pytest.raises(UserError, match=match):
             run(flags)
 
@@ -324,7 +425,9 @@ def test_a_refused_source_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match="not UTF-8"):
         prepare(str(texts), "byte", out, val_fraction=0, progress=False)
     assert not out.exists()
-    prepare(f"{texts}:undecodable=skip", "byte", out, val_fraction=0, progress=False)  # the mend that the message names
+    prepare(
+        f"{texts}:undecodable=skip", "byte", out, val_fraction=0, progress=False
+    )  # the mend that the message names
 
 
 def test_an_unwritable_place_is_one_line(tmp_path):

@@ -32,8 +32,12 @@ def test_text_files_come_back_exactly(tmp_path):
     assert texts(tmp_path / "a.txt") == [content]
 
 
-@pytest.mark.parametrize("content", ["one line\r\n" * 1000, "no line end " * 1000, "x" * 96 + "\r\n" + "y" * 300])
-def test_large_text_files_are_cut_into_documents_that_join_to_the_file(tmp_path, monkeypatch, content):
+@pytest.mark.parametrize(
+    "content", ["one line\r\n" * 1000, "no line end " * 1000, "x" * 96 + "\r\n" + "y" * 300]
+)
+def test_large_text_files_are_cut_into_documents_that_join_to_the_file(
+    tmp_path, monkeypatch, content
+):
     monkeypatch.setattr(sources, "PIECE_BYTES", 97)
     (tmp_path / "a.txt").write_bytes(content.encode())
     documents = read(tmp_path / "a.txt")
@@ -48,7 +52,9 @@ def test_rows_of_every_kind(tmp_path):
     rows = [{"text": "one"}, {"text": ""}, {"text": "two\n"}]
     write_rows(tmp_path / "a.jsonl", rows)
     write_rows(tmp_path / "b.jsonl.gz", rows, gzip.open)
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "", "two\n"], "n": [1, 2, 3]}), tmp_path / "c.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["one", "", "two\n"], "n": [1, 2, 3]}), tmp_path / "c.parquet"
+    )
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
         assert texts(tmp_path / name) == ["one", "two\n"]
     assert texts(f"{tmp_path}/*.jsonl*") == ["one", "two\n"] * 2
@@ -67,7 +73,13 @@ def test_directories_are_read_in_order_and_ids_do_not_depend_on_where_they_lie(t
         root = tmp_path / place / "corpus"
         (root / "sub").mkdir(parents=True)
         (root / ".git").mkdir()
-        for name, content in {"b.md": "b", "a.txt": "a", "sub/c.py": "c", "d.bin": "no", ".git/e.txt": "no"}.items():
+        for name, content in {
+            "b.md": "b",
+            "a.txt": "a",
+            "sub/c.py": "c",
+            "d.bin": "no",
+            ".git/e.txt": "no",
+        }.items():
             (root / name).write_text(content)
         assert texts(root) == ["a", "b", "c"]
         ids.append([doc_id for doc_id, _ in read(root)])
@@ -120,7 +132,11 @@ def test_half_of_a_surrogate_pair_is_refused_where_it_stands(tmp_path):
         ("a.jsonl", b"[1]\n", ["a.jsonl", "line 1", "'text'"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ["a.jsonl", "line 2", "UTF-8"]),
         ("a.jsonl.gz", b"not gzip", ["a.jsonl.gz", "damaged"]),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-12], ["a.jsonl.gz", "damaged"]),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-12],
+            ["a.jsonl.gz", "damaged"],
+        ),
         ("a.parquet", b"not parquet", ["a.parquet", "parquet file"]),
         ("a.txt", b"", ["a.txt", "no text"]),
         ("a.jsonl", b'{"text": ""}\n', ["a.jsonl", "no text"]),

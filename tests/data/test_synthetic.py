@@ -26,8 +26,13 @@ def test_ids_are_distinct_and_questions_have_the_agreed_shape(module, opts):
     ids = [doc_id for doc_id, _ in module.documents(opts)]
     assert len(ids) == len(set(ids))
     for question in module.questions(opts):
-        assert question["task"] == {"facts": "recall", "tasks": "reasoning"}[module.__name__.split(".")[-1]]
-        assert question["answer"].startswith(" ") and question["answer"].strip() in question["answer"]
+        assert (
+            question["task"]
+            == {"facts": "recall", "tasks": "reasoning"}[module.__name__.split(".")[-1]]
+        )
+        assert (
+            question["answer"].startswith(" ") and question["answer"].strip() in question["answer"]
+        )
         assert question["prompt"] == question["prompt"].rstrip()
         assert 0 < question["chance"] < 0.5
 
@@ -35,11 +40,17 @@ def test_ids_are_distinct_and_questions_have_the_agreed_shape(module, opts):
 @pytest.mark.parametrize("spec", ["byte", "bpe:400"])
 def test_answers_begin_where_a_token_begins(spec):
     questions = facts.questions(FACTS) + tasks.questions(TASKS)
-    texts = [text for module, opts in ((facts, FACTS), (tasks, TASKS)) for _, text in module.documents(opts)]
+    texts = [
+        text
+        for module, opts in ((facts, FACTS), (tasks, TASKS))
+        for _, text in module.documents(opts)
+    ]
     tokenizer = tokenizers.build(spec, lambda: iter(texts))
     for question in questions:
         prompt, answer = tokenizers.encode_pair(tokenizer, question["prompt"], question["answer"])
-        assert prompt == tokenizer.encode(question["prompt"]) and answer == tokenizer.encode(question["answer"])
+        assert prompt == tokenizer.encode(question["prompt"]) and answer == tokenizer.encode(
+            question["answer"]
+        )
 
 
 def train_text_by_person():
@@ -79,7 +90,9 @@ def test_question_form_is_in_training_for_the_seen_people_only():
     asked = {p for split, p, kind in documents if kind == "qa"}
     assert len(asked) == int(FACTS.people * FACTS.qa)
     assert not any(split == "val" and kind == "qa" for split, _, kind in documents)
-    everything = "".join(text for (split, _, _), texts in documents.items() if split == "train" for text in texts)
+    everything = "".join(
+        text for (split, _, _), texts in documents.items() if split == "train" for text in texts
+    )
     counts = {"cloze": 0, "qa_seen": 0, "qa_held_out": 0}
     for question in facts.questions(FACTS):
         counts[question["kind"]] += 1
@@ -109,7 +122,9 @@ def solve(prompt):
     if prompt.startswith("Say twice: "):
         first, second = re.fullmatch(r"Say twice: (.*)\.\nAgain:(.*)", prompt).groups()
         return " " + first.split()[len(second.split())]
-    given, word, steps = re.fullmatch(r"Given: (.*)\.\nFrom (\w+) (one|two) steps?:", prompt).groups()
+    given, word, steps = re.fullmatch(
+        r"Given: (.*)\.\nFrom (\w+) (one|two) steps?:", prompt
+    ).groups()
     partner = dict(pair.split(" to ") for pair in given.split(", "))
     for _ in range({"one": 1, "two": 2}[steps]):
         word = partner[word]
@@ -128,7 +143,9 @@ def test_training_documents_are_solved_right_too():
         context, *lines = text.splitlines()
         for line in lines:
             if line.startswith("Again:"):
-                assert line.removeprefix("Again: ") == context.removeprefix("Say twice: ").removesuffix(".")
+                assert line.removeprefix("Again: ") == context.removeprefix(
+                    "Say twice: "
+                ).removesuffix(".")
             else:
                 prompt, answer = line.split(":")
                 assert solve(f"{context}\n{prompt}:") == answer

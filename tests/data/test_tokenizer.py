@@ -10,14 +10,20 @@ from hypothesis import strategies as st
 from flexmemory.data import tokenizer as lib
 from flexmemory.errors import UserError
 
-TEXTS = ["the cat sat on the mat\n" * 40, "def f(x):\n    return x + 1\n" * 40, "Zoë naïve 東京 🙂 \t\r\n" * 10]
+TEXTS = [
+    "the cat sat on the mat\n" * 40,
+    "def f(x):\n    return x + 1\n" * 40,
+    "Zoë naïve 東京 🙂 \t\r\n" * 10,
+]
 BYTE = lib.build("byte", lambda: iter(()))
 BPE = lib.build("bpe:300", lambda: iter(TEXTS))
 
 
 def foreign(tmp_path, special=None, **changes):
     """A word-level tokenizer.json, as another project would hand it over."""
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    )
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     if special:
         model.add_special_tokens([special])
@@ -142,7 +148,9 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
     def fail(name):
         raise Exception("no route to host\nand much more")
 
-    monkeypatch.setattr(lib.tokenizers, "Tokenizer", type("Stub", (), {"from_pretrained": staticmethod(fail)}))
+    monkeypatch.setattr(
+        lib.tokenizers, "Tokenizer", type("Stub", (), {"from_pretrained": staticmethod(fail)})
+    )
     with pytest.raises(UserError, match=r"hf:some/name.*no route to host\).*network") as caught:
         lib.build("hf:some/name", lambda: iter(()))
     assert "\n" not in str(caught.value)
@@ -152,7 +160,11 @@ def test_bad_files_are_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match="does not exist"):
         lib.load(path)
-    for content, words in [("{", "JSON"), ('{"model": 3}', "format"), ('{"type": "byte", "version": 9}', "version 9")]:
+    for content, words in [
+        ("{", "JSON"),
+        ('{"model": 3}', "format"),
+        ('{"type": "byte", "version": 9}', "version 9"),
+    ]:
         path.write_text(content)
         with pytest.raises(UserError, match=words) as caught:
             lib.load(path)
@@ -164,5 +176,7 @@ def test_bad_files_are_named(tmp_path):
 def test_decode_refuses_ids_outside_the_vocabulary():
     for tokenizer in (BYTE, BPE):
         for bad in (-1, tokenizer.vocab_size):
-            with pytest.raises(UserError, match=f"{bad} is outside the vocabulary of {tokenizer.vocab_size}"):
+            with pytest.raises(
+                UserError, match=f"{bad} is outside the vocabulary of {tokenizer.vocab_size}"
+            ):
                 tokenizer.decode([1, bad])

@@ -35,7 +35,9 @@ def logits_of(cfg, params, ids):
     """Of ids alone; what is behind them to fill up one shape, a causal model does not see."""
     ids_1T = np.zeros((1, cfg.data.seq_len), np.int32)
     ids_1T[0, : len(ids)] = ids
-    return np.asarray(padded_logits(params, ids_1T, cfg=cfg.model))[0, : len(ids)].astype(np.float64)
+    return np.asarray(padded_logits(params, ids_1T, cfg=cfg.model))[0, : len(ids)].astype(
+        np.float64
+    )
 
 
 def nll(cfg, params, tokens):
@@ -57,12 +59,16 @@ def test_perplexity_counts_every_validation_token_once(setup):
     assert got["tokens"] == len(losses)
     assert got["loss"] == pytest.approx(losses.mean(), rel=1e-5)
     assert got["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-4)
-    assert got["bits_per_byte"] == pytest.approx(losses.mean() / math.log(2) * val.n_tokens / val.n_bytes, rel=1e-5)
+    assert got["bits_per_byte"] == pytest.approx(
+        losses.mean() / math.log(2) * val.n_tokens / val.n_bytes, rel=1e-5
+    )
     # a bounded evaluation takes windows at even distances, not the first source of the split alone
     starts = list(range(0, len(losses), t))
     assert len(val.shard_tokens) == 1
     some = np.concatenate([losses[starts[i * len(starts) // 3] :][:t] for i in range(3)])
-    assert perplexity(cfg, params, val, max_tokens=3 * t)["loss"] == pytest.approx(some.mean(), rel=1e-5)
+    assert perplexity(cfg, params, val, max_tokens=3 * t)["loss"] == pytest.approx(
+        some.mean(), rel=1e-5
+    )
 
 
 def test_alpha_scales_the_memory(setup):
@@ -71,7 +77,9 @@ def test_alpha_scales_the_memory(setup):
     for stack in zeroed["memory"]["stacks"].values():
         stack["ffn"]["down"] = np.zeros_like(stack["ffn"]["down"])
     without = perplexity(cfg, zeroed, val)["loss"]
-    assert perplexity(cfg, params, val, make_eval_step(cfg, ffn_scale=0.0))["loss"] == pytest.approx(without, rel=1e-6)
+    assert perplexity(cfg, params, val, make_eval_step(cfg, ffn_scale=0.0))[
+        "loss"
+    ] == pytest.approx(without, rel=1e-6)
     assert perplexity(cfg, params, val)["loss"] != pytest.approx(without, rel=1e-6)
 
 
@@ -94,7 +102,9 @@ def test_answer_accuracy_is_the_greedy_continuation(setup):
     assert 0 < sum(expected) < len(expected)
     got = answer_accuracy(cfg, params, tokenizer, planted)
     for task in {q["task"] for q in planted}:
-        assert got[f"{task}_acc"] == pytest.approx(np.mean([e for e, q in zip(expected, planted, strict=True) if q["task"] == task]))
+        assert got[f"{task}_acc"] == pytest.approx(
+            np.mean([e for e, q in zip(expected, planted, strict=True) if q["task"] == task])
+        )
     assert got["kinds"]["planted"] == pytest.approx(np.mean(expected[1::2]))
     assert answer_accuracy(cfg, params, tokenizer, []) == {}
 
@@ -110,7 +120,14 @@ def test_encoded_questions_mark_the_answer(setup):
 def test_eval_command(tiny_config, tmp_path):
     cfg = tiny_config("memoryllm", **{"train.steps": 2})
     final = train(cfg, tmp_path / "run", progress=False)
-    command = [sys.executable, "-m", "flexmemory.cli.main", "eval", f"--workdir={tmp_path / 'run'}", "--max_tokens=512"]
+    command = [
+        sys.executable,
+        "-m",
+        "flexmemory.cli.main",
+        "eval",
+        f"--workdir={tmp_path / 'run'}",
+        "--max_tokens=512",
+    ]
     got = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert got["loss"] == final["val_loss"]
     assert got["recall_acc"] == final["recall_acc"]

@@ -1,4 +1,6 @@
-"""Several processes as one run, as on every host of a slice: here two on this machine, which believe that Open MPI started them."""
+"""Several processes as one run, as on every host of a slice: here two on this machine, which
+believe that Open MPI started them.
+"""
 
 import json
 import os
@@ -27,7 +29,15 @@ def free_port() -> int:
 
 def test_two_processes_train_every_run_together_and_one_measures(tmp_path):
     out = tmp_path / "slice"
-    command = [sys.executable, "-m", "experiments.run", "e4", "--scale=smoke", f"--out={out}", "--launcher=here"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.run",
+        "e4",
+        "--scale=smoke",
+        f"--out={out}",
+        "--launcher=here",
+    ]
     job = (free_port() - (65536 - 4096)) * 4096
     processes = []
     for rank in range(2):
@@ -39,21 +49,36 @@ def test_two_processes_train_every_run_together_and_one_measures(tmp_path):
             "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
         }
         processes.append(
-            subprocess.Popen([*command, "--distributed"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                [*command, "--distributed"],
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     for name in ("memoryllm-s0", "memoryllm-shared-norm-s0"):
         assert json.loads((out / name / "run.json").read_text())["processes"] == 2
-        assert (out / name / "final_result.json").exists() and not (out / name / "done.json").exists()
+        assert (out / name / "final_result.json").exists() and not (
+            out / name / "done.json"
+        ).exists()
     assert "without --distributed" in said[0]
     kept = (out / "memoryllm-s0" / "final_result.json").stat().st_mtime_ns
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    made = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
     assert made.returncode == 0 and "2 of 2 runs finished" in made.stdout, made.stdout + made.stderr
-    assert (out / "memoryllm-s0" / "final_result.json").stat().st_mtime_ns == kept, "what was trained is not trained again"
+    assert (out / "memoryllm-s0" / "final_result.json").stat().st_mtime_ns == kept, (
+        "what was trained is not trained again"
+    )
 
 
-def test_processes_that_share_a_run_leave_sigterm_to_jax_which_stops_them_together(tmp_path, monkeypatch):
+def test_processes_that_share_a_run_leave_sigterm_to_jax_which_stops_them_together(
+    tmp_path, monkeypatch
+):
     heard = []
 
     def train(cfg, workdir, stop):

@@ -16,8 +16,9 @@ from flexmemory.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
-# experiments.worker in small: NAME is ACTION-ANYTHING; every run writes where and in which process it ran
-FAKE = '''
+# experiments.worker in small: NAME is ACTION-ANYTHING; every run writes where and in which process
+# it ran
+FAKE = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -57,7 +58,7 @@ for name in (line.strip() for line in sys.stdin) if names == ["-"] else names:
         while len(list(out.glob("meets-*/where.json"))) < 2 and time.time() < end: time.sleep(0.02)
     (folder / "done.json").write_text(json.dumps({"name": name}))
     print("done", name, "0.1", flush=True)
-'''
+"""
 
 
 @pytest.fixture
@@ -69,7 +70,9 @@ def worker(tmp_path):
 @pytest.fixture
 def launch(tmp_path, worker, monkeypatch):
     monkeypatch.setattr(local, "accelerators", list)
-    return lambda names, devices=1, **more: local.run_local(tmp_path / "out", names, dict.fromkeys(names, 10), devices, **{"worker": worker} | more)
+    return lambda names, devices=1, **more: local.run_local(
+        tmp_path / "out", names, dict.fromkeys(names, 10), devices, **{"worker": worker} | more
+    )
 
 
 def where(out, name):
@@ -82,17 +85,29 @@ def test_one_warm_worker_does_all_runs_of_its_device(launch, tmp_path, capfd):
     assert where(out, "ok-a")["pid"] == where(out, "fails-b")["pid"] == where(out, "ok-c")["pid"]
     said = capfd.readouterr().err.splitlines()
     assert said[:3] == ["start ok-a", "done ok-a after 0:00", "start fails-b"]
-    assert "failed fails-b: ValueError: no" in said[3] and said[4:6] == ["    begins", "    ValueError: no"]
-    assert json.loads((out / "fails-b" / "failed.json").read_text())["error"] == "no", "what the worker wrote stays"
+    assert "failed fails-b: ValueError: no" in said[3] and said[4:6] == [
+        "    begins",
+        "    ValueError: no",
+    ]
+    assert json.loads((out / "fails-b" / "failed.json").read_text())["error"] == "no", (
+        "what the worker wrote stays"
+    )
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores that can be pinned")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two cores that can be pinned",
+)
 def test_workers_run_side_by_side_each_on_its_cores(launch, tmp_path):
     assert launch(["meets-a", "meets-b"], devices=2) == []
     a, b = (where(tmp_path / "out", name) for name in ("meets-a", "meets-b"))
-    assert a["pid"] != b["pid"] and a["cores"] and b["cores"] and not set(a["cores"]) & set(b["cores"])
+    assert (
+        a["pid"] != b["pid"] and a["cores"] and b["cores"] and not set(a["cores"]) & set(b["cores"])
+    )
     assert launch(["ok-alone"], devices=2) == []
-    assert where(tmp_path / "out", "ok-alone")["cores"] == a["cores"], "a run alone has no more cores than one among others"
+    assert where(tmp_path / "out", "ok-alone")["cores"] == a["cores"], (
+        "a run alone has no more cores than one among others"
+    )
 
 
 def test_a_worker_that_dies_takes_one_run_with_it(launch, tmp_path, capfd):
@@ -101,28 +116,59 @@ def test_a_worker_that_dies_takes_one_run_with_it(launch, tmp_path, capfd):
     assert all((out / name / "done.json").exists() for name in ("ok-a", "ok-c", "ok-e"))
     assert where(out, "ok-c")["pid"] == where(out, "killed-d")["pid"] != where(out, "ok-a")["pid"]
     assert json.loads((out / "dies-b" / "failed.json").read_text()) == {
-        "name": "dies-b", "exit": 3, "error": "worker ended with exit code 3\nbegins\na last word"}
-    assert json.loads((out / "killed-d" / "failed.json").read_text())["error"] == "worker killed by SIGKILL\nbegins"
+        "name": "dies-b",
+        "exit": 3,
+        "error": "worker ended with exit code 3\nbegins\na last word",
+    }
+    assert (
+        json.loads((out / "killed-d" / "failed.json").read_text())["error"]
+        == "worker killed by SIGKILL\nbegins"
+    )
     assert "    a last word\n" in capfd.readouterr().err
 
 
 def test_a_worker_that_never_starts_says_why_and_blames_no_run(launch, tmp_path):
-    with pytest.raises(UserError, match="CPU 0, ended with exit code 1: .*No module named experiments.wroker"):
+    with pytest.raises(
+        UserError, match="CPU 0, ended with exit code 1: .*No module named experiments.wroker"
+    ):
         launch(["ok-a", "ok-b"], worker=(sys.executable, "-m", "experiments.wroker"))
     assert not list((tmp_path / "out").glob("*/failed.json"))
 
 
 def test_a_bad_device_leaves_the_runs_to_the_good_one(launch, tmp_path, worker, monkeypatch):
-    monkeypatch.setattr(local, "accelerators", lambda: [local.Place("GPU 0", {"CUDA_VISIBLE_DEVICES": "0"}), local.Place("GPU 1", {"CUDA_VISIBLE_DEVICES": "1"})])
-    (tmp_path / "picky.sh").write_text('[ "$CUDA_VISIBLE_DEVICES" = 1 ] && exec "$@"; echo "no such device" >&2; exit 1\n')
-    assert launch(["ok-a", "ok-b", "ok-c"], devices=2, worker=("sh", str(tmp_path / "picky.sh"), *worker)) == []
+    monkeypatch.setattr(
+        local,
+        "accelerators",
+        lambda: [
+            local.Place("GPU 0", {"CUDA_VISIBLE_DEVICES": "0"}),
+            local.Place("GPU 1", {"CUDA_VISIBLE_DEVICES": "1"}),
+        ],
+    )
+    (tmp_path / "picky.sh").write_text(
+        '[ "$CUDA_VISIBLE_DEVICES" = 1 ] && exec "$@"; echo "no such device" >&2; exit 1\n'
+    )
+    assert (
+        launch(
+            ["ok-a", "ok-b", "ok-c"], devices=2, worker=("sh", str(tmp_path / "picky.sh"), *worker)
+        )
+        == []
+    )
     assert {where(tmp_path / "out", name)["gpu"] for name in ("ok-a", "ok-b", "ok-c")} == {"1"}
 
 
 def launcher(tmp_path, worker, names, devices=1):
-    code = ("import sys; from pathlib import Path; from experiments import local; names = sys.argv[2].split(',')\n"
-            f"local.accelerators = lambda: []\nlocal.run_local(Path(sys.argv[1]), names, dict.fromkeys(names, 10), {devices}, worker={worker!r})")
-    return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out"), ",".join(names)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    code = (
+        "import sys; from pathlib import Path; from experiments import local; names ="
+        " sys.argv[2].split(',')\nlocal.accelerators = lambda:"
+        f" []\nlocal.run_local(Path(sys.argv[1]), names, dict.fromkeys(names, 10), {devices},"
+        f" worker={worker!r})"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out"), ",".join(names)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(path):
@@ -150,10 +196,19 @@ def test_a_signal_lets_workers_stop_at_a_checkpoint(tmp_path, worker, number):
     wait_for(tmp_path / "out" / "waits-a" / "where.json")
     process.send_signal(number)
     said = process.communicate(timeout=20)[1]
-    assert process.returncode != 0 and "KeyboardInterrupt" in said and "stopping at a checkpoint" in said
+    assert (
+        process.returncode != 0
+        and "KeyboardInterrupt" in said
+        and "stopping at a checkpoint" in said
+    )
     assert gone(where(tmp_path / "out", "waits-a")["pid"])
-    assert (tmp_path / "out" / "waits-a" / "log.txt").read_text() == f"begins\ncheckpoint after signal {signal.SIGINT}\n"
-    assert not (tmp_path / "out" / "waits-a" / "failed.json").exists() and not (tmp_path / "out" / "ok-b").exists()
+    assert (
+        tmp_path / "out" / "waits-a" / "log.txt"
+    ).read_text() == f"begins\ncheckpoint after signal {signal.SIGINT}\n"
+    assert (
+        not (tmp_path / "out" / "waits-a" / "failed.json").exists()
+        and not (tmp_path / "out" / "ok-b").exists()
+    )
 
 
 def test_a_second_signal_ends_a_worker_that_does_not_listen(tmp_path, worker):
@@ -161,22 +216,32 @@ def test_a_second_signal_ends_a_worker_that_does_not_listen(tmp_path, worker):
     wait_for(tmp_path / "out" / "deaf-a" / "where.json")
     process.send_signal(signal.SIGINT)
     end = time.time() + 20
-    while "checkpoint" not in (tmp_path / "out" / "deaf-a" / "log.txt").read_text() and time.time() < end:
+    while (
+        "checkpoint" not in (tmp_path / "out" / "deaf-a" / "log.txt").read_text()
+        and time.time() < end
+    ):
         time.sleep(0.02)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
-    assert gone(where(tmp_path / "out", "deaf-a")["pid"]) and not (tmp_path / "out" / "deaf-a" / "failed.json").exists()
+    assert (
+        gone(where(tmp_path / "out", "deaf-a")["pid"])
+        and not (tmp_path / "out" / "deaf-a" / "failed.json").exists()
+    )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a busy worker finishes its run first")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere a busy worker finishes its run first"
+)
 def test_no_worker_outlives_a_killed_launcher(tmp_path, worker):
     process = launcher(tmp_path, worker, ["waits-a"])
     wait_for(tmp_path / "out" / "waits-a" / "where.json")
     process.kill()
     process.communicate()
     assert gone(where(tmp_path / "out", "waits-a")["pid"])
-    assert (tmp_path / "out" / "waits-a" / "log.txt").read_text() == f"begins\ncheckpoint after signal {signal.SIGINT}\n"
+    assert (
+        tmp_path / "out" / "waits-a" / "log.txt"
+    ).read_text() == f"begins\ncheckpoint after signal {signal.SIGINT}\n"
 
 
 def board(tmp_path, states, steps=100):
@@ -187,9 +252,15 @@ def board(tmp_path, states, steps=100):
 
 def test_the_table_shows_running_and_failed_runs_first_and_no_more_than_fit(tmp_path):
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 40, "loss": 3.25, "tokens": 4000, "tokens_per_s": 200.0}\n{"step": 50, "val_loss": 3.5}\n{"st')
+    (tmp_path / "b" / "metrics.jsonl").write_text(
+        '{"step": 40, "loss": 3.25, "tokens": 4000, "tokens_per_s": 200.0}\n{"step": 50,'
+        ' "val_loss": 3.5}\n{"st'
+    )
     made = board(tmp_path, {"a": "waiting", "b": "running", "c": "done", "d": "failed"})
-    assert made.rows(2) == [("b", "running", "50/100", "3.2500", "200 tokens/s", "0:25"), ("d", "failed", "0/100", "", "", "")]
+    assert made.rows(2) == [
+        ("b", "running", "50/100", "3.2500", "200 tokens/s", "0:25"),
+        ("d", "failed", "0/100", "", "", ""),
+    ]
     assert [row[0] for row in made.rows(9)] == ["b", "d", "a", "c"]
     assert made.summary().startswith("4 runs: 1 done, 1 failed, 1 running, 1 waiting")
 
@@ -198,7 +269,9 @@ def test_the_time_left_counts_the_steps_made_since_the_start(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 50, "loss": 1.0}\n')
     made = board(tmp_path, {"a": "waiting", "b": "running"})
-    assert made.left() is None, "the 50 steps of an earlier start say nothing of the time a step takes"
+    assert made.left() is None, (
+        "the 50 steps of an earlier start say nothing of the time a step takes"
+    )
     made.seen["b"], made.began = {"step": 75}, time.monotonic() - 10
     assert made.left() == pytest.approx(10 * 125 / 25, rel=0.01)
 
@@ -206,10 +279,17 @@ def test_the_time_left_counts_the_steps_made_since_the_start(tmp_path):
 def test_a_terminal_gets_a_live_table(tmp_path, worker):
     pty = pytest.importorskip("pty")
     host, terminal = pty.openpty()
-    code = ("import sys; from pathlib import Path; from experiments import local; local.accelerators = lambda: []\n"
-            f"local.run_local(Path(sys.argv[1]), ['ok-a', 'dies-b'], {{'ok-a': 10, 'dies-b': 10}}, 1, worker={worker!r})")
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, stderr=terminal,
-                               env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "20"})
+    code = (
+        "import sys; from pathlib import Path; from experiments import local; local.accelerators ="
+        " lambda: []\nlocal.run_local(Path(sys.argv[1]), ['ok-a', 'dies-b'], {'ok-a': 10,"
+        f" 'dies-b': 10}}, 1, worker={worker!r})"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        cwd=ROOT,
+        stderr=terminal,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "20"},
+    )
     os.close(terminal)
     said = b""
     with contextlib.suppress(OSError):  # the end, on Linux
@@ -222,11 +302,21 @@ def test_a_terminal_gets_a_live_table(tmp_path, worker):
     assert "    a last word" in said.decode()
 
 
-@pytest.mark.parametrize(("env", "listed", "expected"), [
-    ({"CUDA_VISIBLE_DEVICES": "2, 5"}, "", ["2", "5"]),
-    ({"CUDA_VISIBLE_DEVICES": "-1"}, "GPU 0: A\n", []),
-    ({}, "GPU 0: NVIDIA A (UUID: GPU-1)\n  MIG 1g.5gb Device 0: (UUID: MIG-1)\nGPU 1: NVIDIA B (UUID: GPU-2)\n", ["0", "1"]),
-])
+@pytest.mark.parametrize(
+    ("env", "listed", "expected"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "2, 5"}, "", ["2", "5"]),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "GPU 0: A\n", []),
+        (
+            {},
+            (
+                "GPU 0: NVIDIA A (UUID: GPU-1)\n  MIG 1g.5gb Device 0: (UUID: MIG-1)\nGPU 1: NVIDIA"
+                " B (UUID: GPU-2)\n"
+            ),
+            ["0", "1"],
+        ),
+    ],
+)
 def test_gpus_are_those_visible_or_those_listed(env, listed, expected, tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s' '{listed}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -240,7 +330,10 @@ def test_gpus_are_those_visible_or_those_listed(env, listed, expected, tmp_path,
 def test_places_of_gpus_of_cores_and_too_many(monkeypatch):
     monkeypatch.setattr(local, "gpus", lambda: ["0", "3"])
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    assert [place.env for place in local.places()] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+    assert [place.env for place in local.places()] == [
+        {"CUDA_VISIBLE_DEVICES": "0"},
+        {"CUDA_VISIBLE_DEVICES": "3"},
+    ]
     assert len(local.places(1)) == 1
     with pytest.raises(UserError, match=r"--devices: 3 is outside 1\.\.2"):
         local.places(3)

@@ -1,4 +1,6 @@
-"""The page in a real browser: no overflow, no console errors, readable contrast, on a phone and a desktop, in light and dark."""
+"""The page in a real browser: no overflow, no console errors, readable contrast, on a phone and a
+desktop, in light and dark.
+"""
 
 import html
 import json
@@ -11,10 +13,15 @@ import pytest
 
 from experiments import report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium or google-chrome")
 # what a reader reads; small print included
-READ = "p, h1, h2, h3, li, a, b, td, th, caption, small, figcaption, dt, dd, summary, code, pre, .verdict, .verdict *"
+READ = (
+    "p, h1, h2, h3, li, a, b, td, th, caption, small, figcaption, dt, dd, summary, code, pre,"
+    " .verdict, .verdict *"
+)
 PROBE = """
 const rgb = text => text.match(/[\\d.]+/g).map(Number);
 const linear = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -52,20 +59,43 @@ def page(tmp_path_factory):
 
 
 def probe(page, folder, wide, dark):
-    """What the script sees in a frame of ``wide`` pixels (a window cannot be narrower than 500), and the browser's log."""
-    inside = page.replace("</body>", f"<script>{PROBE.replace('READ', json.dumps(READ))}</script></body>")
-    outside = ('<!doctype html><meta name="color-scheme" content="light dark"><body style="margin:0">'
-               '<script>onmessage = e => { document.body.dataset.seen = JSON.stringify(e.data) }</script>'
-               f'<iframe style="border:0;width:{wide}px;height:900px" srcdoc="{html.escape(inside)}"></iframe>')
+    """What the script sees in a frame of ``wide`` pixels (a window cannot be narrower than 500),
+    and the browser's log.
+    """
+    inside = page.replace(
+        "</body>", f"<script>{PROBE.replace('READ', json.dumps(READ))}</script></body>"
+    )
+    outside = (
+        '<!doctype html><meta name="color-scheme" content="light dark"><body'
+        ' style="margin:0"><script>onmessage = e => { document.body.dataset.seen ='
+        f' JSON.stringify(e.data) }}</script><iframe style="border:0;width:{wide}px;height:900px"'
+        f' srcdoc="{html.escape(inside)}"></iframe>'
+    )
     (folder / "outside.html").write_text(outside)
     result = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
-         f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={max(wide, 500)},900", "--enable-logging=stderr", "--v=0",
-         "--virtual-time-budget=4000", "--dump-dom", f"file://{folder / 'outside.html'}"],
-        capture_output=True, text=True, timeout=120)
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={folder / 'profile'}",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            f"--window-size={max(wide, 500)},900",
+            "--enable-logging=stderr",
+            "--v=0",
+            "--virtual-time-budget=4000",
+            "--dump-dom",
+            f"file://{folder / 'outside.html'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     seen = re.search(r'data-seen="([^"]+)"', result.stdout)
     assert seen, result.stderr[-2000:]
-    return json.loads(html.unescape(seen[1])), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(seen[1])), [
+        line for line in result.stderr.splitlines() if "CONSOLE" in line
+    ]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -83,6 +113,15 @@ def test_page_fits_and_can_be_read(page, tmp_path, wide, dark):
 
 def test_probe_sees_overflow_errors_and_poor_contrast(page, tmp_path):
     """The other test can fail: a page with each fault is found out."""
-    bad = page.replace("</main>", '<p style="width:1500px;color:#888;background:#999">grey</p><script>console.error("oh")</script></main>')
+    bad = page.replace(
+        "</main>",
+        '<p style="width:1500px;color:#888;background:#999">grey</p><script>console.error("oh")</script></main>',
+    )
     seen, console = probe(bad, tmp_path, 390, dark=False)
-    assert seen["scroll"] > 390 and seen["wide"] and len(seen["poor"]) == 1 and "grey" in seen["poor"][0] and len(console) == 1
+    assert (
+        seen["scroll"] > 390
+        and seen["wide"]
+        and len(seen["poor"]) == 1
+        and "grey" in seen["poor"][0]
+        and len(console) == 1
+    )

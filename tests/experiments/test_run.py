@@ -14,7 +14,15 @@ from experiments import list as listing
 from experiments.verdicts import VERDICTS
 
 ROOT = Path(__file__).parents[2]
-KNOWN = ("not implemented", "no such block", "flexmemory bench decode", "well above chance", "the text is too short", "a person must read", "of its active parameters")  # why a claim is not run at smoke scale
+KNOWN = (
+    "not implemented",
+    "no such block",
+    "flexmemory bench decode",
+    "well above chance",
+    "the text is too short",
+    "a person must read",
+    "of its active parameters",
+)  # why a claim is not run at smoke scale
 
 
 @pytest.mark.parametrize(
@@ -28,8 +36,14 @@ KNOWN = ("not implemented", "no such block", "flexmemory bench decode", "well ab
         (["e1", "--scale=cpu", "--seeds=one"], "--seeds 'one': give whole numbers"),
         (["e1", "--scale=cpu", "--budget=activ"], "--budget 'activ': did you mean 'active'?"),
         (["e1", "--scale=cpu", "--launcher=slrm"], "--launcher 'slrm': did you mean 'slurm'?"),
-        (["e1", "--scale=cpu", "--distributed"], "--distributed: several processes share one run only with --launcher=here"),
-        (["e1", "--scale=cpu", "--slurm.partition=gpu"], "argument '--slurm.partition=gpu': not understood"),
+        (
+            ["e1", "--scale=cpu", "--distributed"],
+            "--distributed: several processes share one run only with --launcher=here",
+        ),
+        (
+            ["e1", "--scale=cpu", "--slurm.partition=gpu"],
+            "argument '--slurm.partition=gpu': not understood",
+        ),
         (["e1"], "--scale"),
     ],
 )
@@ -56,17 +70,31 @@ def test_status_says_where_every_run_stands(capsys, tmp_path):
     assert list(made.runs) == ["memoryllm-s0", "memoryllm-shared-norm-s0"]
     for name in made.runs:
         (out / name).mkdir()
-    (out / "memoryllm-s0" / "failed.json").write_text(json.dumps({"name": "memoryllm-s0", "exit": 1, "error": "first\nlast line"}))
+    (out / "memoryllm-s0" / "failed.json").write_text(
+        json.dumps({"name": "memoryllm-s0", "exit": 1, "error": "first\nlast line"})
+    )
     (out / "memoryllm-shared-norm-s0" / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0}\n')
     assert run.main(["e4", "--scale=smoke", f"--out={out}", "--status"]) == 0
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert said == [["memoryllm-s0", "failed", "last", "line"], ["memoryllm-shared-norm-s0", "step", "3", "of", "4"], ["0", "of", "2", "finished"]]
+    assert said == [
+        ["memoryllm-s0", "failed", "last", "line"],
+        ["memoryllm-shared-norm-s0", "step", "3", "of", "4"],
+        ["0", "of", "2", "finished"],
+    ]
 
 
 def test_the_list_shows_every_experiment_and_its_last_verdicts(capsys, tmp_path):
     (tmp_path / "results.json").write_text(
         json.dumps(
-            {"experiments": [{"name": "e1_base_vs_memoryllm", "scale": "cpu", "claims": [{"verdict": "reproduced"}, {"verdict": "within noise"}]}]}
+            {
+                "experiments": [
+                    {
+                        "name": "e1_base_vs_memoryllm",
+                        "scale": "cpu",
+                        "claims": [{"verdict": "reproduced"}, {"verdict": "within noise"}],
+                    }
+                ]
+            }
         )
     )
     assert listing.main([f"--runs={tmp_path}"]) == 0
@@ -79,7 +107,9 @@ def test_the_list_shows_every_experiment_and_its_last_verdicts(capsys, tmp_path)
 
 
 def test_every_experiment_at_smoke_scale(tmp_path):
-    """All from real runs; one run cannot work and is shown while the others go on; what is deleted is made again and gives the same report."""
+    """All from real runs; one run cannot work and is shown while the others go on; what is deleted
+    is made again and gives the same report.
+    """
     out = tmp_path / "smoke"
     command = [sys.executable, "-m", "experiments.run", "--all", "--scale=smoke", f"--out={out}"]
 
@@ -94,7 +124,9 @@ def test_every_experiment_at_smoke_scale(tmp_path):
     assert made.returncode == 1, made.stdout + made.stderr
     assert "stem-full-s0" in made.stderr and "not empty and not a run folder" in made.stderr
     results = json.loads((out / "results.json").read_text())
-    assert [entry["name"] for entry in results["failed"]] == ["stem-full-s0"] and not results["missing"]
+    assert [entry["name"] for entry in results["failed"]] == ["stem-full-s0"] and not results[
+        "missing"
+    ]
     assert results["finished"] == results["expected"] - 1
 
     (out / "stem-full-s0" / "foreign").unlink()
@@ -106,13 +138,21 @@ def test_every_experiment_at_smoke_scale(tmp_path):
     again = json.loads((out / "results.json").read_text())
     assert again["finished"] == again["expected"] and not again["failed"]
     sections = {entry["name"]: entry for entry in again["experiments"]}
-    assert set(sections) == {name for name in catalogue.names() if "smoke" in catalogue.scales_of(catalogue.load(name))}
+    assert set(sections) == {
+        name for name in catalogue.names() if "smoke" in catalogue.scales_of(catalogue.load(name))
+    }
     for name, section in sections.items():
         assert not section.get("error"), section
         assert section["rows"] and section["claims"], name
         assert all(claim["verdict"] in VERDICTS for claim in section["claims"])
         missing = [claim["detail"] for claim in section["claims"] if claim["verdict"] == "not run"]
         assert all(any(reason in why for reason in KNOWN) for why in missing), (name, missing)
-    before = {entry["name"]: entry["claims"] for entry in results["experiments"] if not entry["failed"]}
-    assert {name: sections[name]["claims"] for name in before} == before, "the run that was made again gives the same numbers"
-    assert (out / "report.html").stat().st_size > 50_000 and str(tmp_path) not in (out / "report.html").read_text()
+    before = {
+        entry["name"]: entry["claims"] for entry in results["experiments"] if not entry["failed"]
+    }
+    assert {name: sections[name]["claims"] for name in before} == before, (
+        "the run that was made again gives the same numbers"
+    )
+    assert (out / "report.html").stat().st_size > 50_000 and str(tmp_path) not in (
+        out / "report.html"
+    ).read_text()

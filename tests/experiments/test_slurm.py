@@ -1,4 +1,6 @@
-"""The SLURM launcher against a real SLURM of one node, which slurm_node.sh starts below a folder of its own."""
+"""The SLURM launcher against a real SLURM of one node, which slurm_node.sh starts below a folder of
+its own.
+"""
 
 import json
 import os
@@ -20,8 +22,9 @@ pytest.importorskip("submitit", reason="needs submitit: pip install 'flexmemory[
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("slurm_node.sh")
 
-# experiments.worker in small: NAME is ACTION-ANYTHING; every start of a run leaves a line in its log
-FAKE = '''
+# experiments.worker in small: NAME is ACTION-ANYTHING; every start of a run leaves a line in its
+# log
+FAKE = """
 import json, os, signal, sys, time
 from pathlib import Path
 
@@ -49,14 +52,20 @@ for name in (line.strip() for line in sys.stdin) if names == ["-"] else names:
         sys.exit(130)
     (folder / "done.json").write_text(json.dumps({"name": name}))
     print("done", name, "0.1", flush=True)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def node(request):
-    """SLURM_CONF leads to a node of our own while the tests of this module run; it ends with this process, however that ends."""
+    """SLURM_CONF leads to a node of our own while the tests of this module run; it ends with this
+    process, however that ends.
+    """
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    absent = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if not shutil.which(name, path=path)]
+    absent = [
+        name
+        for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun")
+        if not shutil.which(name, path=path)
+    ]
     if os.name != "posix" or os.geteuid() != 0 or absent:
         why = f"no {', '.join(absent)} here" if absent else "not root"
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -65,7 +74,13 @@ def node(request):
     folder = tempfile.mkdtemp(prefix="slurm-")  # short: it has a socket, whose path must be
     try:
         # its daemons keep no pipe of ours open
-        made = subprocess.run(["sh", str(SCRIPT), "start", folder, str(os.getpid())], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        made = subprocess.run(
+            ["sh", str(SCRIPT), "start", folder, str(os.getpid())],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         assert made.returncode == 0, made.stderr
         os.environ["SLURM_CONF"] = f"{folder}/slurm.conf"
         yield folder
@@ -87,12 +102,21 @@ def worker(tmp_path):
 
 
 def submit(out, names, worker, **more):
-    return slurm.submit(out, names, dict.fromkeys(names, 10), Options(**{"sbatch": {"partition": "main", "time": "5"}} | more), worker)
+    return slurm.submit(
+        out,
+        names,
+        dict.fromkeys(names, 10),
+        Options(**{"sbatch": {"partition": "main", "time": "5"}} | more),
+        worker,
+    )
 
 
 def wait_until(out, names, wanted, seconds=180):
     """Waits until the states of the runs are ``wanted``, one for all or one each."""
-    wanted, end = [wanted] * len(names) if isinstance(wanted, str) else wanted, time.time() + seconds
+    wanted, end = (
+        [wanted] * len(names) if isinstance(wanted, str) else wanted,
+        time.time() + seconds,
+    )
     while True:
         made = slurm.states(out, names)
         if [state for state, _ in made.values()] == wanted:
@@ -107,17 +131,31 @@ def control(*command):
 
 def test_an_array_of_runs_where_one_dies_and_the_others_finish(node, out, worker):
     names = ["ok-a", "dies-b", "ok-c", "ok-d"]
-    expected = slurm.dry(out, names, Options({"partition": "main", "time": "5"}, runs_per_job=2, max_parallel=1), worker)
+    expected = slurm.dry(
+        out,
+        names,
+        Options({"partition": "main", "time": "5"}, runs_per_job=2, max_parallel=1),
+        worker,
+    )
     assert not out.exists(), "a dry run writes nothing"
     assert slurm.states(out, names) == dict.fromkeys(names, ("not submitted", ""))
     job = submit(out, names, worker, runs_per_job=2, max_parallel=1)
     made = wait_until(out, names, ["finished", "failed", "finished", "finished"])
     assert made["dies-b"][1].startswith("worker ended with exit code 3\nbegins in ")
     file = (out / "slurm" / f"{job}_submission.sh").read_text()
-    assert expected.startswith(file) and "#SBATCH --array=0-1%1\n" in file and "#SBATCH --requeue\n" in file
-    assert expected[len(file):].splitlines()[1:] == [
-        f"# task {i}: {' '.join(worker)} {out} {' '.join(part)}" for i, part in enumerate((["ok-a", "dies-b"], ["ok-c", "ok-d"]))]
-    assert control("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%P").split() == ["main"] * 2
+    assert (
+        expected.startswith(file)
+        and "#SBATCH --array=0-1%1\n" in file
+        and "#SBATCH --requeue\n" in file
+    )
+    assert expected[len(file) :].splitlines()[1:] == [
+        f"# task {i}: {' '.join(worker)} {out} {' '.join(part)}"
+        for i, part in enumerate((["ok-a", "dies-b"], ["ok-c", "ok-d"]))
+    ]
+    assert (
+        control("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%P").split()
+        == ["main"] * 2
+    )
     # what failed goes again, what is done does not unless it is asked for
     assert submit(out, ["dies-b"], worker) not in (None, job)
     wait_until(out, names, ["finished", "failed", "finished", "finished"])
@@ -125,8 +163,10 @@ def test_an_array_of_runs_where_one_dies_and_the_others_finish(node, out, worker
 
 
 def test_requeued_preempted_and_timed_out_runs_go_on_and_finish(node, out, worker):
-    """SLURM requeues the first, as at a preemption without a grace time; the second gets the signal of the time limit; the third is asked to end while its
-    job goes on, as at the start of a grace time."""
+    """SLURM requeues the first, as at a preemption without a grace time; the second gets the signal
+    of the time limit; the third is asked to end while its job goes on, as at the start of a grace
+    time.
+    """
     names = ["waits-requeued", "waits-timeout", "waits-asked"]
     job = submit(out, names, worker)
     wait_until(out, names, "running")
@@ -134,7 +174,9 @@ def test_requeued_preempted_and_timed_out_runs_go_on_and_finish(node, out, worke
     while not all((out / name / "log.txt").exists() for name in names):
         assert time.time() < end, "the runs do not begin"
         time.sleep(0.05)
-    assert slurm.missing(out, names) == [] and submit(out, names, worker) is None, "what is running is not submitted again"
+    assert slurm.missing(out, names) == [] and submit(out, names, worker) is None, (
+        "what is running is not submitted again"
+    )
     control("scontrol", "requeue", f"{job}_0")
     control("scancel", "--signal=USR2", f"{job}_1")
     control("scancel", "--signal=TERM", f"{job}_2")
@@ -143,7 +185,9 @@ def test_requeued_preempted_and_timed_out_runs_go_on_and_finish(node, out, worke
     wait_until(out, names, "finished")
     for name in names:
         assert (out / name / "checkpoint").read_text() == "stopped\n"
-        assert [line.rpartition(" ")[2] for line in (out / name / "log.txt").read_text().splitlines()] == ["0", "1"], "one start and one restart"
+        assert [
+            line.rpartition(" ")[2] for line in (out / name / "log.txt").read_text().splitlines()
+        ] == ["0", "1"], "one start and one restart"
     assert slurm.submitted(out) == {name: f"{job}_{i}" for i, name in enumerate(names)}
 
 
@@ -153,18 +197,42 @@ def test_only_what_is_missing_is_submitted(node, out, worker):
     control("scancel", f"{first}_1")
     wait_until(out, ["waits-a", "waits-b"], ["queued", "unknown"])
     (out / "go").touch()
-    (out / "plan.json").write_text(json.dumps({"scale": "smoke", "experiments": [], "runs": [
-        {"name": name, "overrides": {"train.steps": 3}, "experiments": []} for name in ("waits-a", "waits-b", "ok-c")]}))
-    said = slurm.launch(out, ["waits-a", "waits-b", "ok-c"], Options({"partition": "main", "time": "5"}), worker).splitlines()
+    (out / "plan.json").write_text(
+        json.dumps(
+            {
+                "scale": "smoke",
+                "experiments": [],
+                "runs": [
+                    {"name": name, "overrides": {"train.steps": 3}, "experiments": []}
+                    for name in ("waits-a", "waits-b", "ok-c")
+                ],
+            }
+        )
+    )
+    said = slurm.launch(
+        out, ["waits-a", "waits-b", "ok-c"], Options({"partition": "main", "time": "5"}), worker
+    ).splitlines()
     second = said[0].removeprefix("job ").partition(":")[0]
-    assert said[0] == f"job {second}: 2 runs submitted; its logs are in {out / 'slurm'}" and said[1].startswith("3 unfinished runs: ")
-    assert {name: task.partition("_")[0] for name, task in slurm.submitted(out).items()} == {"waits-a": first, "waits-b": second, "ok-c": second}
+    assert said[0] == f"job {second}: 2 runs submitted; its logs are in {out / 'slurm'}" and said[
+        1
+    ].startswith("3 unfinished runs: ")
+    assert {name: task.partition("_")[0] for name, task in slurm.submitted(out).items()} == {
+        "waits-a": first,
+        "waits-b": second,
+        "ok-c": second,
+    }
     wait_until(out, ["waits-a", "waits-b", "ok-c"], ["queued", "finished", "finished"])
     control("scancel", first)
 
 
 def test_the_words_of_sbatch_are_told(node, out, worker):
-    with pytest.raises(UserError, match="^sbatch: invalid partition specified: nope; Batch job submission failed: Invalid partition name specified$"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "^sbatch: invalid partition specified: nope; Batch job submission failed: Invalid"
+            " partition name specified$"
+        ),
+    ):
         submit(out, ["ok-a", "ok-b"], worker, sbatch={"partition": "nope"})
     with pytest.raises(UserError, match="^sbatch: .*unrecognized option '--partiton=main'"):
         submit(out, ["ok-a"], worker, sbatch={"partiton": "main"})
@@ -175,7 +243,9 @@ def test_a_task_that_left_no_trace_is_unknown(node, out):
     out.mkdir()
     (out / "slurm").mkdir()
     (out / "slurm" / "999.json").write_text('{"job": "999", "tasks": [["a"]]}')
-    assert slurm.states(out, ["a"]) == {"a": ("unknown", "task 999 is no longer in the queue, and SLURM keeps no account of it")}
+    assert slurm.states(out, ["a"]) == {
+        "a": ("unknown", "task 999 is no longer in the queue, and SLURM keeps no account of it")
+    }
     assert slurm.missing(out, ["a"]) == ["a"]
 
 
@@ -183,7 +253,9 @@ def scripts(folder, monkeypatch, **said):
     """SLURM's commands in small: each prints what is given and ends with its exit code."""
     folder.mkdir(exist_ok=True)
     for name, (code, text) in said.items():
-        (folder / name).write_text(f"#!/bin/sh\nprintf '%s' '{text}' >&{1 if code == 0 else 2}\nexit {code}\n")
+        (folder / name).write_text(
+            f"#!/bin/sh\nprintf '%s' '{text}' >&{1 if code == 0 else 2}\nexit {code}\n"
+        )
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
@@ -191,23 +263,48 @@ def scripts(folder, monkeypatch, **said):
 def test_states_by_queue_accounts_and_folder(out, tmp_path, monkeypatch):
     (out / "slurm").mkdir(parents=True)
     (out / "slurm" / "9.json").write_text('{"job": "9", "tasks": [["old"], ["oom"]]}')
-    (out / "slurm" / "10.json").write_text('{"job": "10", "tasks": [["a", "b", "c"], ["old"], ["d"]]}')
-    scripts(tmp_path / "bin", monkeypatch, squeue=(0, "10_0|RUNNING\n10_1|PENDING\n10_2|COMPLETING\n"), sacct=(0, "9_0|FAILED\n9_1|OUT_OF_MEMORY\n"))
+    (out / "slurm" / "10.json").write_text(
+        '{"job": "10", "tasks": [["a", "b", "c"], ["old"], ["d"]]}'
+    )
+    scripts(
+        tmp_path / "bin",
+        monkeypatch,
+        squeue=(0, "10_0|RUNNING\n10_1|PENDING\n10_2|COMPLETING\n"),
+        sacct=(0, "9_0|FAILED\n9_1|OUT_OF_MEMORY\n"),
+    )
     for name in ("a", "b", "old", "oom"):
         (out / name).mkdir()
     (out / "a" / "done.json").write_text("{}")
-    (out / "old" / "failed.json").write_text('{"name": "old", "exit": 1, "error": "of an earlier job"}')
+    (out / "old" / "failed.json").write_text(
+        '{"name": "old", "exit": 1, "error": "of an earlier job"}'
+    )
     (out / "oom" / "log.txt").write_text("its last line\n")
     assert slurm.states(out, ["a", "b", "c", "old", "oom", "d", "never"]) == {
-        "a": ("finished", ""), "b": ("running", "10_0"), "c": ("queued", "10_0"), "old": ("queued", "10_1"),
-        "oom": ("failed", "task 9_1: OUT_OF_MEMORY\nits last line"), "d": ("running", "10_2"), "never": ("not submitted", "")}
+        "a": ("finished", ""),
+        "b": ("running", "10_0"),
+        "c": ("queued", "10_0"),
+        "old": ("queued", "10_1"),
+        "oom": ("failed", "task 9_1: OUT_OF_MEMORY\nits last line"),
+        "d": ("running", "10_2"),
+        "never": ("not submitted", ""),
+    }
     (out / "b" / "failed.json").write_text('{"name": "b", "exit": 1, "error": "no\\nvalue"}')
     assert slurm.states(out, ["b", "c"]) == {"b": ("failed", "no\nvalue"), "c": ("running", "10_0")}
-    assert slurm.missing(out, ["b", "c", "old", "oom", "never"]) == ["oom", "never"], "a task that runs has its failed run still"
+    assert slurm.missing(out, ["b", "c", "old", "oom", "never"]) == [
+        "oom",
+        "never",
+    ], "a task that runs has its failed run still"
 
-    scripts(tmp_path / "bin", monkeypatch, squeue=(1, "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"))
-    assert slurm.states(out, ["a", "b", "c"]) == {"a": ("finished", ""), "b": ("failed", "no\nvalue"), "c": (
-        "unknown", "squeue: Unable to contact slurm controller (connect failure)")}
+    scripts(
+        tmp_path / "bin",
+        monkeypatch,
+        squeue=(1, "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"),
+    )
+    assert slurm.states(out, ["a", "b", "c"]) == {
+        "a": ("finished", ""),
+        "b": ("failed", "no\nvalue"),
+        "c": ("unknown", "squeue: Unable to contact slurm controller (connect failure)"),
+    }
     with pytest.raises(UserError, match="Unable to contact slurm controller"):
         slurm.missing(out, ["c"])
 
@@ -215,9 +312,17 @@ def test_states_by_queue_accounts_and_folder(out, tmp_path, monkeypatch):
 def test_without_slurm_or_submitit(out, worker, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(UserError, match="^--launcher=slurm: no sbatch on this machine; run on a login node, or use --launcher=local$"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "^--launcher=slurm: no sbatch on this machine; run on a login node, or use"
+            " --launcher=local$"
+        ),
+    ):
         submit(out, ["ok-a"], worker)
-    assert "#SBATCH --partition=main\n" in slurm.dry(out, ["ok-a"], Options({"partition": "main"}), worker), "a dry run needs no SLURM"
+    assert "#SBATCH --partition=main\n" in slurm.dry(
+        out, ["ok-a"], Options({"partition": "main"}), worker
+    ), "a dry run needs no SLURM"
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"needs submitit; pip install 'flexmemory\[slurm\]'"):
         submit(out, ["ok-a"], worker)
@@ -226,46 +331,104 @@ def test_without_slurm_or_submitit(out, worker, tmp_path, monkeypatch):
 
 def test_the_sbatch_file_has_the_options_given(out, worker, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/a b")
-    options = slurm.options_of(["--slurm.partition=gpu", "--slurm.account=me", "--slurm.gres=gpu:1", "--slurm.cpus-per-task=8", "--slurm.mem=32G",
-                                  "--slurm.time=1-02:30:00", "--slurm.exclusive", "--runs_per_job=2", "--max_parallel=3"])
+    options = slurm.options_of(
+        [
+            "--slurm.partition=gpu",
+            "--slurm.account=me",
+            "--slurm.gres=gpu:1",
+            "--slurm.cpus-per-task=8",
+            "--slurm.mem=32G",
+            "--slurm.time=1-02:30:00",
+            "--slurm.exclusive",
+            "--runs_per_job=2",
+            "--max_parallel=3",
+        ]
+    )
     lines = slurm.dry(out, [f"r{i}" for i in range(9)], options, worker).splitlines()
-    for line in ("partition=gpu", "account=me", "gres=gpu:1", "cpus-per-task=8", "mem=32G", "time=1590", "exclusive", "requeue", "array=0-4%3",
-                 "job-name=out", f"signal={signal.SIGUSR2.name[3:]}@90"):
+    for line in (
+        "partition=gpu",
+        "account=me",
+        "gres=gpu:1",
+        "cpus-per-task=8",
+        "mem=32G",
+        "time=1590",
+        "exclusive",
+        "requeue",
+        "array=0-4%3",
+        "job-name=out",
+        f"signal={signal.SIGUSR2.name[3:]}@90",
+    ):
         assert f"#SBATCH --{line}" in lines
     assert any(line.startswith("srun ") and "--cpus-per-task=8" in line for line in lines)
     assert f"export PYTHONPATH='{slurm.ROOT}:/a b'" in lines
     assert sum(line.startswith("# task ") for line in lines) == 5
 
 
-@pytest.mark.parametrize(("text", "minutes"), [("90", 90), ("2:30", 3), ("1:30:00", 90), ("2-12", 3600), ("0-1:30", 90), ("1-0:0:1", 1441), ("0:01", 1)])
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("2:30", 3),
+        ("1:30:00", 90),
+        ("2-12", 3600),
+        ("0-1:30", 90),
+        ("1-0:0:1", 1441),
+        ("0:01", 1),
+    ],
+)
 def test_times_as_sbatch_takes_them(text, minutes):
     assert slurm.minutes(text) == minutes
 
 
-@pytest.mark.parametrize(("word", "says"), [
-    ("--slurm.time=tomorrow", "--slurm.time: 'tomorrow' is not a time"),
-    ("--slurm.array=0-3", "--slurm.array: the launcher sets it"),
-    ("--partition=gpu", "options of sbatch as --slurm.KEY=VALUE"),
-    ("--runs_per_job=0", "--runs_per_job: '0' is not a positive number"),
-    ("--max_parallel=", "--max_parallel: '' is not a positive number"),
-])
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("--slurm.time=tomorrow", "--slurm.time: 'tomorrow' is not a time"),
+        ("--slurm.array=0-3", "--slurm.array: the launcher sets it"),
+        ("--partition=gpu", "options of sbatch as --slurm.KEY=VALUE"),
+        ("--runs_per_job=0", "--runs_per_job: '0' is not a positive number"),
+        ("--max_parallel=", "--max_parallel: '' is not a positive number"),
+    ],
+)
 def test_mistakes(word, says):
     with pytest.raises(UserError, match=says):
         slurm.options_of([word])
 
 
 def test_an_option_is_kept_as_it_is_given():
-    assert slurm.options_of(["--slurm.mail-user=a=b", "--slurm.exclusive"]) == Options({"mail_user": "a=b", "exclusive": ""})
+    assert slurm.options_of(["--slurm.mail-user=a=b", "--slurm.exclusive"]) == Options(
+        {"mail_user": "a=b", "exclusive": ""}
+    )
     assert slurm.options_of([]) == Options()
 
 
 def test_an_experiment_through_the_command_with_real_runs(node, out):
-    command = [sys.executable, "-m", "experiments.run", "e4", "--scale=smoke", f"--out={out}", "--launcher=slurm", "--slurm.partition=main", "--slurm.time=10"]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.run",
+        "e4",
+        "--scale=smoke",
+        f"--out={out}",
+        "--launcher=slurm",
+        "--slurm.partition=main",
+        "--slurm.time=10",
+    ]
+    made = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
     assert made.returncode == 0, made.stderr
-    missing = " ".join(line for line in made.stdout.splitlines() if line.startswith("missing"))  # waiting, or begun already
+    missing = " ".join(
+        line for line in made.stdout.splitlines() if line.startswith("missing")
+    )  # waiting, or begun already
     assert "2 runs submitted" in made.stdout and "0 of 2 runs finished" in made.stdout
     assert "memoryllm-s0" in missing and "memoryllm-shared-norm-s0" in missing
     wait_until(out, ["memoryllm-s0", "memoryllm-shared-norm-s0"], "finished", seconds=180)
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    assert made.returncode == 0 and "2 of 2 runs finished" in made.stdout and "submitted" not in made.stdout, made.stdout + made.stderr
+    made = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert (
+        made.returncode == 0
+        and "2 of 2 runs finished" in made.stdout
+        and "submitted" not in made.stdout
+    ), made.stdout + made.stderr

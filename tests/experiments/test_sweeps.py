@@ -6,7 +6,18 @@ import json
 import pytest
 
 from experiments import budgets, catalogue, plan, scales, sweeps
-from experiments.sweeps import chain, check, merge, prefix, product, seeds, values, variant_of, with_fields, zipped
+from experiments.sweeps import (
+    chain,
+    check,
+    merge,
+    prefix,
+    product,
+    seeds,
+    values,
+    variant_of,
+    with_fields,
+    zipped,
+)
 from flexmemory.config import Config
 from flexmemory.errors import UserError
 from flexmemory.models.accounting import account
@@ -24,25 +35,51 @@ def test_combinators():
     assert [row["name"] for row in made] == ["a-s0", "a-s1", "b-s0", "b-s1"]
     assert made[3] == {"name": "b-s1", "model.beta": "2", "train.seed": 1}
     assert [row["name"] for row in prefix("x", models)] == ["x-a", "x-b"]
-    assert zipped(models, values("model.d_ff", (8, 16), "f{}"))[1] == {"name": "b-f16", "model.beta": "2", "model.d_ff": 16}
+    assert zipped(models, values("model.d_ff", (8, 16), "f{}"))[1] == {
+        "name": "b-f16",
+        "model.beta": "2",
+        "model.d_ff": 16,
+    }
     assert chain(models, models[:1]) == [*models, models[0]]
     with pytest.raises(UserError, match="lengths 2, 1"):
         zipped(models, models[:1])
     with pytest.raises(UserError, match="model.beta is set twice, to '1' and '2'"):
         merge(*models)
-    assert [variant_of(name) for name in ("flex-b3-s12", "dense@memoryllm-1b-s0", "dense")] == ["flex-b3", "dense", "dense"]
+    assert [variant_of(name) for name in ("flex-b3-s12", "dense@memoryllm-1b-s0", "dense")] == [
+        "flex-b3",
+        "dense",
+        "dense",
+    ]
 
 
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([{"name": "a", "model.betta": "3"}], "run a sets 'model.betta': no such field; did you mean 'model.beta'?"),
+        (
+            [{"name": "a", "model.betta": "3"}],
+            "run a sets 'model.betta': no such field; did you mean 'model.beta'?",
+        ),
         ([{"name": "a", "model.beta": 3}], "run a sets model.beta: 3 is a int, give a str"),
-        ([{"name": "a"}, {"name": "a", "train.seed": 1}], r"two runs are named 'a' \(train.seed differs\)"),
+        (
+            [{"name": "a"}, {"name": "a", "train.seed": 1}],
+            r"two runs are named 'a' \(train.seed differs\)",
+        ),
         ([{"model.beta": "3"}], "a run named None"),
         ([{"name": "../a"}], "letters, digits"),
         ([{"name": "a", "budget": {"mode": "total"}}], "give mode, knob, like"),
-        ([{"name": "a", "budget": {"mode": "total", "knob": "model.d_ff", "like": {"model.patern": "dense"}}}], "no such field"),
+        (
+            [
+                {
+                    "name": "a",
+                    "budget": {
+                        "mode": "total",
+                        "knob": "model.d_ff",
+                        "like": {"model.patern": "dense"},
+                    },
+                }
+            ],
+            "no such field",
+        ),
     ],
 )
 def test_a_sweep_that_is_not_sound(rows, says):
@@ -60,9 +97,13 @@ def test_a_sweep_that_is_not_sound(rows, says):
     ],
 )
 def test_a_width_is_solved_for_an_equal_budget(pattern, mode, knob, like, near):
-    cfg, facts = budgets.solve(config(pattern), {"mode": mode, "knob": knob, "like": {"model.pattern": like}})
+    cfg, facts = budgets.solve(
+        config(pattern), {"mode": mode, "knob": knob, "like": {"model.pattern": like}}
+    )
     target = account(config(like).model, 128)[budgets.MODES[mode]]
-    assert facts["target"] == target and facts["got"] == account(cfg.model, 128)[budgets.MODES[mode]]
+    assert (
+        facts["target"] == target and facts["got"] == account(cfg.model, 128)[budgets.MODES[mode]]
+    )
     assert abs(facts["got"] / target - 1) == abs(facts["residual"]) < near
     assert facts["chosen"] == {"model.d_ff": cfg.model.d_ff, "model.d_model": cfg.model.d_model}
     for step in (-1, 1):  # no neighbouring width is nearer
@@ -71,8 +112,13 @@ def test_a_width_is_solved_for_an_equal_budget(pattern, mode, knob, like, near):
 
 
 def test_a_budget_that_cannot_be_met():
-    with pytest.raises(UserError, match="comes no nearer to 65,856 by model.d_ff"):  # attention alone is as large as all of memoryllm that is active
-        budgets.solve(config("dense*8"), {"mode": "active", "knob": "model.d_ff", "like": {"model.pattern": "memoryllm*4"}})
+    with pytest.raises(
+        UserError, match="comes no nearer to 65,856 by model.d_ff"
+    ):  # attention alone is as large as all of memoryllm that is active
+        budgets.solve(
+            config("dense*8"),
+            {"mode": "active", "knob": "model.d_ff", "like": {"model.pattern": "memoryllm*4"}},
+        )
     for budget, says in (
         ({"mode": "totl", "knob": "model.d_ff"}, "did you mean 'total'"),
         ({"mode": "total", "knob": "model.dff"}, "did you mean 'model.d_ff'"),
@@ -87,7 +133,10 @@ def test_any_sweep_can_be_made_of_equal_budget():
     assert [row.get("budget", {}).get("mode") for row in made] == [None] * 3 + ["active"] * 3
     assert made[3]["budget"]["like"]["model.pattern"] == "dense*4"
     larger = [row | {"name": f"large-{row['name']}", "model.d_model": 96} for row in rows]
-    assert [row.get("budget", {}).get("like", {}).get("model.d_model") for row in budgets.equalise(rows + larger, "active")][::3] == [None, 48, None, 96]
+    assert [
+        row.get("budget", {}).get("like", {}).get("model.d_model")
+        for row in budgets.equalise(rows + larger, "active")
+    ][::3] == [None, 48, None, 96]
     with pytest.raises(UserError, match="--budget 'actve': did you mean 'active'"):
         budgets.equalise(rows, "actve")
 
@@ -96,7 +145,9 @@ def test_any_sweep_can_be_made_of_equal_budget():
 def test_every_experiment_is_whole(name):
     module = catalogue.load(name)
     assert module.__doc__.strip().splitlines()[0].endswith(("?", ".")) or "?" in module.__doc__
-    assert module.SOURCE and all(catalogue.load(identity.lower()) is module for identity in module.IDS)
+    assert module.SOURCE and all(
+        catalogue.load(identity.lower()) is module for identity in module.IDS
+    )
     for scale in catalogue.scales_of(module):
         rows = catalogue.sweep_of(module, scale)
         by_variant = {}
@@ -106,14 +157,20 @@ def test_every_experiment_is_whole(name):
     found = module.analyse([])
     assert isinstance(found["rows"], list) and all(figure.to_dict() for figure in found["figures"])
     claims = module.claims([])
-    assert claims and (not rows or all(claim.verdict == "not run" and claim.detail for claim in claims))
+    assert claims and (
+        not rows or all(claim.verdict == "not run" and claim.detail for claim in claims)
+    )
 
 
 @pytest.mark.parametrize("scale", scales.SCALES)
 def test_experiments_agree_on_the_runs_they_share(scale):
-    names = [name for name in catalogue.names() if scale in catalogue.scales_of(catalogue.load(name))]
+    names = [
+        name for name in catalogue.names() if scale in catalogue.scales_of(catalogue.load(name))
+    ]
     made = plan.make(names, scale)
-    assert len(made.runs) < sum(len(catalogue.sweep_of(catalogue.load(name), scale)) for name in names)
+    assert len(made.runs) < sum(
+        len(catalogue.sweep_of(catalogue.load(name), scale)) for name in names
+    )
     assert len(made.runs["dense-s0"]["experiments"]) > 5 if scale != "paper" else made.runs
     assert all(plan.measures_of(run) is not None for run in made.runs.values())
 
@@ -122,7 +179,10 @@ def test_plans_are_merged_and_a_name_keeps_its_meaning(tmp_path):
     out = tmp_path / "runs"
     plan.claim(out, plan.make(["e1"], "cpu", seeds=[0]))
     both = plan.claim(out, plan.make(["e2"], "cpu"))
-    assert both.runs == plan.read(out).runs and set(both.experiments) == {"e1_base_vs_memoryllm", "e2_flex_beta"}
+    assert both.runs == plan.read(out).runs and set(both.experiments) == {
+        "e1_base_vs_memoryllm",
+        "e2_flex_beta",
+    }
     assert (
         both.runs["dense-s0"]["experiments"] == ["e1_base_vs_memoryllm", "e2_flex_beta"]
         and "dense-s2" in both.runs
@@ -130,7 +190,10 @@ def test_plans_are_merged_and_a_name_keeps_its_meaning(tmp_path):
     )
     for other, says in (
         (plan.make(["e1"], "smoke"), "holds runs of scale 'cpu', not 'smoke'"),
-        (plan.make(["e2"], "cpu", source="tasks"), "two runs are named 'dense-s0': prepare.source is"),
+        (
+            plan.make(["e2"], "cpu", source="tasks"),
+            "two runs are named 'dense-s0': prepare.source is",
+        ),
         (plan.make(["e2"], "cpu", budget="active"), "holds runs of budget None, not 'active'"),
     ):
         with pytest.raises(UserError, match=says):
@@ -148,15 +211,26 @@ def test_a_run_counts_only_with_its_overrides_and_its_model_s_measures(tmp_path)
     run = plan.make(["e5", "e1"], "smoke").runs["dense-s0"]
     folder = tmp_path / "dense-s0"
     (folder / "measures").mkdir(parents=True)
-    trained = {"name": "dense-s0", "overrides": run["overrides"], "result": {"step": 4, "val_loss": 2.5}, "seconds": {"train": 1.0}}
+    trained = {
+        "name": "dense-s0",
+        "overrides": run["overrides"],
+        "result": {"step": 4, "val_loss": 2.5},
+        "seconds": {"train": 1.0},
+    }
     measure = {"seconds": 3.0, "of": [4, 2.5], "result": {"applies": True}}
 
     def found(trained=trained, measure=measure, **more):
-        for path, value in ((folder / "trained.json", trained), (folder / "measures" / "drop_layer.json", measure)):
+        for path, value in (
+            (folder / "trained.json", trained),
+            (folder / "measures" / "drop_layer.json", measure),
+        ):
             path.write_text(value if isinstance(value, str) else json.dumps(value))
         return plan.finished(tmp_path, run, **more)
 
-    assert found()["measures"] == {"drop_layer": {"applies": True}} and found()["seconds"] == {"train": 1.0, "drop_layer": 3.0}
+    assert found()["measures"] == {"drop_layer": {"applies": True}} and found()["seconds"] == {
+        "train": 1.0,
+        "drop_layer": 3.0,
+    }
     assert found()["variant"] == "dense" and found()["seed"] == 0
     assert found(trained | {"overrides": run["overrides"] | {"train.seed": 1}}) is None
     assert found(measure=measure | {"of": [4, 2.6]}) is None, "of another training"
@@ -164,19 +238,40 @@ def test_a_run_counts_only_with_its_overrides_and_its_model_s_measures(tmp_path)
     found()
     (folder / "measures" / "drop_layer.json").unlink()
     assert plan.finished(tmp_path, run) is None
-    assert plan.finished(tmp_path, run, set()) is not None, "an experiment without that measure has its run"
+    assert plan.finished(tmp_path, run, set()) is not None, (
+        "an experiment without that measure has its run"
+    )
 
 
 def test_a_variant_that_an_experiment_has_lost_is_planned_no_more(tmp_path):
     out = tmp_path / "runs"
     made = plan.claim(out, plan.make(["s26"], "smoke"))
-    old = {"name": "stem-third-decayed-s0", "overrides": {"train.seed": 0}, "experiments": ["s26_table_training"]}
-    (out / "plan.json").write_text(json.dumps({"scale": "smoke", "experiments": ["s26_table_training", "gone"], "runs": [*made.runs.values(), old]}))
-    assert plan.claim(out, plan.make(["s26"], "smoke", seeds=[0, 5])).runs.keys() == plan.make(["s26"], "smoke", seeds=[0, 5]).runs.keys()
+    old = {
+        "name": "stem-third-decayed-s0",
+        "overrides": {"train.seed": 0},
+        "experiments": ["s26_table_training"],
+    }
+    (out / "plan.json").write_text(
+        json.dumps(
+            {
+                "scale": "smoke",
+                "experiments": ["s26_table_training", "gone"],
+                "runs": [*made.runs.values(), old],
+            }
+        )
+    )
+    assert (
+        plan.claim(out, plan.make(["s26"], "smoke", seeds=[0, 5])).runs.keys()
+        == plan.make(["s26"], "smoke", seeds=[0, 5]).runs.keys()
+    )
 
 
 def test_one_launcher_at_a_time(tmp_path):
-    with plan.locked(tmp_path / "x"), pytest.raises(UserError, match="another launcher is at work there"), plan.locked(tmp_path / "x"):
+    with (
+        plan.locked(tmp_path / "x"),
+        pytest.raises(UserError, match="another launcher is at work there"),
+        plan.locked(tmp_path / "x"),
+    ):
         pass
 
 
@@ -185,7 +280,12 @@ def test_bad_names_and_seeds():
         (["e99"], "cpu", {}, "experiment 'e99'"),
         (["e1_base_vs_memorylm"], "cpu", {}, "did you mean 'e1_base_vs_memoryllm'"),
         (["e1"], "cpuu", {}, "did you mean 'cpu'"),
-        (["knowledge"], "cpu", {"source": "tasks"}, "--source: knowledge compares texts of its own"),
+        (
+            ["knowledge"],
+            "cpu",
+            {"source": "tasks"},
+            "--source: knowledge compares texts of its own",
+        ),
     ):
         with pytest.raises(UserError, match=says):
             plan.make(names, scale, **more)

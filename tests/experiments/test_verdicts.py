@@ -24,15 +24,29 @@ from flexmemory.errors import UserError
 
 
 def run(variant, seed, loss, **config):
-    fields = {"data": {"seq_len": 128, "batch_size": 16, "document_mask": False}, "train": {"steps": 100, "seed": seed}}
+    fields = {
+        "data": {"seq_len": 128, "batch_size": 16, "document_mask": False},
+        "train": {"steps": 100, "seed": seed},
+    }
     for path, value in config.items():
         section, field = path.split("__")
         fields[section] = fields[section] | {field: value}
-    return {"name": f"{variant}-s{seed}", "variant": variant, "seed": seed, "result": {"val_loss": loss}, "config": fields, "data_fingerprint": "abc"}
+    return {
+        "name": f"{variant}-s{seed}",
+        "variant": variant,
+        "seed": seed,
+        "result": {"val_loss": loss},
+        "config": fields,
+        "data_fingerprint": "abc",
+    }
 
 
 def runs(**losses):
-    return [run(variant, seed, loss) for variant, values in losses.items() for seed, loss in enumerate(values)]
+    return [
+        run(variant, seed, loss)
+        for variant, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
 
 
 def test_interval_of_paired_differences_is_students():
@@ -45,46 +59,84 @@ def test_interval_of_paired_differences_is_students():
 
 def test_pairing_takes_the_common_spread_out():
     """Seeds that differ by 0.1 do not hide a difference of 0.01 that each seed has."""
-    found = sign_claim("a above b", "yes", runs(a=[2.01, 2.112, 2.211], b=[2.0, 2.1, 2.2]), "a", "b", 1)
+    found = sign_claim(
+        "a above b", "yes", runs(a=[2.01, 2.112, 2.211], b=[2.0, 2.1, 2.2]), "a", "b", 1
+    )
     assert found.verdict == "reproduced" and found.seeds == 3
 
 
 @pytest.mark.parametrize(
     ("a", "expected", "verdict"),
-    [([2.1, 2.2, 2.3], 1, "reproduced"), ([2.1, 2.2, 2.3], -1, "contradicted"), ([2.05, 2.0, 2.25], 1, "within noise"), ([2.1], 1, "within noise")],
+    [
+        ([2.1, 2.2, 2.3], 1, "reproduced"),
+        ([2.1, 2.2, 2.3], -1, "contradicted"),
+        ([2.05, 2.0, 2.25], 1, "within noise"),
+        ([2.1], 1, "within noise"),
+    ],
 )
 def test_verdicts_of_a_sign(a, expected, verdict):
     assert sign_claim("", "", runs(a=a, b=[2.0, 2.101, 2.2]), "a", "b", expected).verdict == verdict
 
 
 def test_within_noise_says_how_much_more_would_decide():
-    """The number of seeds has the power that it states: of many draws with this mean and spread, about four of five are decided."""
+    """The number of seeds has the power that it states: of many draws with this mean and spread,
+    about four of five are decided.
+    """
     found = Difference("a", "b", (0.02, 0.00, 0.01, -0.01), (0, 1, 2, 3))
     seeds, rng = found.seeds_to_decide(), random.Random(0)
-    decided = [Difference("a", "b", tuple(rng.gauss(found.mean, found.std) for _ in range(seeds)), tuple(range(seeds))).sign() == 1 for _ in range(300)]
+    decided = [
+        Difference(
+            "a",
+            "b",
+            tuple(rng.gauss(found.mean, found.std) for _ in range(seeds)),
+            tuple(range(seeds)),
+        ).sign()
+        == 1
+        for _ in range(300)
+    ]
     assert found.sign() == 0 and 0.72 < sum(decided) / len(decided) < 0.88
     claim = judge("", "", found, 1, needs="")
     assert claim.detail == f"about {seeds} seeds would decide it, {seeds / 4:.1f} times the compute"
     assert "at least three" in judge("", "", Difference("a", "b", (0.5,), (0,)), 1, needs="").detail
-    assert "not decided by 1,000" in judge("", "", Difference("a", "b", (1.0, -1.0001), (0, 1)), 1, needs="").detail
+    assert (
+        "not decided by 1,000"
+        in judge("", "", Difference("a", "b", (1.0, -1.0001), (0, 1)), 1, needs="").detail
+    )
 
 
 @pytest.mark.parametrize(
-    ("values", "detail"), [((1.0, 1.0, 1.0), "the same on every seed: no spread to judge by"), ((0.0, 0.0), "equal on every seed")]
+    ("values", "detail"),
+    [
+        ((1.0, 1.0, 1.0), "the same on every seed: no spread to judge by"),
+        ((0.0, 0.0), "equal on every seed"),
+    ],
 )
 def test_a_difference_without_a_spread_decides_nothing(values, detail):
     found = Difference("a", "b", values, tuple(range(len(values))))
     claim = judge("", "", found, 1, needs="")
-    assert found.sign() == 0 and found.seeds_to_decide() is None and (claim.verdict, claim.detail) == ("within noise", detail)
+    assert (
+        found.sign() == 0
+        and found.seeds_to_decide() is None
+        and (claim.verdict, claim.detail) == ("within noise", detail)
+    )
 
 
 def test_numbers_show_two_digits_of_their_spread():
-    assert shown(Difference("a", "b", (0.00001, 0.00003), (0, 1)), "nat") == "+0.000020 ± 0.000014 nat"
+    assert (
+        shown(Difference("a", "b", (0.00001, 0.00003), (0, 1)), "nat") == "+0.000020 ± 0.000014 nat"
+    )
     assert shown(Difference("a", "b", (-80.0, -140.0), (0, 1)), "bits") == "−110 ± 42 bits"
     assert shown(Difference("a", "b", (0.0234,), (0,)), "") == "+0.023"
 
 
-@pytest.mark.parametrize("there", [("layers-c1", "memoryllm"), ("dense", "layers-c5", "layers-c1", "memoryllm"), ("dense", "memoryllm")])
+@pytest.mark.parametrize(
+    "there",
+    [
+        ("layers-c1", "memoryllm"),
+        ("dense", "layers-c5", "layers-c1", "memoryllm"),
+        ("dense", "memoryllm"),
+    ],
+)
 def test_an_order_is_judged_over_every_planned_variant_or_not_at_all(there):
     made = runs(**{variant: [2.0 + i, 2.1 + i, 2.3 + i] for i, variant in enumerate(there)})
     order = cm_ratio.claims([run | {"account": {"ffn_widths": [(128, 0)] * 6}} for run in made])[0]
@@ -105,20 +157,49 @@ def test_steps_are_reproduced_one_by_one_and_contradicted_together():
     spread = (0.02, 0.06, 0.10)  # t = 2.6
 
     def step(mean_over_error):
-        return Difference("a", "b", tuple(mean_over_error / 3**0.5 + (value - 0.06) / 0.04 for value in spread), (0, 1, 2))
+        return Difference(
+            "a",
+            "b",
+            tuple(mean_over_error / 3**0.5 + (value - 0.06) / 0.04 for value in spread),
+            (0, 1, 2),
+        )
 
-    assert steps_claim("", "", [("x", step(5)), ("y", step(5)), ("z", step(9))]).verdict == "reproduced"
-    assert steps_claim("", "", [("x", step(5)), ("y", step(4)), ("z", step(9))]).verdict == "within noise"
-    assert steps_claim("", "", [("x", step(-5)), ("y", step(5)), ("z", step(9))]).verdict == "within noise"
-    assert steps_claim("", "", [("x", step(-8)), ("y", step(5)), ("z", step(9))]).verdict == "contradicted"
-    assert steps_claim("", "", [("x", None)]).verdict == steps_claim("", "", []).verdict == "not run"
+    assert (
+        steps_claim("", "", [("x", step(5)), ("y", step(5)), ("z", step(9))]).verdict
+        == "reproduced"
+    )
+    assert (
+        steps_claim("", "", [("x", step(5)), ("y", step(4)), ("z", step(9))]).verdict
+        == "within noise"
+    )
+    assert (
+        steps_claim("", "", [("x", step(-5)), ("y", step(5)), ("z", step(9))]).verdict
+        == "within noise"
+    )
+    assert (
+        steps_claim("", "", [("x", step(-8)), ("y", step(5)), ("z", step(9))]).verdict
+        == "contradicted"
+    )
+    assert (
+        steps_claim("", "", [("x", None)]).verdict == steps_claim("", "", []).verdict == "not run"
+    )
 
 
 def test_a_limit_needs_an_interval_below_it():
     def claim(values):
-        return limit_claim("", "", [run("a", seed, value) for seed, value in enumerate(values)], "a", lambda r: r["result"]["val_loss"], 1.0)
+        return limit_claim(
+            "",
+            "",
+            [run("a", seed, value) for seed, value in enumerate(values)],
+            "a",
+            lambda r: r["result"]["val_loss"],
+            1.0,
+        )
 
-    assert claim([0.8, 0.81, 0.82]).verdict == "reproduced" and claim([0.8, 0.81, 0.82]).ours == "0.8100 ± 0.0100 nat"
+    assert (
+        claim([0.8, 0.81, 0.82]).verdict == "reproduced"
+        and claim([0.8, 0.81, 0.82]).ours == "0.8100 ± 0.0100 nat"
+    )
     assert claim([1.2, 1.21, 1.22]).verdict == "contradicted"
     assert claim([0.5, 0.9, 1.0]).verdict == claim([0.1]).verdict == "within noise"
     assert claim([]).verdict == "not run"
@@ -126,15 +207,25 @@ def test_a_limit_needs_an_interval_below_it():
 
 def test_numbers_of_several_variants_are_combined_by_seed():
     three = runs(a=[3.0, 5.0], b=[2.0, 2.0], c=[1.9, 1.0, 7.0])
-    assert combined(three, ("a", "b", "c"), lambda a, b, c: abs(a - b) - abs(b - c)).values == pytest.approx((0.9, 2.0))
+    assert combined(
+        three, ("a", "b", "c"), lambda a, b, c: abs(a - b) - abs(b - c)
+    ).values == pytest.approx((0.9, 2.0))
     assert combined(three, ("a", "d"), lambda a, d: a - d) is None
     with pytest.raises(UserError, match="cannot be compared"):
-        combined([*three[:1], run("b", 0, 1.0) | {"data_fingerprint": "other"}], ("a", "b"), lambda a, b: a - b)
+        combined(
+            [*three[:1], run("b", 0, 1.0) | {"data_fingerprint": "other"}],
+            ("a", "b"),
+            lambda a, b: a - b,
+        )
 
 
 def test_missing_inputs_are_not_run():
-    assert sign_claim("", "", runs(a=[1.0]), "a", "b", 1) == Claim("", "", "", "not run", 0, "needs a and b of one seed")
-    assert sign_claim("", "", [run("a", 0, 1.0), run("b", 1, 1.0)], "a", "b", 1).verdict == "not run", "other seeds are no pair"
+    assert sign_claim("", "", runs(a=[1.0]), "a", "b", 1) == Claim(
+        "", "", "", "not run", 0, "needs a and b of one seed"
+    )
+    assert (
+        sign_claim("", "", [run("a", 0, 1.0), run("b", 1, 1.0)], "a", "b", 1).verdict == "not run"
+    ), "other seeds are no pair"
     assert sign_claim("", "", runs(a=[None], b=[1.0]), "a", "b", 1).verdict == "not run"
     assert exact_claim("", "", "", None, 0, "needs x").detail == "needs x"
 
@@ -154,7 +245,9 @@ def test_runs_that_saw_other_batches_are_not_compared(change, says):
 
 
 def test_differences_of_differences_and_within_one_model():
-    assert minus(Difference("a", "b", (3.0, 5.0), (0, 1)), Difference("c", "d", (1.0, 1.0), (1, 2))) == Difference("(a − b)", "(c − d)", (4.0,), (1,))
+    assert minus(
+        Difference("a", "b", (3.0, 5.0), (0, 1)), Difference("c", "d", (1.0, 1.0), (1, 2))
+    ) == Difference("(a − b)", "(c − d)", (4.0,), (1,))
     assert minus(None, Difference("c", "d", (1.0,), (0,))) is None
     both = [entry | {"x": 3.0, "y": 1.0 if entry["seed"] else None} for entry in runs(a=[1.0, 1.0])]
     assert within(both, "a", lambda r: r["x"], lambda r: r["y"]).values == (2.0,)

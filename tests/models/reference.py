@@ -1,7 +1,9 @@
-"""The papers' equations in NumPy float64, one token sequence at a time: what the JAX models are compared with.
+"""The papers' equations in NumPy float64, one token sequence at a time: what the JAX models are
+compared with.
 
-Where the papers are silent, the Llama recipe as docs/variants.md states it: RMSNorm before attention and FFN with parameters of
-their own, RoPE pairing i with i + H/2, no biases, a final RMSNorm, X_0 the raw token embedding with a norm per layer.
+Where the papers are silent, the Llama recipe as docs/variants.md states it: RMSNorm before
+attention and FFN with parameters of their own, RoPE pairing i with i + H/2, no biases, a final
+RMSNorm, X_0 the raw token embedding with a norm per layer.
 """
 
 import numpy as np
@@ -14,7 +16,9 @@ def rms_norm(x, w, eps):
 
 
 def layer_norm(x, w, eps):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w["scale"] + w["bias"]
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w[
+        "scale"
+    ] + w["bias"]
 
 
 def silu(x):
@@ -27,7 +31,9 @@ def swiglu(x, w):
 
 
 def square_ffn(x, w, beta):
-    """FFN-C as beta D x D matrices: a linear map, up and down with SiLU between, or a SwiGLU of width D."""
+    """FFN-C as beta D x D matrices: a linear map, up and down with SiLU between, or a SwiGLU of
+    width D.
+    """
     if beta == 1:
         return x @ w["down"]
     if beta == 2:
@@ -48,7 +54,9 @@ def rotate(x_TH, base):
 
 
 def attention(x_TD, w, segments_T, base):
-    """MemoryLLM Eq 2.1, causal and inside one document; query head n reads key/value head n * K // N."""
+    """MemoryLLM Eq 2.1, causal and inside one document; query head n reads key/value head n * K //
+    N.
+    """
     length, n_heads = len(x_TD), w["q"].shape[1]
     share = n_heads // w["k"].shape[1]
     out_TD = np.zeros_like(x_TD)
@@ -65,10 +73,13 @@ def attention(x_TD, w, segments_T, base):
 
 
 def memory_weights(kinds, betas, params, cfg):
-    """Weights of each memory layer, None where a layer has none, from the stacked ``memory.stacks``.
+    """Weights of each memory layer, None where a layer has none, from the stacked
+    ``memory.stacks``.
 
-    Layers of one row width are a group; inside it, layers of one shape share a stack, in layer order; stacks are numbered group by group.
+    Layers of one row width are a group; inside it, layers of one shape share a stack, in layer
+    order; stacks are numbered group by group.
     """
+
     def shape(kind, beta):
         if kind == "flex" and beta:
             return (cfg.d_model, kind, beta)
@@ -79,10 +90,14 @@ def memory_weights(kinds, betas, params, cfg):
     shapes = [shape(*layer) for layer in zip(kinds, betas)]
     seen = list(dict.fromkeys(s for s in shapes if s))
     widths = list(dict.fromkeys(width for width, *_ in seen))
-    stacks = sorted(seen, key=lambda s: widths.index(s[0]))  # stable: first appearance inside a group
+    stacks = sorted(
+        seen, key=lambda s: widths.index(s[0])
+    )  # stable: first appearance inside a group
     weights = []
     for i, s in enumerate(shapes):
-        weights.append(s and _slice(params["memory"]["stacks"][f"stack{stacks.index(s)}"], shapes[:i].count(s)))
+        weights.append(
+            s and _slice(params["memory"]["stacks"][f"stack{stacks.index(s)}"], shapes[:i].count(s))
+        )
     return weights
 
 
@@ -91,25 +106,44 @@ def _slice(tree, i):
 
 
 def float64(tree):
-    return {k: float64(v) if isinstance(v, dict) else np.asarray(v, np.float64) for k, v in tree.items()}
+    return {
+        k: float64(v) if isinstance(v, dict) else np.asarray(v, np.float64) for k, v in tree.items()
+    }
 
 
 def forward(cfg, kinds, betas, params, specs, ids_T, segments_T=None, alpha=1.0):
-    """logits_TV. ``kinds`` and ``betas`` spell the layers out; alpha scales what FFN or row add (MemoryLLM section 3.2)."""
+    """logits_TV. ``kinds`` and ``betas`` spell the layers out; alpha scales what FFN or row add
+    (MemoryLLM section 3.2).
+    """
     params = float64(params)
     x0_norm = {"rmsnorm": rms_norm, "layernorm": layer_norm}[cfg.x0_norm]
     x0_TD = params["embed"][ids_T]
     segments_T = np.zeros(len(ids_T)) if segments_T is None else segments_T
     x = x0_TD
-    for kind, beta, w, m in zip(kinds, betas, per_layer(params, specs), memory_weights(kinds, betas, params, cfg), strict=True):
-        attn = attention(rms_norm(x, w["attn_norm"], cfg.norm_eps), w["attn"], segments_T, cfg.rope_base)
+    for kind, beta, w, m in zip(
+        kinds,
+        betas,
+        per_layer(params, specs),
+        memory_weights(kinds, betas, params, cfg),
+        strict=True,
+    ):
+        attn = attention(
+            rms_norm(x, w["attn_norm"], cfg.norm_eps), w["attn"], segments_T, cfg.rope_base
+        )
         a = x + attn  # Xt_L of MemoryLLM section 2.1
 
         def normed(y, w=w):
             return rms_norm(y, w["ffn_norm"], cfg.norm_eps)
 
         if m and "ffn" in m:  # MemoryLLM Eq 2.4-2.5
-            row = swiglu(x0_norm(x0_TD, params["memory"]["norm"] if cfg.x0_norm_shared else m["norm"], cfg.norm_eps), m["ffn"])
+            row = swiglu(
+                x0_norm(
+                    x0_TD,
+                    params["memory"]["norm"] if cfg.x0_norm_shared else m["norm"],
+                    cfg.norm_eps,
+                ),
+                m["ffn"],
+            )
         elif m:
             row = m["table"][ids_T]
 
@@ -123,7 +157,15 @@ def forward(cfg, kinds, betas, params, specs, ids_T, segments_T=None, alpha=1.0)
             x = x + attn + alpha * row
         elif kind == "flex":  # MemoryLLM section 4.2
             h = normed(x if cfg.ffn_c_input == "parallel" else a)
-            x = a + (square_ffn(h, w["ffn"], beta) if cfg.ffn_c_kind == "square" else swiglu(h, w["ffn"])) + alpha * row
+            x = (
+                a
+                + (
+                    square_ffn(h, w["ffn"], beta)
+                    if cfg.ffn_c_kind == "square"
+                    else swiglu(h, w["ffn"])
+                )
+                + alpha * row
+            )
         elif kind == "stem":  # STEM section 1.1
             h = normed(a)
             x = a + alpha * ((silu(h @ w["gate"]) * row) @ w["down"])

@@ -20,7 +20,9 @@ TABLE5 = {
 
 
 def paper_model(sizes: dict, name: str, pattern: str, **more) -> ModelConfig:
-    return ModelConfig(pattern=pattern.format(sizes[name].get("layers")), **sizes[name]["model"], **more)
+    return ModelConfig(
+        pattern=pattern.format(sizes[name].get("layers")), **sizes[name]["model"], **more
+    )
 
 
 @pytest.mark.parametrize("name", TABLE5)
@@ -49,7 +51,9 @@ def test_stem_1b_as_the_paper_counts():
 @pytest.mark.parametrize(("stems", "active"), [(10, 351.4e6), (16, 336.7e6), (31, 299.8e6)])
 def test_stem_350m_active(stems, active):
     pattern = "dense " + "stem " * stems + "dense " * (31 - stems)
-    assert account(paper_model(STEM_SIZES, "350m", pattern))["active_all"] == pytest.approx(active, rel=0.001)
+    assert account(paper_model(STEM_SIZES, "350m", pattern))["active_all"] == pytest.approx(
+        active, rel=0.001
+    )
 
 
 def test_bytes_of_the_1b_table():
@@ -57,7 +61,9 @@ def test_bytes_of_the_1b_table():
     assert numbers["row_bytes_per_token"] == 98_304
     assert numbers["table_bytes"]["bfloat16"] == 128_256 * 24 * 2048 * 2
     assert numbers["table_bytes"]["int4"] == numbers["table_bytes"]["bfloat16"] / 4
-    assert numbers["table_over_ffn"] == pytest.approx(7.83, rel=0.005)  # papers/memoryllm section 4.2
+    assert numbers["table_over_ffn"] == pytest.approx(
+        7.83, rel=0.005
+    )  # papers/memoryllm section 4.2
 
 
 def test_flops_of_the_1b_models_by_hand():
@@ -72,7 +78,9 @@ def test_flops_of_the_1b_models_by_hand():
 
 
 def test_totals_are_the_parameters_that_exist():
-    cfg = ModelConfig(pattern="flex stem-dagger memoryllm dense", vocab_size=50, d_model=32, d_ff=88)
+    cfg = ModelConfig(
+        pattern="flex stem-dagger memoryllm dense", vocab_size=50, d_model=32, d_ff=88
+    )
     params = init_params(cfg, 0)
     numbers = account(cfg)
     assert numbers["total_all"] == sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -82,9 +90,30 @@ def test_totals_are_the_parameters_that_exist():
 def test_params_command_prints_json():
     import json
 
-    made = subprocess.run([sys.executable, "-m", "flexmemory.cli.main", "params", "--config=configs/memoryllm.py:1b", "--json"],
-                          capture_output=True, text=True, check=True)
+    made = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "flexmemory.cli.main",
+            "params",
+            "--config=configs/memoryllm.py:1b",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     numbers = json.loads(made.stdout)
-    for key in ("total", "active", "embed", "total_all", "active_all", "flops_per_token", "row_bytes_per_token", "table_bytes", "table_over_ffn"):
+    for key in (
+        "total",
+        "active",
+        "embed",
+        "total_all",
+        "active_all",
+        "flops_per_token",
+        "row_bytes_per_token",
+        "table_bytes",
+        "table_over_ffn",
+    ):
         assert key in numbers
     assert numbers["total"] == pytest.approx(1208e6, rel=0.005)

@@ -1,7 +1,8 @@
 """What a logit may depend on, measured by gradients: exactly zero where the design says never.
 
-One Jacobian per kind gives the influence of every embedding row and of every memory row on every position. The ids repeat, so that
-sharing a row between positions is covered: an id may influence position t from its first occurrence on.
+One Jacobian per kind gives the influence of every embedding row and of every memory row on every
+position. The ids repeat, so that sharing a row between positions is covered: an id may influence
+position t from its first occurrence on.
 """
 
 import functools
@@ -29,7 +30,9 @@ CASES = {kind: tiny(f"{kind}*2") for kind in KINDS} | {
 
 @functools.cache
 def influence(cfg):
-    """(max |d logits_t / d embed[r]| as TR, the same for the memory rows as {group: LTR}), r over the unique ids."""
+    """(max |d logits_t / d embed[r]| as TR, the same for the memory rows as {group: LTR}), r over
+    the unique ids.
+    """
     merge, params = build(cfg), random_params(cfg)
     probe_V = np.random.default_rng(2).standard_normal(cfg.vocab_size).astype(np.float32)
     shift = jax.tree.map(jnp.zeros_like, merge(params).rows(BATCH.unique_R))
@@ -44,8 +47,12 @@ def influence(cfg):
     made = jacobian({"embed": params["embed"], "shift": shift})
     by_id_TV = np.abs(made["embed"]).max(-1)
     others = np.setdiff1d(np.arange(cfg.vocab_size), IDS_T)
-    assert not by_id_TV[:, others].any(), "an id that does not occur, padding included, influences nothing"
-    return by_id_TV[:, BATCH.unique_R], {g: np.abs(j).max(-1).transpose(1, 0, 2) for g, j in made["shift"].items()}
+    assert not by_id_TV[:, others].any(), (
+        "an id that does not occur, padding included, influences nothing"
+    )
+    return by_id_TV[:, BATCH.unique_R], {
+        g: np.abs(j).max(-1).transpose(1, 0, 2) for g, j in made["shift"].items()
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,7 +61,11 @@ def test_the_future_has_no_influence_and_the_past_has(case):
     np.testing.assert_array_equal(embed_TR != 0, KNOWN_TR)
     for rows_LTR in rows.values():
         assert not rows_LTR[:, ~KNOWN_TR].any()
-        np.testing.assert_array_equal(rows_LTR[0] != 0, KNOWN_TR, err_msg="attention above the first memory layer spreads its rows")
+        np.testing.assert_array_equal(
+            rows_LTR[0] != 0,
+            KNOWN_TR,
+            err_msg="attention above the first memory layer spreads its rows",
+        )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].source])

@@ -28,7 +28,9 @@ def call(params, scale, cfg):
     return model(BATCH.ids_BT, model.rows(BATCH.unique_R), BATCH.inverse_BT, ffn_scale=scale)
 
 
-with_number = jax.jit(functools.partial(call, cfg=MIXED), static_argnums=1)  # part of the program; an array is an argument of it
+with_number = jax.jit(
+    functools.partial(call, cfg=MIXED), static_argnums=1
+)  # part of the program; an array is an argument of it
 
 
 def logits(params, scale, cfg=MIXED):
@@ -38,7 +40,11 @@ def logits(params, scale, cfg=MIXED):
 def test_a_scale_of_1_is_not_in_the_program_and_an_array_is(params):
     def program(**switches):
         model = build(MIXED)(params)
-        return str(jax.make_jaxpr(lambda rows: model(BATCH.ids_BT, rows, BATCH.inverse_BT, **switches))(model.rows(BATCH.unique_R)))
+        return str(
+            jax.make_jaxpr(lambda rows: model(BATCH.ids_BT, rows, BATCH.inverse_BT, **switches))(
+                model.rows(BATCH.unique_R)
+            )
+        )
 
     assert program() == program(ffn_scale=1.0) != program(ffn_scale=jnp.ones(LAYERS))
     assert program().count(" mul ") < program(ffn_scale=0.5).count(" mul ")
@@ -67,7 +73,9 @@ def test_each_layer_gets_its_own_scale(params):
         of_kind = [layer for layer, spec in enumerate(specs) if spec.kind == where]
         down_LFD = scaled["memory"]["stacks"][stack]["ffn"]["down"]
         assert len(down_LFD) == len(of_kind)
-        scaled["memory"]["stacks"][stack]["ffn"]["down"] = down_LFD * scale_L[of_kind][:, None, None]
+        scaled["memory"]["stacks"][stack]["ffn"]["down"] = (
+            down_LFD * scale_L[of_kind][:, None, None]
+        )
     want = with_number(scaled, 1.0)
     assert relative_gap(logits(params, scale_L), want) < 1e-5
     assert relative_gap(logits(params, scale_L[::-1]), want) > 1e-3
@@ -77,14 +85,26 @@ def test_scales_in_a_loop_under_remat_and_from_a_later_layer(params):
     scale_L = np.linspace(0.2, 1.7, LAYERS).astype(np.float32)
     want = logits(params, scale_L)
     for settings in ({"scan_layers": False}, {"remat": True}):
-        assert relative_gap(logits(params, scale_L, dataclasses.replace(MIXED, **settings)), want) < 1e-6
-    served = {name: part for name, part in params.items() if name != "memory"} | {"blocks": served_blocks(params["blocks"], layer_specs(MIXED))}
-    model, rows = build(MIXED, with_memory=False, stacked=False)(served), build(MIXED)(params).rows(BATCH.unique_R)
+        assert (
+            relative_gap(logits(params, scale_L, dataclasses.replace(MIXED, **settings)), want)
+            < 1e-6
+        )
+    served = {name: part for name, part in params.items() if name != "memory"} | {
+        "blocks": served_blocks(params["blocks"], layer_specs(MIXED))
+    }
+    model, rows = (
+        build(MIXED, with_memory=False, stacked=False)(served),
+        build(MIXED)(params).rows(BATCH.unique_R),
+    )
     positions_BT = jnp.broadcast_to(jnp.arange(BATCH.ids_BT.shape[1]), BATCH.ids_BT.shape)
 
     def layers(x_BTD, rows, **part):
-        return model.layers(x_BTD, rows, BATCH.inverse_BT, positions_BT, ffn_scale=jnp.asarray(scale_L), **part)[0]
+        return model.layers(
+            x_BTD, rows, BATCH.inverse_BT, positions_BT, ffn_scale=jnp.asarray(scale_L), **part
+        )[0]
 
     whole = layers(model.embedded(BATCH.ids_BT), rows)
-    halves = layers(layers(model.embedded(BATCH.ids_BT), {}, last=2), rows, first=2)  # the first row is that of layer 2
+    halves = layers(
+        layers(model.embedded(BATCH.ids_BT), {}, last=2), rows, first=2
+    )  # the first row is that of layer 2
     assert relative_gap(halves, whole) < 1e-6

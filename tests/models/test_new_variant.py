@@ -1,9 +1,11 @@
-"""The promise of the seam: a new variant is one class. MeKi (arXiv 2602.03359, section 2.1 equations 1-7) as a stranger would add it.
+"""The promise of the seam: a new variant is one class. MeKi (arXiv 2602.03359, section 2.1
+equations 1-7) as a stranger would add it.
 
     row = alpha * rms(M_l[id] + beta * G_l(E[id])),  G: SwiGLU D -> D/2 -> W
     x'  = A + SwiGLU(h) + rms(W_out(row + sigmoid(W_gate h))),  A = x + Attn(norm x), h = norm A
 
-Nothing but this class and its entry in KINDS: training, labels, accounting, export and offloaded generation must find it.
+Nothing but this class and its entry in KINDS: training, labels, accounting, export and offloaded
+generation must find it.
 """
 
 import dataclasses
@@ -78,17 +80,30 @@ def test_rows_are_the_papers_equation():
     cfg = ModelConfig(pattern="meki*2 dense", vocab_size=30, d_model=32, n_heads=4, d_ff=64)
     params = init_params(cfg, 0)
     rows_LRW = np.asarray(build(cfg)(params).rows(jnp.arange(30))[f"w{W}"])
-    p, e = jax.tree.map(np.asarray, params["memory"]["stacks"]["stack0"]), np.asarray(params["embed"])
+    p, e = (
+        jax.tree.map(np.asarray, params["memory"]["stacks"]["stack0"]),
+        np.asarray(params["embed"]),
+    )
     for layer in range(2):
         gate = e @ p["gate"][layer]
-        v = p["table"][layer] + (gate / (1 + np.exp(-gate)) * (e @ p["up"][layer])) @ p["down"][layer]
-        np.testing.assert_allclose(rows_LRW[layer], v / np.sqrt((v**2).mean(-1, keepdims=True) + 1e-5), rtol=2e-5, atol=1e-6)
+        v = (
+            p["table"][layer]
+            + (gate / (1 + np.exp(-gate)) * (e @ p["up"][layer])) @ p["down"][layer]
+        )
+        np.testing.assert_allclose(
+            rows_LRW[layer],
+            v / np.sqrt((v**2).mean(-1, keepdims=True) + 1e-5),
+            rtol=2e-5,
+            atol=1e-6,
+        )
 
 
 def test_accounting_counts_it():
     cfg = ModelConfig(pattern="meki*2", vocab_size=30, d_model=32, n_heads=4, d_ff=64)
     numbers, plain = account(cfg), account(dataclasses.replace(cfg, pattern="dense*2"))
-    assert numbers["active"] - plain["active"] == 2 * (2 * 32 * W + 32)  # W_gate, W_out and the norm after it
+    assert numbers["active"] - plain["active"] == 2 * (
+        2 * 32 * W + 32
+    )  # W_gate, W_out and the norm after it
     assert numbers["total"] - numbers["active"] == 2 * (30 * W + 2 * 32 * 16 + 16 * W + W + 2)
     assert numbers["memory_flops_per_row"] == 2 * 2 * (2 * 32 * 16 + 16 * W)
 
@@ -100,4 +115,11 @@ def test_it_trains_folds_and_is_served_from_disk(tiny_config, tmp_path):
     export(tmp_path / "run", tmp_path / "store", progress=False)
     proof = verify(tmp_path / "store", tmp_path / "run", tokens=12, prompts=2, progress=False)
     assert proof["ok"] and proof["rows_max_abs_diff"] == 0 and proof["greedy_equal"]
-    assert len(Engine(tmp_path / "store", Budgets(ram=0)).generate(["Question:"], 4, stop_at_eos=False)[0].ids) == 4
+    assert (
+        len(
+            Engine(tmp_path / "store", Budgets(ram=0))
+            .generate(["Question:"], 4, stop_at_eos=False)[0]
+            .ids
+        )
+        == 4
+    )

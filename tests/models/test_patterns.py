@@ -18,17 +18,20 @@ from .tiny import tiny
 WORDS = ("a", "b", "c-d")
 
 
-@pytest.mark.parametrize(("text", "layers"), [
-    ("a", "a"),
-    ("a b", "a b"),
-    ("a*3", "a a a"),
-    ("(a b)*2 c-d", "a b a b c-d"),
-    ("c-d (a (b a)*2)*2", "c-d a b a b a a b a b a"),
-    ("((a))*1", "a"),
-    ("(a)(b)", "a b"),
-    ("  a *\t2\n( b )  * 2 ", "a a b b"),
-    ("a*2b", None),
-])
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("a", "a"),
+        ("a b", "a b"),
+        ("a*3", "a a a"),
+        ("(a b)*2 c-d", "a b a b c-d"),
+        ("c-d (a (b a)*2)*2", "c-d a b a b a a b a b a"),
+        ("((a))*1", "a"),
+        ("(a)(b)", "a b"),
+        ("  a *\t2\n( b )  * 2 ", "a a b b"),
+        ("a*2b", None),
+    ],
+)
 def test_parse_pattern(text, layers):
     if layers is None:
         pytest.raises(UserError, parse_pattern, text, WORDS)
@@ -39,9 +42,15 @@ def test_parse_pattern(text, layers):
 PATTERNS = st.recursive(
     st.sampled_from(WORDS).map(lambda word: (word, [word])),
     lambda inner: st.builds(
-        lambda items, count: (f"({' '.join(text for text, _ in items)})*{count}", count * [w for _, made in items for w in made]),
-        st.lists(inner, min_size=1, max_size=3), st.integers(1, 3)),
-    max_leaves=6)
+        lambda items, count: (
+            f"({' '.join(text for text, _ in items)})*{count}",
+            count * [w for _, made in items for w in made],
+        ),
+        st.lists(inner, min_size=1, max_size=3),
+        st.integers(1, 3),
+    ),
+    max_leaves=6,
+)
 
 
 @given(PATTERNS)
@@ -50,22 +59,25 @@ def test_parse_random_pattern(pattern):
     assert parse_pattern(text, WORDS) == tuple(layers)
 
 
-@pytest.mark.parametrize(("text", "word", "position"), [
-    ("a bb", "'bb'", 3),
-    ("a (b x)*2", "'x'", 6),
-    ("a,b", "'a,b'", 1),
-    ("a b)", "')'", 4),
-    ("a (b", "')'", 5),
-    ("a () b", "empty group", 4),
-    ("*2", "'*'", 1),
-    ("a*2*3", "'*'", 4),
-    ("a*0", "'0'", 3),
-    ("a*-1", "'-1'", 3),
-    ("a*1.5", "'1.5'", 3),
-    ("a*b", "'b'", 3),
-    ("a*", "'*'", 2),
-    ("a*99999", "4096", 3),
-])
+@pytest.mark.parametrize(
+    ("text", "word", "position"),
+    [
+        ("a bb", "'bb'", 3),
+        ("a (b x)*2", "'x'", 6),
+        ("a,b", "'a,b'", 1),
+        ("a b)", "')'", 4),
+        ("a (b", "')'", 5),
+        ("a () b", "empty group", 4),
+        ("*2", "'*'", 1),
+        ("a*2*3", "'*'", 4),
+        ("a*0", "'0'", 3),
+        ("a*-1", "'-1'", 3),
+        ("a*1.5", "'1.5'", 3),
+        ("a*b", "'b'", 3),
+        ("a*", "'*'", 2),
+        ("a*99999", "4096", 3),
+    ],
+)
 def test_a_pattern_error_names_the_word_and_its_position(text, word, position):
     with pytest.raises(UserError) as error:
         parse_pattern(text, WORDS)
@@ -87,11 +99,15 @@ def test_an_empty_pattern_is_named(text):
         parse_pattern(text, WORDS)
 
 
-@pytest.mark.parametrize("text", [
-    "a*4096 a*4096",
-    "a*" + "9" * 5000,
-    "(" * 3000 + "a" + ")" * 3000,
-], ids=["sum above the limit", "huge count", "deep nesting"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a*4096 a*4096",
+        "a*" + "9" * 5000,
+        "(" * 3000 + "a" + ")" * 3000,
+    ],
+    ids=["sum above the limit", "huge count", "deep nesting"],
+)
 def test_an_oversized_pattern_is_a_user_error(text):
     with pytest.raises(UserError):
         parse_pattern(text, WORDS)
@@ -101,7 +117,13 @@ def flat(cuts):
     return tuple(spec for unit, repeats in cuts for _ in range(repeats) for spec in unit)
 
 
-@given(st.lists(st.sampled_from([LayerSpec("a"), LayerSpec("b"), LayerSpec("b", d_ffn=1)]), min_size=1, max_size=30).map(tuple))
+@given(
+    st.lists(
+        st.sampled_from([LayerSpec("a"), LayerSpec("b"), LayerSpec("b", d_ffn=1)]),
+        min_size=1,
+        max_size=30,
+    ).map(tuple)
+)
 def test_segments_reproduce_the_stack(specs):
     assert flat(segments(specs)) == specs
 
@@ -115,13 +137,16 @@ def test_a_repeated_pattern_is_scanned(pattern, repeats):
     assert sum(len(unit) for unit, _ in cuts) <= 2 * len(specs)
 
 
-@pytest.mark.parametrize(("pattern", "cuts"), [
-    ("dense*8 memoryllm*16", [("dense", 8), ("memoryllm", 16)]),
-    ("(stem dense dense)*5 dense", [("stem dense dense", 5), ("dense", 1)]),
-    ("dense (stem dense dense)*5", [("dense stem dense", 5), ("dense", 1)]),
-    ("flex*24", [("flex", 24)]),
-    ("dense", [("dense", 1)]),
-])
+@pytest.mark.parametrize(
+    ("pattern", "cuts"),
+    [
+        ("dense*8 memoryllm*16", [("dense", 8), ("memoryllm", 16)]),
+        ("(stem dense dense)*5 dense", [("stem dense dense", 5), ("dense", 1)]),
+        ("dense (stem dense dense)*5", [("dense stem dense", 5), ("dense", 1)]),
+        ("flex*24", [("flex", 24)]),
+        ("dense", [("dense", 1)]),
+    ],
+)
 def test_segments_of_usual_patterns(pattern, cuts):
     made = segments(tuple(map(LayerSpec, parse_pattern(pattern, KINDS))))
     assert [(" ".join(spec.kind for spec in unit), repeats) for unit, repeats in made] == cuts
@@ -132,25 +157,31 @@ def test_layers_of_different_widths_are_not_stacked():
     assert [repeats for _, repeats in made] == [2, 2]
 
 
-@pytest.mark.parametrize(("text", "count", "betas"), [
-    ("3", 2, (3, 3)),
-    ("3 2.5", 2, (3, 2.5)),
-    ("0,8", 2, (0, 8)),
-    ("1, 2", 2, (1, 2)),
-])
+@pytest.mark.parametrize(
+    ("text", "count", "betas"),
+    [
+        ("3", 2, (3, 3)),
+        ("3 2.5", 2, (3, 2.5)),
+        ("0,8", 2, (0, 8)),
+        ("1, 2", 2, (1, 2)),
+    ],
+)
 def test_parse_betas(text, count, betas):
     assert parse_betas(text, count) == betas
 
 
-@pytest.mark.parametrize(("text", "named"), [
-    ("x", "'x' is not a number"),
-    ("3 -1", "-1 is outside 0..8"),
-    ("8.01", "8.01 is outside 0..8"),
-    ("nan", "nan is outside 0..8"),
-    ("inf", "inf is outside 0..8"),
-    ("1 2", "2 values for 3 flex layers"),
-    ("", "0 values for 3 flex layers"),
-])
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("x", "'x' is not a number"),
+        ("3 -1", "-1 is outside 0..8"),
+        ("8.01", "8.01 is outside 0..8"),
+        ("nan", "nan is outside 0..8"),
+        ("inf", "inf is outside 0..8"),
+        ("1 2", "2 values for 3 flex layers"),
+        ("", "0 values for 3 flex layers"),
+    ],
+)
 def test_a_beta_error_names_the_value(text, named):
     with pytest.raises(UserError, match=re.escape("model.beta: " + named)):
         parse_betas(text, 3)
@@ -167,8 +198,15 @@ def test_beta_errors_reach_the_model():
         tiny("flex", beta="0.01")
 
 
-@pytest.mark.parametrize(("beta", "kind", "ffn_c_input"), [("0", "memoryllm", "post_attn"), ("0", "memoryllm", "parallel"),
-                                                           ("8", "dense", "post_attn"), ("8", "parallel", "parallel")])
+@pytest.mark.parametrize(
+    ("beta", "kind", "ffn_c_input"),
+    [
+        ("0", "memoryllm", "post_attn"),
+        ("0", "memoryllm", "parallel"),
+        ("8", "dense", "post_attn"),
+        ("8", "parallel", "parallel"),
+    ],
+)
 def test_the_ends_of_beta_are_the_plain_kinds(beta, kind, ffn_c_input):
     assert layer_specs(tiny("flex", beta=beta, ffn_c_input=ffn_c_input)) == layer_specs(tiny(kind))
 
@@ -178,14 +216,21 @@ def test_flex_widths_split_d_ff(d_model, d_ff, beta):
     d_ffn, d_memory = flex_widths(d_model, d_ff, beta)
     assert d_ffn + d_memory == d_ff
     assert d_ffn >= 0 and d_memory >= 0
-    assert abs(d_ffn - d_ff * beta / 8) <= 0.5 or (d_model, d_ff) in {(960, 2560), (1600, 4272), (2048, 5464)}
+    assert abs(d_ffn - d_ff * beta / 8) <= 0.5 or (d_model, d_ff) in {
+        (960, 2560),
+        (1600, 4272),
+        (2048, 5464),
+    }
 
 
-@pytest.mark.parametrize(("d_model", "d_ff", "memory_widths"), [
-    (960, 2560, (2560, 2240, 1920, 1600)),
-    (1600, 4272, (4272, 3738, 3200, 2668)),
-    (2048, 5464, (5464, 4778, 4096, 3418)),  # the printed widths of h^2 and 3h^2 swapped back
-])
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "memory_widths"),
+    [
+        (960, 2560, (2560, 2240, 1920, 1600)),
+        (1600, 4272, (4272, 3738, 3200, 2668)),
+        (2048, 5464, (5464, 4778, 4096, 3418)),  # the printed widths of h^2 and 3h^2 swapped back
+    ],
+)
 def test_flex_widths_of_table_5(d_model, d_ff, memory_widths):
     assert tuple(flex_widths(d_model, d_ff, beta)[1] for beta in range(4)) == memory_widths
     for beta in (1, 2, 3):
@@ -197,8 +242,12 @@ def parameters(pattern, **settings):
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg)))
 
 
-SIZES = {"250m": dict(d_model=960, d_ff=2560, n_heads=16), "750m": dict(d_model=1600, d_ff=4272, n_heads=16),
-         "1b": dict(d_model=2048, d_ff=5464, n_heads=32), "odd": dict(d_model=50, d_ff=131, n_heads=5)}
+SIZES = {
+    "250m": dict(d_model=960, d_ff=2560, n_heads=16),
+    "750m": dict(d_model=1600, d_ff=4272, n_heads=16),
+    "1b": dict(d_model=2048, d_ff=5464, n_heads=32),
+    "odd": dict(d_model=50, d_ff=131, n_heads=5),
+}
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -216,5 +265,7 @@ def test_totals_are_equal_across_the_kinds_that_are_compared(size):
 @pytest.mark.parametrize("beta", ["1", "2", "3"])
 def test_square_ffn_c_keeps_the_total_within_the_rounding_of_d_ff(beta):
     size = SIZES["1b"]
-    off = parameters("flex*3", beta=beta, ffn_c_kind="square", **size) - parameters("dense*3", **size)
+    off = parameters("flex*3", beta=beta, ffn_c_kind="square", **size) - parameters(
+        "dense*3", **size
+    )
     assert abs(off) < 0.002 * parameters("dense*3", **size)

@@ -1,4 +1,6 @@
-"""Models of toy size: config, random parameters, a batch with its unique ids, and compiled calls shared by the tests."""
+"""Models of toy size: config, random parameters, a batch with its unique ids, and compiled calls
+shared by the tests.
+"""
 
 import dataclasses
 import functools
@@ -26,11 +28,15 @@ def mixed(**settings) -> ModelConfig:
 
 
 def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
-    """Parameters in which nothing is trivial: norm scales around 1, norm biases, tables and weights around 0."""
+    """Parameters in which nothing is trivial: norm scales around 1, norm biases, tables and weights
+    around 0.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        return jnp.asarray((path[-1].key == "scale") + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+        return jnp.asarray(
+            (path[-1].key == "scale") + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype
+        )
 
     return jax.tree.map_with_path(draw, abstract_params(cfg))
 
@@ -43,21 +49,31 @@ class Batch:
 
 
 def deduplicated(ids_BT, padding=()) -> Batch:
-    """What the input pipeline makes of ids: unique ids, here with any padding behind them, and each token's place among them."""
+    """What the input pipeline makes of ids: unique ids, here with any padding behind them, and each
+    token's place among them.
+    """
     ids_BT = np.asarray(ids_BT, np.int32)
     unique_R, inverse_BT = np.unique(ids_BT, return_inverse=True)
-    return Batch(ids_BT, np.append(unique_R, padding).astype(np.int32), inverse_BT.reshape(ids_BT.shape).astype(np.int32))
+    return Batch(
+        ids_BT,
+        np.append(unique_R, padding).astype(np.int32),
+        inverse_BT.reshape(ids_BT.shape).astype(np.int32),
+    )
 
 
 def naive(ids_BT) -> Batch:
     """One address per token, nothing shared."""
     ids_BT = np.asarray(ids_BT, np.int32)
-    return Batch(ids_BT, ids_BT.reshape(-1), np.arange(ids_BT.size, dtype=np.int32).reshape(ids_BT.shape))
+    return Batch(
+        ids_BT, ids_BT.reshape(-1), np.arange(ids_BT.size, dtype=np.int32).reshape(ids_BT.shape)
+    )
 
 
 def _sequences() -> np.ndarray:
     ids_BT = np.random.default_rng(1).integers(0, 50, (2, 9)).astype(np.int32)
-    ids_BT[:, 4:7] = ids_BT[0, :3]  # repeated tokens: rows are shared inside and between the sequences
+    ids_BT[:, 4:7] = ids_BT[
+        0, :3
+    ]  # repeated tokens: rows are shared inside and between the sequences
     return ids_BT
 
 
@@ -71,13 +87,17 @@ def compiled_logits(cfg: ModelConfig):
     @functools.partial(jax.jit, static_argnames="ffn_scale")
     def call(params, ids_BT, unique_R, inverse_BT, segments_BT=None, ffn_scale=1.0):
         model = merge(params)
-        return model(ids_BT, model.rows(unique_R), inverse_BT, segments_BT=segments_BT, ffn_scale=ffn_scale)
+        return model(
+            ids_BT, model.rows(unique_R), inverse_BT, segments_BT=segments_BT, ffn_scale=ffn_scale
+        )
 
     return call
 
 
 def logits(cfg: ModelConfig, params, batch: Batch, **switches) -> np.ndarray:
-    return np.asarray(compiled_logits(cfg)(params, batch.ids_BT, batch.unique_R, batch.inverse_BT, **switches))
+    return np.asarray(
+        compiled_logits(cfg)(params, batch.ids_BT, batch.unique_R, batch.inverse_BT, **switches)
+    )
 
 
 def cross_entropy(logits_BTV, ids_BT):

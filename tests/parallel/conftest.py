@@ -1,4 +1,6 @@
-"""Children with fake devices: their count must be known before JAX starts, so each is a process of its own."""
+"""Children with fake devices: their count must be known before JAX starts, so each is a process of
+its own.
+"""
 
 import json
 import os
@@ -17,8 +19,12 @@ def child():
 
     def run(devices: int, what: str, *arguments):
         paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-        done = subprocess.run([sys.executable, "-m", "parallel.child", str(devices), what, *map(str, arguments)], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": paths})
+        done = subprocess.run(
+            [sys.executable, "-m", "parallel.child", str(devices), what, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -32,7 +32,12 @@ ENTRY %main.9 (p: f32[8]) -> f32[8] {
 
 def test_loops_count_their_rounds_and_lone_devices_send_nothing():
     found = {(row["kind"], row["shape"]): (row["bytes"], row["count"]) for row in collectives(HLO)}
-    assert found == {("all-gather", "f32[32]"): (128, 24), ("all-reduce", "bf16[3,5]"): (30, 1), ("all-to-all", "f32[2,3] f32[2,3]"): (48, 1),
-                     ("all-gather", "f32[16]"): (64, 1), ("reduce-scatter", "f32[2]"): (8, 1)}
+    assert found == {
+        ("all-gather", "f32[32]"): (128, 24),
+        ("all-reduce", "bf16[3,5]"): (30, 1),
+        ("all-to-all", "f32[2,3] f32[2,3]"): (48, 1),
+        ("all-gather", "f32[16]"): (64, 1),
+        ("reduce-scatter", "f32[2]"): (8, 1),
+    }
     assert traffic(collectives(HLO)) == 128 * 24 + 30 + 48 + 64 + 8
     assert collectives(HLO)[0]["count"] == 24

@@ -1,4 +1,6 @@
-"""Several processes are one: two of four devices on loopback, killed, asked to stop, restarted in other numbers, started wrongly."""
+"""Several processes are one: two of four devices on loopback, killed, asked to stop, restarted in
+other numbers, started wrongly.
+"""
 
 import contextlib
 import json
@@ -25,18 +27,62 @@ from flexmemory.train.run import claim, read_metrics, started
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
-SMALL = {"data.batch_size": 8, "data.seq_len": 96, "train.steps": STEPS, "train.log_every": 1, "train.checkpoint_every": 2, "train.eval_tokens": 1024,
-         "optimizer.warmup_steps": 2, "optimizer.table_optimizer": "lazy_adam", "parallel.plan": "fsdp", "parallel.mesh": "data=2,fsdp=4"}
+SMALL = {
+    "data.batch_size": 8,
+    "data.seq_len": 96,
+    "train.steps": STEPS,
+    "train.log_every": 1,
+    "train.checkpoint_every": 2,
+    "train.eval_tokens": 1024,
+    "optimizer.warmup_steps": 2,
+    "optimizer.table_optimizer": "lazy_adam",
+    "parallel.plan": "fsdp",
+    "parallel.mesh": "data=2,fsdp=4",
+}
 
 
-def start(data, workdir, devices: int, process: int | None = None, processes: int = 2, port: int = 0, more=(), env=None, **sets) -> subprocess.Popen:
+def start(
+    data,
+    workdir,
+    devices: int,
+    process: int | None = None,
+    processes: int = 2,
+    port: int = 0,
+    more=(),
+    env=None,
+    **sets,
+) -> subprocess.Popen:
     """``flexmemory train`` of a small stem model, with fake devices."""
-    command = [sys.executable, "-m", "flexmemory.cli.main", "train", f"--config={ROOT / 'configs' / 'stem.py'}:smoke", f"--workdir={workdir}",
-               f"--config.data.path={data}", *(f"--config.{name}={value}" for name, value in (SMALL | sets).items()), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "flexmemory.cli.main",
+        "train",
+        f"--config={ROOT / 'configs' / 'stem.py'}:smoke",
+        f"--workdir={workdir}",
+        f"--config.data.path={data}",
+        *(f"--config.{name}={value}" for name, value in (SMALL | sets).items()),
+        *more,
+    ]
     if process is not None:
-        command += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={process}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})})
+        command += [
+            f"--coordinator=127.0.0.1:{port}",
+            f"--processes={processes}",
+            f"--process={process}",
+        ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            **(env or {}),
+        },
+    )
 
 
 def free_port() -> int:
@@ -47,7 +93,9 @@ def free_port() -> int:
 
 def pair(data, workdir, sets=({}, {}), **more) -> list[subprocess.Popen]:
     port = free_port()
-    return [start(data, workdir, 4, process, port=port, **more, **sets[process]) for process in range(2)]
+    return [
+        start(data, workdir, 4, process, port=port, **more, **sets[process]) for process in range(2)
+    ]
 
 
 def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
@@ -75,7 +123,9 @@ def one_process(tiny_data, tmp_path_factory):
     """The same run on one device, in this process."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     cfg = stem.get_config("smoke")
-    cfg.update_from_flattened_dict(SMALL | {"data.path": str(tiny_data), "parallel.plan": "single", "parallel.mesh": ""})
+    cfg.update_from_flattened_dict(
+        SMALL | {"data.path": str(tiny_data), "parallel.plan": "single", "parallel.mesh": ""}
+    )
     train(from_dict(cfg), workdir, progress=False)
     return workdir
 
@@ -102,8 +152,21 @@ def test_two_processes_are_one_and_a_killed_one_is_no_loss(one_process, tiny_dat
     kept = complete_steps(workdir)
     assert kept and kept[-1] in (2, 4, 6)
     # and again, as SLURM would start them
-    slurm = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    tasks = [start(tiny_data, workdir, 4, more=["--distributed"], env=slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in range(2)]
+    slurm = {
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+    }
+    tasks = [
+        start(
+            tiny_data,
+            workdir,
+            4,
+            more=["--distributed"],
+            env=slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+        )
+        for i in range(2)
+    ]
     for code, said in ended(tasks):
         assert code == 0, said
     assert result(workdir)["resumed_from"] == kept[-1]
@@ -111,18 +174,27 @@ def test_two_processes_are_one_and_a_killed_one_is_no_loss(one_process, tiny_dat
     assert_same_run(workdir, one_process)
 
 
-def test_sigterm_to_one_stops_both_at_a_checkpoint_that_other_numbers_resume(one_process, tiny_data, tmp_path):
+def test_sigterm_to_one_stops_both_at_a_checkpoint_that_other_numbers_resume(
+    one_process, tiny_data, tmp_path
+):
     workdir = tmp_path / "run"
     on_host = {"train.eval_every": 1, "parallel.table_memory": "host"}
-    processes = pair(tiny_data, workdir, **{"train.checkpoint_every": 0, "train.steps": STEPS} | on_host)
+    processes = pair(
+        tiny_data, workdir, **{"train.checkpoint_every": 0, "train.steps": STEPS} | on_host
+    )
     wait_for_step(workdir, 2)
     processes[1].send_signal(signal.SIGTERM)
     made = ended(processes)
     assert [code for code, _ in made] == [128 + signal.SIGTERM] * 2, made
-    assert ["the same command goes on from there" in said for _, said in made] == [True, False]  # process 0 speaks for both
+    assert ["the same command goes on from there" in said for _, said in made] == [
+        True,
+        False,
+    ]  # process 0 speaks for both
     (step,) = complete_steps(workdir)
     assert 2 <= step < STEPS
-    (code, said), = ended([start(tiny_data, workdir, 2, **{"parallel.mesh": "fsdp=2", "train.checkpoint_every": 0})])
+    ((code, said),) = ended(
+        [start(tiny_data, workdir, 2, **{"parallel.mesh": "fsdp=2", "train.checkpoint_every": 0})]
+    )
     assert code == 0, said
     assert result(workdir)["resumed_from"] == step
     assert_same_run(workdir, one_process)
@@ -131,7 +203,10 @@ def test_sigterm_to_one_stops_both_at_a_checkpoint_that_other_numbers_resume(one
 def test_different_configs_are_named_before_the_first_step(tiny_data, tmp_path):
     for code, said in ended(pair(tiny_data, tmp_path / "run", sets=({}, {"optimizer.lr": 0.02}))):
         assert code == 2
-        assert "error: config optimizer.lr: 0.001 on process 0, 0.02 on process 1; start all processes with the same" in said.splitlines()
+        assert (
+            "error: config optimizer.lr: 0.001 on process 0, 0.02 on process 1; start all processes"
+            " with the same" in said.splitlines()
+        )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -139,26 +214,38 @@ def test_different_data_are_named_before_the_first_step(tiny_data, tmp_path):
     shutil.copytree(tiny_data, tmp_path / "data")
     index = json.loads((tmp_path / "data" / "index.json").read_text())
     (tmp_path / "data" / "index.json").write_text(json.dumps(index | {"fingerprint": "another"}))
-    for code, said in ended(pair(tiny_data, tmp_path / "run", sets=({}, {"data.path": str(tmp_path / "data")}))):
+    for code, said in ended(
+        pair(tiny_data, tmp_path / "run", sets=({}, {"data.path": str(tmp_path / "data")}))
+    ):
         assert code == 2
-        assert f"error: data fingerprint: {index['fingerprint']!r} on process 0, 'another' on process 1; start all processes with the same" in said.splitlines()
+        assert (
+            f"error: data fingerprint: {index['fingerprint']!r} on process 0, 'another' on process"
+            " 1; start all processes with the same" in said.splitlines()
+        )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_what_is_missing_on_one_host_is_said_by_all(tiny_data, tmp_path):
-    for code, said in ended(pair(tiny_data, tmp_path / "run", sets=({}, {"data.path": "/nowhere"}))):
+    for code, said in ended(
+        pair(tiny_data, tmp_path / "run", sets=({}, {"data.path": "/nowhere"}))
+    ):
         assert code == 2 and len(said.splitlines()) == 1 and "/nowhere" in said, said
 
 
 def test_a_folder_that_is_not_shared_is_named(tiny_data, tmp_path):
     port = free_port()
-    for code, said in ended([start(tiny_data, tmp_path / f"run{process}", 4, process, port=port) for process in range(2)]):
+    for code, said in ended(
+        [
+            start(tiny_data, tmp_path / f"run{process}", 4, process, port=port)
+            for process in range(2)
+        ]
+    ):
         assert code == 2 and "--workdir" in said and "None on process 1" in said, said
 
 
 def test_a_process_that_never_comes_is_named(tiny_data, tmp_path):
     process = start(tiny_data, tmp_path / "run", 4, 0, port=free_port(), more=["--start_timeout=3"])
-    (code, said), = ended([process])
+    ((code, said),) = ended([process])
     assert code == 2 and len(said.splitlines()) == 1, said
     assert "error: process 1 of 2 did not come to 127.0.0.1:" in said and "within 3 s" in said
 
@@ -168,19 +255,28 @@ def test_a_number_given_twice_is_named():
     with ThreadPoolExecutor(3) as pool:
         first, *others = [pool.submit(meet, at, 3, number, 2) for number in (0, 1, 1)]
         for each in (first, *others):  # process 0 tells the others why
-            with pytest.raises(UserError, match="--process: 1 was given to two processes; number them 0 to 2"):
+            with pytest.raises(
+                UserError, match="--process: 1 was given to two processes; number them 0 to 2"
+            ):
                 each.result()
 
 
-@pytest.mark.parametrize("at", ["127.0.0.1", ":80", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:http"])
+@pytest.mark.parametrize(
+    "at", ["127.0.0.1", ":80", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:http"]
+)
 def test_a_place_that_is_none_is_named(at):
-    with pytest.raises(UserError, match="--coordinator: .* is not HOST:PORT with a port from 1 to 65535"):
+    with pytest.raises(
+        UserError, match="--coordinator: .* is not HOST:PORT with a port from 1 to 65535"
+    ):
         meet(at, 2, 0, 2)
 
 
 def test_one_that_is_kept_out_leaves_the_folder_as_it_is(one_process, tiny_data):
     cfg = load_json(one_process / "config.json")
-    tokenizer, fingerprint = tokenizers.load(tiny_data), json.loads((one_process / "run.json").read_text())["data_fingerprint"]
+    tokenizer, fingerprint = (
+        tokenizers.load(tiny_data),
+        json.loads((one_process / "run.json").read_text())["data_fingerprint"],
+    )
     with claim(one_process, cfg, fingerprint, tokenizer):
         token = started(one_process)
         with pytest.raises(UserError, match="another process trains there"):
@@ -196,23 +292,38 @@ def test_a_stranger_at_the_meeting_place_does_not_disturb():
         first = pool.submit(meet, f"127.0.0.1:{port}", 2, 0, 20)
         for word in (b"GET / HTTP/1.0", b""):
             while not first.done():
-                with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)) as stranger:
+                with (
+                    contextlib.suppress(ConnectionRefusedError),
+                    socket.create_connection(("127.0.0.1", port)) as stranger,
+                ):
                     stranger.sendall(word)
                     break
         pool.submit(meet, f"127.0.0.1:{port}", 2, 1, 20).result()
         first.result()
 
 
-@pytest.mark.parametrize("flags, line", [
-    (["--process=0"], "--coordinator, --processes: missing beside --process"),
-    (["--coordinator=127.0.0.1:1", "--processes=2", "--process=2"], "--process: 2 is outside 0..1, the --processes"),
-    (["--distributed"], "--distributed: JAX does not see what starts the processes here"),
-])
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--process=0"], "--coordinator, --processes: missing beside --process"),
+        (
+            ["--coordinator=127.0.0.1:1", "--processes=2", "--process=2"],
+            "--process: 2 is outside 0..1, the --processes",
+        ),
+        (["--distributed"], "--distributed: JAX does not see what starts the processes here"),
+    ],
+)
 def test_a_wrong_start_is_one_line(flags, line, tiny_data, tmp_path):
-    (code, said), = ended([start(tiny_data, tmp_path / "run", 1, more=flags)])
+    ((code, said),) = ended([start(tiny_data, tmp_path / "run", 1, more=flags)])
     assert code == 2 and line in said and len(said.splitlines()) == 1, said
 
 
 def test_one_device_plan_on_several_processes_is_refused(tiny_data, tmp_path):
-    for code, said in ended(pair(tiny_data, tmp_path / "run", **{"parallel.plan": "single", "parallel.mesh": ""})):
-        assert code == 2 and "config parallel.plan: single in a run of 2 processes; set dp, fsdp or fsdp_tp" in said
+    for code, said in ended(
+        pair(tiny_data, tmp_path / "run", **{"parallel.plan": "single", "parallel.mesh": ""})
+    ):
+        assert (
+            code == 2
+            and "config parallel.plan: single in a run of 2 processes; set dp, fsdp or fsdp_tp"
+            in said
+        )

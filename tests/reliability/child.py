@@ -1,9 +1,11 @@
-"""Processes that the tests kill or limit: ``python -m reliability.child kills|hold|full|few|ramfs ACTION SOURCE TARGET [COUNT]``
+"""Processes that the tests kill or limit: ``python -m reliability.child kills|hold|full|few|ramfs
+ACTION SOURCE TARGET [COUNT]``
 
-ACTION is export, overwrite or copy. kills: does it again and again, killed at random moments, in targets TARGET/0, TARGET/1, ...; prints how
-each process ended. hold: does it once, so slowly that it never ends, and prints a line once TARGET
-is its own. full: does it on file systems of COUNT growing sizes mounted on TARGET, until one suffices. few: opens and reads SOURCE with ever
-fewer file descriptors. ramfs: reads SOURCE's rows from a ramfs mounted on TARGET, which refuses O_DIRECT.
+ACTION is export, overwrite or copy. kills: does it again and again, killed at random moments, in
+targets TARGET/0, TARGET/1, ...; prints how each process ended. hold: does it once, so slowly that
+it never ends, and prints a line once TARGET is its own. full: does it on file systems of COUNT
+growing sizes mounted on TARGET, until one suffices. few: opens and reads SOURCE with ever fewer
+file descriptors. ramfs: reads SOURCE's rows from a ramfs mounted on TARGET, which refuses O_DIRECT.
 """
 
 import contextlib
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from tkv.making import tree_bytes
 
 from flexmemory import files
 from flexmemory.errors import UserError
@@ -31,7 +34,6 @@ from flexmemory.tkv.location import open_location
 from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.reader import allocate, open_reader
 from flexmemory.tkv.store import open_store
-from tkv.making import tree_bytes
 
 from . import toy
 from .flips import everything
@@ -57,15 +59,27 @@ def slow_down(seconds: float) -> None:
     os.fsync, target.RECORD_SECONDS = slowly, 3 * seconds
 
 
-CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # among Python's audit events, which come just before the deed
+CHANGES = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+}  # among Python's audit events, which come just before the deed
 
 
 def changes(out: Path, at: int) -> itertools.count:
-    """Counts what this process does from now on to files below ``out``. Before number ``at`` it kills itself, whatever its other threads do."""
+    """Counts what this process does from now on to files below ``out``. Before number ``at`` it
+    kills itself, whatever its other threads do.
+    """
     counter, lock, below = itertools.count(), threading.Lock(), str(out)
 
     def hook(event, args):
-        if event in CHANGES and isinstance(args[0], str | os.PathLike) and os.fspath(args[0]).startswith(below):
+        if (
+            event in CHANGES
+            and isinstance(args[0], str | os.PathLike)
+            and os.fspath(args[0]).startswith(below)
+        ):
             with lock:
                 if next(counter) == at:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -94,23 +108,38 @@ def killed(action: str, source: Path, out: Path, at: int) -> tuple[int, int]:
 
 
 def kills(action: str, source: Path, folder: Path, count: int) -> dict:
-    """The moments are drawn over the changes that an undisturbed process makes to the target, one in each of ``count`` equal parts: a slow
-    machine has the same ones."""
+    """The moments are drawn over the changes that an undisturbed process makes to the target, one
+    in each of ``count`` equal parts: a slow machine has the same ones.
+    """
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     target.RECORD_SECONDS = 0  # else it is a matter of time how often the record is written
     end, total = killed(action, source, folder / "undisturbed", -1)
     if end:
         raise SystemExit("undisturbed: failed")
-    rng, part = random.Random(0), 0.95 * total / count  # threads that meet at a new folder make a change more or less
-    return {"ends": [killed(action, source, folder / str(number), int(part * (number + rng.random())))[0] for number in range(count)], "total": total}
+    rng, part = (
+        random.Random(0),
+        0.95 * total / count,
+    )  # threads that meet at a new folder make a change more or less
+    return {
+        "ends": [
+            killed(action, source, folder / str(number), int(part * (number + rng.random())))[0]
+            for number in range(count)
+        ],
+        "total": total,
+    }
 
 
 def full(action: str, source: Path, folder: Path, count: int) -> dict:
-    """Needs a mount namespace of its own. After each failure the file system grows and the same is done again."""
+    """Needs a mount namespace of its own. After each failure the file system grows and the same is
+    done again.
+    """
     said, finished = [], 0
     for number in range(count):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={(16 + number) * 4}k", "tmpfs", folder], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={(16 + number) * 4}k", "tmpfs", folder],
+            check=True,
+        )
         out = folder / "s"
         try:
             act(action, source, out)
@@ -130,17 +159,28 @@ def full(action: str, source: Path, folder: Path, count: int) -> dict:
 
 
 def few(source: Path) -> dict:
-    """From many descriptors down to none that is free; the limit cannot be raised again by what is tested."""
+    """From many descriptors down to none that is free; the limit cannot be raised again by what is
+    tested.
+    """
     want, outcomes = everything(source), {}
     opened = [open_store(source) for _ in range(24)]  # their shards are not open yet
     for free in range(23, -1, -1):
         taken = {*map(int, os.listdir("/proc/self/fd"))}
-        limit = [number for number in range(4096) if number not in taken][free]  # a new descriptor takes the lowest number, which must be below
+        limit = [number for number in range(4096) if number not in taken][
+            free
+        ]  # a new descriptor takes the lowest number, which must be below
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        for name, read in (("open", lambda: everything(source)), ("read", lambda: opened[free].read_rows(range(257)))):
+        for name, read in (
+            ("open", lambda: everything(source)),
+            ("read", lambda: opened[free].read_rows(range(257))),
+        ):
             try:
                 got = read()
-                right = got == want if name == "open" else all(want[f"rows {group}"] == rows.tobytes() for group, rows in got.items())
+                right = (
+                    got == want
+                    if name == "open"
+                    else all(want[f"rows {group}"] == rows.tobytes() for group, rows in got.items())
+                )
                 outcomes[f"{name} {free}"] = "right" if right else "wrong"
             except UserError as error:
                 outcomes[f"{name} {free}"] = str(error)
@@ -183,7 +223,9 @@ def main() -> None:
     elif what == "ramfs":
         print(json.dumps(ramfs(source, out)))
     else:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell that runs the tests in the background has it ignored
         slow_down(60)
         process = os.getpid()
         if not os.fork():  # tells when the first file is being written, and ends

@@ -16,10 +16,14 @@ def stores(tmp_path_factory):
 
 @pytest.fixture
 def command(capfd, monkeypatch):
-    """``command(*argv) -> (exit code, what it printed on stderr without progress)`` of the flexmemory command. Fails on a traceback."""
+    """``command(*argv) -> (exit code, what it printed on stderr without progress)`` of the
+    flexmemory command. Fails on a traceback.
+    """
     from flexmemory.cli import main as cli
 
-    monkeypatch.setattr(cli, "start_process", lambda: None)  # it sets JAX's compilation cache for the whole process
+    monkeypatch.setattr(
+        cli, "start_process", lambda: None
+    )  # it sets JAX's compilation cache for the whole process
 
     def run(*argv):
         code = cli.main([str(word) for word in argv])
@@ -34,4 +38,7 @@ def command(capfd, monkeypatch):
 def child_environment():
     """For processes of their own: the tests' modules and the CPU."""
     tests = os.path.dirname(os.path.dirname(__file__))
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([tests, os.path.dirname(tests)])}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([tests, os.path.dirname(tests)]),
+    }

@@ -1,4 +1,6 @@
-"""A folder behind a web server on loopback, as http and as an S3 endpoint serve it, with faults on demand."""
+"""A folder behind a web server on loopback, as http and as an S3 endpoint serve it, with faults on
+demand.
+"""
 
 import re
 import socket
@@ -8,17 +10,24 @@ from pathlib import Path
 
 
 class Server(ThreadingHTTPServer):
-    """``fault(what, path, times, after)``: requests whose path matches meet it, so many times, the first ``after`` of them left alone.
+    """``fault(what, path, times, after)``: requests whose path matches meet it, so many times, the
+    first ``after`` of them left alone.
 
-    what: a status; "drop": the connection ends without an answer; "half": it ends in the middle of the body; "silent": nothing comes;
-    ("slow", seconds): the answer comes late.
+    what: a status; "drop": the connection ends without an answer; "half": it ends in the middle of
+    the body; "silent": nothing comes; ("slow", seconds): the answer comes late.
     """
 
     daemon_threads = True
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.met, self.closing, self.lock = folder, [], 0, threading.Event(), threading.Lock()
+        self.folder, self.faults, self.met, self.closing, self.lock = (
+            folder,
+            [],
+            0,
+            threading.Event(),
+            threading.Lock(),
+        )
         self.silent = threading.Event()  # a request is being met with silence
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -67,7 +76,10 @@ class Handler(BaseHTTPRequestHandler):
         path = self.server.folder / self.path.lstrip("/")
         if not path.is_file():
             return self.answer(404, b"")
-        data, asked = path.read_bytes(), re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        data, asked = (
+            path.read_bytes(),
+            re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")),
+        )
         if not asked:
             return self.answer(200, data, cut=fault == "half")
         first, last = asked.groups()
@@ -75,7 +87,9 @@ class Handler(BaseHTTPRequestHandler):
         stop = min(int(last) + 1, len(data)) if first and last else len(data)
         if start >= stop:
             return self.answer(416, b"")
-        self.answer(206, data[start:stop], f"bytes {start}-{stop - 1}/{len(data)}", cut=fault == "half")
+        self.answer(
+            206, data[start:stop], f"bytes {start}-{stop - 1}/{len(data)}", cut=fault == "half"
+        )
 
     do_HEAD = do_GET
 

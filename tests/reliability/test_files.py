@@ -1,14 +1,16 @@
-"""Files that are missing, cut, longer, or something else: before a store is opened, and while it is open."""
+"""Files that are missing, cut, longer, or something else: before a store is opened, and while it is
+open.
+"""
 
 import os
 import shutil
 
 import numpy as np
 import pytest
+from tkv.making import tree_bytes
 
 from flexmemory.errors import UserError
 from flexmemory.tkv.store import open_store
-from tkv.making import tree_bytes
 
 from .flips import everything
 from .toy import KINDS, export_to
@@ -18,6 +20,7 @@ SHARD = {"float32": "rows/w8/c/1/0/0", "int8": "rows/w8/c/1/0", "int4 rank": "ro
 
 def cut(share):
     """To a share of the bytes, or with -n by n bytes."""
+
     def change(path):
         size = path.stat().st_size
         os.truncate(path, size + share if share < 0 else int(size * share))
@@ -44,8 +47,18 @@ def dangling(path):
     path.symlink_to("nowhere")
 
 
-DAMAGES = {"missing": os.unlink, "empty": cut(0), "half": cut(0.5), "a tenth": cut(0.1), "two bytes less": cut(-2), "without index crc": cut(-4),
-           "longer": longer, "a directory": directory, "renamed": renamed, "a link to nothing": dangling}
+DAMAGES = {
+    "missing": os.unlink,
+    "empty": cut(0),
+    "half": cut(0.5),
+    "a tenth": cut(0.1),
+    "two bytes less": cut(-2),
+    "without index crc": cut(-4),
+    "longer": longer,
+    "a directory": directory,
+    "renamed": renamed,
+    "a link to nothing": dangling,
+}
 
 
 @pytest.fixture
@@ -77,9 +90,16 @@ def test_every_damage_to_every_file_is_refused_when_the_store_is_opened(stores, 
             message = refusal(lambda: everything(path))
             assert name in message or name == "tkv.json" and str(path) in message, (damage, message)
             tried += 1
-            if damage == "empty":  # what a disk has after a power failure that fsync was not asked about
+            if (
+                damage == "empty"
+            ):  # what a disk has after a power failure that fsync was not asked about
                 code, line = command("generate", f"--tkv={path}", "--prompt=a")
-                assert code == 2 and line.startswith("error: ") and "\n" not in line and str(path) in line
+                assert (
+                    code == 2
+                    and line.startswith("error: ")
+                    and "\n" not in line
+                    and str(path) in line
+                )
                 code, line = command("verify", f"--tkv={path}", "--deep")
                 assert code == (2 if name == "tkv.json" else 1)
             shutil.rmtree(path)
@@ -110,7 +130,9 @@ def test_damage_to_a_shard_of_an_open_store(kind, touched, store):
 
 
 def test_files_of_another_store_are_refused(stores, store, tmp_path):
-    """A whole file of a store with other weights in the place of each file in turn: right sizes, right zarr, wrong content."""
+    """A whole file of a store with other weights in the place of each file in turn: right sizes,
+    right zarr, wrong content.
+    """
     from .toy import other_params
 
     export_to(tmp_path / "other", other_params(), counts_V=np.arange(257)[::-1])

@@ -1,4 +1,5 @@
-"""A server that fails while a store behind it is opened or serves: recovered, or one line in bounded time, and the engine goes on after it.
+"""A server that fails while a store behind it is opened or serves: recovered, or one line in
+bounded time, and the engine goes on after it.
 
 tests/tkv/test_remote.py tries single reads and writes, copies and exports.
 """
@@ -28,7 +29,9 @@ def web(stores, tmp_path_factory):
     folder = tmp_path_factory.mktemp("web")
     shutil.copytree(stores[KIND], folder / "bucket-name" / "s")
     server = Server(folder)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     yield server
     server.mend()
@@ -40,18 +43,29 @@ def web(stores, tmp_path_factory):
 def url(request, web, monkeypatch):
     web.mend()
     web.met = 0
-    for name, value in dict(AWS_ENDPOINT_URL=web.url, AWS_REGION="us-east-1", AWS_ACCESS_KEY_ID="id", AWS_SECRET_ACCESS_KEY="secret").items():
+    for name, value in dict(
+        AWS_ENDPOINT_URL=web.url,
+        AWS_REGION="us-east-1",
+        AWS_ACCESS_KEY_ID="id",
+        AWS_SECRET_ACCESS_KEY="secret",
+    ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    monkeypatch.setattr(location, "Patience", lambda: Patience(retries=3, first_delay_s=0.01, longest_delay_s=0.02, timeout_s=20))
+    monkeypatch.setattr(
+        location,
+        "Patience",
+        lambda: Patience(retries=3, first_delay_s=0.01, longest_delay_s=0.02, timeout_s=20),
+    )
     yield f"{web.url}/bucket-name/s" if request.param == "http" else "s3://bucket-name/s"
     web.mend()
 
 
 @pytest.fixture
 def patience_ends_at_silence(web, monkeypatch):
-    """Whatever is waited for is given up at the moment when the server holds a request back, and not before, however slow the machine is.
-    (tests/tkv/test_remote.py waits for a silent server in real time.)"""
+    """Whatever is waited for is given up at the moment when the server holds a request back, and
+    not before, however slow the machine is. (tests/tkv/test_remote.py waits for a silent server in
+    real time.)
+    """
     wait = RemoteLocation.wait
 
     def until_silent(self, future):
@@ -98,7 +112,15 @@ def bounded(call, seconds: float = 20.0):
 @pytest.mark.parametrize("fault", [500, 503, "drop", "half", ("slow", 0.05)], ids=str)
 def test_passing_faults_are_recovered(fault, url, web, want, text):
     """Three in a row at every kind of file while a store is opened, and then while it serves."""
-    for path in ("tkv.json", "tokenizer.json", "counts", "zarr.json", "checksums", "rows", "backbone"):
+    for path in (
+        "tkv.json",
+        "tokenizer.json",
+        "counts",
+        "zarr.json",
+        "checksums",
+        "rows",
+        "backbone",
+    ):
         web.fault(fault, path, times=3)
         assert bounded(lambda: everything(url)) == want, path
     assert web.met == 3 * 7
@@ -111,13 +133,24 @@ def test_passing_faults_are_recovered(fault, url, web, want, text):
 LASTING = [404, 403, 503, "drop", "half", "silent"]
 
 
-FILES = ("tkv.json", "tokenizer.json", "counts", "rows/w4/zarr.json", "checksums/w8/zarr.json", "checksums/w8/c/1", "rows/w4/c/0", "backbone")
+FILES = (
+    "tkv.json",
+    "tokenizer.json",
+    "counts",
+    "rows/w4/zarr.json",
+    "checksums/w8/zarr.json",
+    "checksums/w8/c/1",
+    "rows/w4/c/0",
+    "backbone",
+)
 
 
 @pytest.mark.parametrize("fault", LASTING[:-1], ids=str)
 @pytest.mark.parametrize("url,after", [("s3", 0), ("http", 1)], indirect=["url"])
 def test_lasting_faults_are_told_when_a_store_is_opened(fault, after, url, web):
-    """At every kind of file, from its first or second request on: its size is asked for, then it is opened and read."""
+    """At every kind of file, from its first or second request on: its size is asked for, then it is
+    opened and read.
+    """
     for path in FILES:
         web.fault(fault, path, after=after)
         web.met = 0
@@ -131,7 +164,9 @@ def test_lasting_faults_are_told_when_a_store_is_opened(fault, after, url, web):
 
 @pytest.mark.parametrize("url", ["http"], indirect=True)
 @pytest.mark.parametrize("path", FILES)
-def test_a_silent_server_is_given_up_when_a_store_is_opened(path, url, web, patience_ends_at_silence):
+def test_a_silent_server_is_given_up_when_a_store_is_opened(
+    path, url, web, patience_ends_at_silence
+):
     web.fault("silent", path, after=path != "tkv.json")  # which is asked for once
     with pytest.raises(UserError, match="no answer within 0 s") as caught:
         bounded(lambda: everything(url))
@@ -139,11 +174,19 @@ def test_a_silent_server_is_given_up_when_a_store_is_opened(path, url, web, pati
 
 
 @pytest.mark.parametrize("fault", LASTING, ids=str)
-def test_lasting_faults_are_told_while_a_store_serves(fault, url, web, text, patience_ends_at_silence):
+def test_lasting_faults_are_told_while_a_store_serves(
+    fault, url, web, text, patience_ends_at_silence
+):
     """In the middle of a generation; when the server is mended the same engine goes on."""
     serving = engine(url)
     with pytest.raises(UserError, match=f"{url}/rows/w.: cannot be read") as caught:
-        bounded(lambda: serving.generate(PROMPTS, **OPTIONS, on_token=lambda *_: web.faults or web.fault(fault, "rows/.*/c/0")))
+        bounded(
+            lambda: serving.generate(
+                PROMPTS,
+                **OPTIONS,
+                on_token=lambda *_: web.faults or web.fault(fault, "rows/.*/c/0"),
+            )
+        )
     assert "\n" not in str(caught.value) and web.met
     web.mend()
     if fault == 404:  # what is said to be missing is not asked for again

@@ -1,4 +1,6 @@
-"""A store that changes under a running engine, reads that fail in its threads, and the end of the process."""
+"""A store that changes under a running engine, reads that fail in its threads, and the end of the
+process.
+"""
 
 import contextlib
 import os
@@ -10,6 +12,7 @@ import threading
 import time
 
 import pytest
+from tkv.making import tree_bytes
 
 from flexmemory.errors import UserError
 from flexmemory.runtime.engine import Engine
@@ -17,7 +20,6 @@ from flexmemory.runtime.rows import Budgets
 from flexmemory.tkv import location, store
 from flexmemory.tkv.format import shard_file
 from flexmemory.tkv.store import open_store
-from tkv.making import tree_bytes
 
 from . import toy
 from .flips import everything
@@ -28,7 +30,11 @@ OPTIONS = dict(max_tokens=16, stop_at_eos=False)
 
 def engine(path, rows=2, **options) -> Engine:
     opened = open_store(path)
-    return Engine(opened, Budgets(ram=rows * opened.manifest.bundle_bytes), **dict(max_batch=2, chunk=4) | options)
+    return Engine(
+        opened,
+        Budgets(ram=rows * opened.manifest.bundle_bytes),
+        **dict(max_batch=2, chunk=4) | options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,9 @@ REPLACED = [by_rename, by_export, by_copying_over]
 @pytest.mark.parametrize("replace", REPLACED)
 @pytest.mark.parametrize("when", ["opened", "served", 0, 3, 9])
 def test_a_store_replaced_while_it_serves(replace, when, path, other, texts):
-    """The old text or one line, never another: whether before the first row, between two calls, or after a token."""
+    """The old text or one line, never another: whether before the first row, between two calls, or
+    after a token.
+    """
     serving, seen = engine(path), []
     if when == "served":
         assert serving.generate(PROMPTS, **OPTIONS) == texts[0]
@@ -101,7 +109,9 @@ def test_a_store_replaced_while_it_serves(replace, when, path, other, texts):
 
 @pytest.mark.parametrize("replace,stride", [(by_rename, 1), (by_export, 5)])
 def test_a_store_replaced_while_it_is_opened(replace, stride, stores, other, tmp_path, monkeypatch):
-    """At every one, or every fifth, of the steps in which a store is opened and read: all of the one, all of the other, or one line."""
+    """At every one, or every fifth, of the steps in which a store is opened and read: all of the
+    one, all of the other, or one line.
+    """
     wholes, seen, number = [everything(stores["float32"]), everything(other)], [], 0
     while True:
         path, left = shutil.copytree(stores["float32"], tmp_path / str(number)), [number]
@@ -118,7 +128,12 @@ def test_a_store_replaced_while_it_is_opened(replace, stride, stores, other, tmp
             return call
 
         with monkeypatch.context() as patch:
-            for owner, name in ((location.LocalLocation, "read"), (location.LocalLocation, "sizes"), (store, "_open_array"), (store, "open_reader")):
+            for owner, name in (
+                (location.LocalLocation, "read"),
+                (location.LocalLocation, "sizes"),
+                (store, "_open_array"),
+                (store, "open_reader"),
+            ):
                 patch.setattr(owner, name, step(getattr(owner, name)))
             try:
                 got = everything(path, backbone=True)
@@ -129,7 +144,12 @@ def test_a_store_replaced_while_it_is_opened(replace, stride, stores, other, tmp
         if left[0] >= 0:
             break
         number += stride
-    assert len(seen) > 15 // stride and seen[0] == 1 and seen[-1] == 0 and seen.count("refused") > 8 // stride, seen
+    assert (
+        len(seen) > 15 // stride
+        and seen[0] == 1
+        and seen[-1] == 0
+        and seen.count("refused") > 8 // stride
+    ), seen
 
 
 def damage(path, token):
@@ -154,10 +174,16 @@ def test_only_a_damaged_row_that_is_needed_matters(read_ahead, path, texts):
     damage(path, bad := texts[0][0].ids[5])
     serving, said = engine(path, rows=0, read_ahead=read_ahead), []
     for _ in range(2):
-        with pytest.raises(UserError, match=f"rows/w.: the rows of token {bad} fail their checksum"):
+        with pytest.raises(
+            UserError, match=f"rows/w.: the rows of token {bad} fail their checksum"
+        ):
             serving.generate(PROMPTS, **OPTIONS, on_token=lambda *token: said.append(token))
-    assert said and said[: len(said) // 2] == said[len(said) // 2 :]  # what came before was given out, both times
-    assert len(serving.generate([[next(iter(needed - {bad}))]], 1)[0].ids) == 1  # the engine goes on
+    assert (
+        said and said[: len(said) // 2] == said[len(said) // 2 :]
+    )  # what came before was given out, both times
+    assert (
+        len(serving.generate([[next(iter(needed - {bad}))]], 1)[0].ids) == 1
+    )  # the engine goes on
 
 
 def test_two_engines_on_one_store_in_threads(stores, texts):
@@ -190,12 +216,23 @@ sys.exit(main.main())
 
 @pytest.mark.parametrize("silent", [False, True], ids=["local", "silent server"])
 def test_generate_interrupted_from_the_keyboard(silent, stores, child_environment):
-    """SIGINT ends the process within seconds with one word; where a server is silent, when its time is up (here 4 s). For an export and a copy see
-    test_kills.py."""
+    """SIGINT ends the process within seconds with one word; where a server is silent, when its time
+    is up (here 4 s). For an export and a copy see test_kills.py.
+    """
     with silent_server(stores["float32"]) if silent else contextlib.nullcontext() as server:
-        words = [f"--tkv={server.url}/float32" if silent else f"--tkv={stores['float32']}", "--prompt=a", "--max_tokens=100000", "--ram_budget=0"]
-        process = subprocess.Popen([sys.executable, "-c", GENERATE, "generate", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, env=child_environment)
+        words = [
+            f"--tkv={server.url}/float32" if silent else f"--tkv={stores['float32']}",
+            "--prompt=a",
+            "--max_tokens=100000",
+            "--ram_budget=0",
+        ]
+        process = subprocess.Popen(
+            [sys.executable, "-c", GENERATE, "generate", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=child_environment,
+        )
         try:
             if silent:
                 while not server.met:
@@ -208,7 +245,11 @@ def test_generate_interrupted_from_the_keyboard(silent, stores, child_environmen
             _, said = process.communicate(timeout=20)
         finally:
             process.kill()
-        assert process.returncode == 130 and said.splitlines()[-1] == "interrupted" and "Traceback" not in said
+        assert (
+            process.returncode == 130
+            and said.splitlines()[-1] == "interrupted"
+            and "Traceback" not in said
+        )
 
 
 @contextlib.contextmanager
@@ -218,7 +259,9 @@ def silent_server(path):
 
     server = Server(path.parent)
     server.fault("silent", "/rows/.*/c/", after=20)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    ).start()
     try:
         yield server
     finally:

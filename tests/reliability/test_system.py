@@ -1,4 +1,6 @@
-"""What the operating system refuses: descriptors, permissions, space, direct reads; and signals in the middle of reads."""
+"""What the operating system refuses: descriptors, permissions, space, direct reads; and signals in
+the middle of reads.
+"""
 
 import contextlib
 import json
@@ -12,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tkv.making import tree_bytes
 
 from flexmemory.errors import UserError
 from flexmemory.tkv import reader
 from flexmemory.tkv.store import open_store
-from tkv.making import tree_bytes
 
 from . import child, toy
 from .flips import everything
@@ -26,15 +28,25 @@ NOBODY = 65534
 
 def run_child(environment, *words, namespace=False) -> dict:
     prefix = ["unshare", "--mount"] if namespace else []
-    done = subprocess.run([*prefix, sys.executable, "-m", "reliability.child", *map(str, words)], capture_output=True, text=True, env=environment,
-                          timeout=120)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-m", "reliability.child", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def can_mount() -> bool:
     with contextlib.suppress(OSError):
-        return subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode == 0
+        return (
+            subprocess.run(
+                ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True
+            ).returncode
+            == 0
+        )
     return False
 
 
@@ -48,13 +60,20 @@ def whole(tmp_path_factory):
 # ---- space
 
 
-@pytest.mark.skipif(not can_mount(), reason="needs the right to mount a tmpfs in a namespace of its own")
+@pytest.mark.skipif(
+    not can_mount(), reason="needs the right to mount a tmpfs in a namespace of its own"
+)
 @pytest.mark.parametrize("action", ["export", "copy"])
 def test_a_disk_that_is_really_full(action, whole, tmp_path, child_environment):
-    """A tmpfs of 64 KiB and of a page more each time: full at another write each time. After it grows, the same command finishes."""
+    """A tmpfs of 64 KiB and of a page more each time: full at another write each time. After it
+    grows, the same command finishes.
+    """
     found = run_child(child_environment, "full", action, whole, tmp_path, 24, namespace=True)
     failed = [said for said in found["said"] if said is not None]
-    assert all("(No space left on device); free some space and run the same command again" in said for said in failed), failed
+    assert all(
+        "(No space left on device); free some space and run the same command again" in said
+        for said in failed
+    ), failed
     assert len(failed) >= 5 and len(set(failed)) >= 5 and found["said"][-1] is None
     assert found["finished"] == 24
 
@@ -77,7 +96,9 @@ def test_a_full_disk_at_many_writes(action, whole, tmp_path, monkeypatch):
             try:
                 child.act(action, whole, out)
             except UserError as error:
-                assert "(No space left on device)" in str(error) and "run the same command again" in str(error), error
+                assert "(No space left on device)" in str(
+                    error
+                ) and "run the same command again" in str(error), error
                 tried += 1
         if left[0] >= 0:
             break
@@ -92,18 +113,25 @@ def test_a_full_disk_at_many_writes(action, whole, tmp_path, monkeypatch):
 
 
 def test_few_file_descriptors(whole, child_environment):
-    """From 23 free descriptors to none: everything is read, or one line says that there are too many open files."""
+    """From 23 free descriptors to none: everything is read, or one line says that there are too
+    many open files.
+    """
     found = run_child(child_environment, "few", "-", whole, "-")
     assert len(found) == 48
     for what in ("open", "read"):
         said = [text for name, text in found.items() if name.startswith(what)]
         refused = [text for text in said if text != "right"]
-        assert all(str(whole) in text and "Too many open files" in text and "\n" not in text for text in refused), refused
+        assert all(
+            str(whole) in text and "Too many open files" in text and "\n" not in text
+            for text in refused
+        ), refused
         assert 8 <= len(refused) <= 24
 
 
 def test_signals_in_the_middle_of_reads(whole, monkeypatch):
-    """A timer interrupts the process every 200 microseconds, which ends system calls early (EINTR), while rows are read by every method."""
+    """A timer interrupts the process every 200 microseconds, which ends system calls early (EINTR),
+    while rows are read by every method.
+    """
     want, came = everything(whole, backbone=False), []
     ids = np.arange(257)
     before = signal.signal(signal.SIGALRM, lambda *_: came.append(1))
@@ -113,9 +141,13 @@ def test_signals_in_the_middle_of_reads(whole, monkeypatch):
             opened = open_store(whole)
             for group in opened.groups:
                 opened._readers[group.name].close()
-                opened._readers[group.name] = reader.open_reader(opened.location, opened.manifest, group, method=method)
+                opened._readers[group.name] = reader.open_reader(
+                    opened.location, opened.manifest, group, method=method
+                )
             for _ in range(20):
-                got = {f"rows {name}": rows.tobytes() for name, rows in opened.read_rows(ids).items()}
+                got = {
+                    f"rows {name}": rows.tobytes() for name, rows in opened.read_rows(ids).items()
+                }
                 assert got == {name: want[name] for name in got}
             opened.close()
         assert everything(whole, backbone=False) == want
@@ -125,9 +157,18 @@ def test_signals_in_the_middle_of_reads(whole, monkeypatch):
     assert len(came) > 50
 
 
-@pytest.mark.skipif(not can_mount(), reason="needs the right to mount a ramfs in a namespace of its own; test_reader.py refuses by a patch")
+@pytest.mark.skipif(
+    not can_mount(),
+    reason=(
+        "needs the right to mount a ramfs in a namespace of its own; test_reader.py refuses by a"
+        " patch"
+    ),
+)
 def test_a_file_system_without_direct_reads(whole, tmp_path, child_environment):
-    assert run_child(child_environment, "ramfs", "-", whole, tmp_path, namespace=True) == {"refused": True, "method": "buffered"}
+    assert run_child(child_environment, "ramfs", "-", whole, tmp_path, namespace=True) == {
+        "refused": True,
+        "method": "buffered",
+    }
 
 
 # ---- permissions
@@ -156,8 +197,23 @@ def shared():
         yield Path(folder)
 
 
-@pytest.mark.parametrize("part", ["tkv.json", "tokenizer.json", "counts.npy", "basis.safetensors", "backbone", "rows/w4/zarr.json", "rows/w8/c/1/0",
-                                  "rows/w4", "rows", "checksums/w8/c/0", "checksums/w4/zarr.json", "checksums"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "tkv.json",
+        "tokenizer.json",
+        "counts.npy",
+        "basis.safetensors",
+        "backbone",
+        "rows/w4/zarr.json",
+        "rows/w8/c/1/0",
+        "rows/w4",
+        "rows",
+        "checksums/w8/c/0",
+        "checksums/w4/zarr.json",
+        "checksums",
+    ],
+)
 def test_a_file_or_folder_that_may_not_be_read(part, stores, shared, command):
     path, kind = shared / "s", "int4 rank"
     shutil.copytree(stores[kind], path)
@@ -188,7 +244,9 @@ def test_a_folder_that_may_not_be_written(whole, shared):
 
 @pytest.mark.parametrize("action", ["export", "copy"])
 def test_rights_lost_in_the_middle(action, whole, shared, monkeypatch):
-    """An interrupted export or copy meets a folder that it may not write; with the rights back, the same command finishes."""
+    """An interrupted export or copy meets a folder that it may not write; with the rights back, the
+    same command finishes.
+    """
     source, out = shutil.copytree(whole, shared / "source"), shared / "s"
     fsync, left = os.fsync, [24]
 
@@ -210,7 +268,9 @@ def test_rights_lost_in_the_middle(action, whole, shared, monkeypatch):
         with pytest.raises(UserError, match=f"{folder}/.*[Pp]ermission denied") as caught:
             child.act(action, source, out)
         assert "\n" not in str(caught.value)
-        with pytest.raises(UserError, match="an unfinished (export|copy), not a store|no TKV store"):
+        with pytest.raises(
+            UserError, match="an unfinished (export|copy), not a store|no TKV store"
+        ):
             open_store(out)
         os.chmod(folder, 0o755)
         child.act(action, source, out)

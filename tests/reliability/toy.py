@@ -4,9 +4,9 @@ import functools
 
 import jax
 import numpy as np
+from tkv.making import config, make_store, params
 
 from flexmemory.config import Config
-from tkv.making import config, make_store, params
 
 KINDS = {"float32": {}, "int8": {"dtype": "int8"}, "int4 rank": {"dtype": "int4", "rank": 0.75}}
 
@@ -26,4 +26,9 @@ def other_params() -> dict:
 
 def export_to(out, weights: dict | None = None, **options) -> dict:
     """One and the same export every time; three shards, one token in the last."""
-    return make_store(out, model()[0], model()[1] if weights is None else weights, **dict(block_rows=128, counts_V=np.arange(257)) | options)
+    return make_store(
+        out,
+        model()[0],
+        model()[1] if weights is None else weights,
+        **dict(block_rows=128, counts_V=np.arange(257)) | options,
+    )

@@ -1,11 +1,12 @@
 import pytest
-
 from tkv.making import byte_tokenizer, config, make_store, params
 
 
 @pytest.fixture(scope="session")
 def mixed():
-    """(Config, params) of a model with two groups, computed and learned rows, C layers before and between."""
+    """(Config, params) of a model with two groups, computed and learned rows, C layers before and
+    between.
+    """
     cfg = config("dense memoryllm (flex stem)*2")
     return cfg, params(cfg)
 

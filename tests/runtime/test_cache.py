@@ -1,4 +1,6 @@
-"""The slot cache against plain models that look at the whole history: same hits, same rows kept, never a slot given away."""
+"""The slot cache against plain models that look at the whole history: same hits, same rows kept,
+never a slot given away.
+"""
 
 import math
 from collections import OrderedDict, deque
@@ -18,18 +20,31 @@ ids_lists = st.lists(st.integers(0, V - 1), unique=True, max_size=V)
 
 
 class AgainstModel(RuleBasedStateMachine):
-    """The model knows every use since the start and what is resident; it learns the slot numbers from the cache.
+    """The model knows every use since the start and what is resident; it learns the slot numbers
+    from the cache.
 
     ``slab`` stands for the row data, and ``in_flight`` for the rows that earlier steps still read.
     """
 
-    @initialize(policy=st.sampled_from(POLICIES), slots=st.integers(0, V + 2), counted=st.booleans(), window=st.integers(1, 3),
-                counts=st.permutations(range(V)), low=st.sampled_from([0, 1, 8]), rescale=st.sampled_from([0.25, 512]))
+    @initialize(
+        policy=st.sampled_from(POLICIES),
+        slots=st.integers(0, V + 2),
+        counted=st.booleans(),
+        window=st.integers(1, 3),
+        counts=st.permutations(range(V)),
+        low=st.sampled_from([0, 1, 8]),
+        rescale=st.sampled_from([0.25, 512]),
+    )
     def start(self, policy, slots, counted, window, counts, low, rescale):
-        cache_module.LOW, cache_module.RESCALE = low, rescale  # small, so that the rare paths run at this size
+        cache_module.LOW, cache_module.RESCALE = (
+            low,
+            rescale,
+        )  # small, so that the rare paths run at this size
         self.policy, self.window = policy, window
         self.counts = np.asarray(counts, np.uint64) if counted or policy == "static" else None
-        self.cache = SlotCache(slots, V, policy, counts_V=self.counts, window=window if policy == "window" else 0)
+        self.cache = SlotCache(
+            slots, V, policy, counts_V=self.counts, window=window if policy == "window" else 0
+        )
         self.slots = min(slots, V)
         assert self.cache.slots == self.slots
         self.now = 0
@@ -55,7 +70,11 @@ class AgainstModel(RuleBasedStateMachine):
         if self.policy in ("lru", "window"):
             return max(self.uses[i], default=0)
         half_life = HALF_LIFE * max(1, self.slots)
-        start = 0 if self.counts is None else self.counts[i] / self.counts.sum() * half_life / math.log(2)
+        start = (
+            0
+            if self.counts is None
+            else self.counts[i] / self.counts.sum() * half_life / math.log(2)
+        )
         return start + sum(2 ** (t / half_life) for t in self.uses[i])
 
     def members(self):
@@ -73,7 +92,9 @@ class AgainstModel(RuleBasedStateMachine):
         new.sort(key=self.score, reverse=True)
         safe = {*pinned} | {self.slot_of[i] for i in [*self.step, *ids] if i in self.slot_of}
         room = len(set(range(self.slots)) - set(self.slot_of.values()) - safe)
-        evictable = sorted((i for i, slot in self.slot_of.items() if slot not in safe), key=self.score)
+        evictable = sorted(
+            (i for i, slot in self.slot_of.items() if slot not in safe), key=self.score
+        )
         kept = []
         for i in new:
             if room:
@@ -90,7 +111,11 @@ class AgainstModel(RuleBasedStateMachine):
             if i in self.slot_of:
                 assert slot == self.slot_of[i]
             elif i in kept:
-                assert 0 <= slot < self.slots and slot not in safe and slot not in self.slot_of.values()
+                assert (
+                    0 <= slot < self.slots
+                    and slot not in safe
+                    and slot not in self.slot_of.values()
+                )
                 self.slot_of[i] = slot
                 self.slab[slot] = i
                 self.total["admitted"] += 1
@@ -105,7 +130,11 @@ class AgainstModel(RuleBasedStateMachine):
             ids = sorted(ids)
             got = self.cache.found(ids)
             assert got is None or len(got) == len(ids) > 0 and self.policy != "window"
-            if got is None and (self.policy in ("lru", "static") or self.policy == "lfu" and cache_module.RESCALE > 1):
+            if got is None and (
+                self.policy in ("lru", "static")
+                or self.policy == "lfu"
+                and cache_module.RESCALE > 1
+            ):
                 assert not ids or any(i not in self.slot_of for i in ids)
         if got is None:
             asked = np.asarray(ids, np.int64)
@@ -121,10 +150,14 @@ class AgainstModel(RuleBasedStateMachine):
         self.total["hits"] += int((got >= 0).sum())
         self.total["misses"] += int((got < 0).sum())
         if self.policy == "window":
-            self.slot_of = {i: slot for i, slot in self.slot_of.items() if any(i in used for used in self.steps)}
+            self.slot_of = {
+                i: slot for i, slot in self.slot_of.items() if any(i in used for used in self.steps)
+            }
         held = {slot: int(self.slab[slot]) for slot in got[got >= 0].tolist()}
         missing = [i for i, slot in zip(ids, got) if slot < 0]
-        half = len(missing) // 2  # in two calls: the second must not take the slots of the first either
+        half = (
+            len(missing) // 2
+        )  # in two calls: the second must not take the slots of the first either
         for part in (missing[:half], missing[half:]):
             self.admit(part, [*self.in_flight, -1])
             held |= {self.slot_of[i]: i for i in part if i in self.slot_of}
@@ -135,7 +168,9 @@ class AgainstModel(RuleBasedStateMachine):
     @rule(ids=ids_lists)
     def read_ahead(self, ids):
         """Admits ids that this step did not ask for."""
-        if self.policy == "lfu" and self.counts is None:  # rows that were never used and never counted are equal: no order among them
+        if (
+            self.policy == "lfu" and self.counts is None
+        ):  # rows that were never used and never counted are equal: no order among them
             ids = [i for i in ids if self.uses[i]]
         self.admit(ids, list(self.in_flight))
         for slot, i in self.in_flight.items():
@@ -144,7 +179,11 @@ class AgainstModel(RuleBasedStateMachine):
     @rule()
     def preload(self):
         ids = self.cache.preload_ids()
-        assert ids.tolist() == (sorted(self.members()) if self.counts is not None and self.policy in ("static", "lfu") else [])
+        assert ids.tolist() == (
+            sorted(self.members())
+            if self.counts is not None and self.policy in ("static", "lfu")
+            else []
+        )
         self.admit(ids.tolist(), list(self.in_flight))
 
     @invariant()
@@ -158,7 +197,9 @@ class AgainstModel(RuleBasedStateMachine):
 
 
 TestAgainstModel = AgainstModel.TestCase
-TestAgainstModel.settings = settings(max_examples=150, stateful_step_count=25, deadline=None, derandomize=True)
+TestAgainstModel.settings = settings(
+    max_examples=150, stateful_step_count=25, deadline=None, derandomize=True
+)
 
 
 def run(cache, steps):
@@ -184,7 +225,9 @@ def zipf_steps(seed, steps, addresses, size):
 
 @pytest.mark.parametrize(("slots", "size"), [(1, 1), (300, 1), (300, 40)])
 def test_lru_against_an_ordered_dict(slots, size):
-    """Large enough that the lowest scores are taken from the prepared set and that it is made anew many times."""
+    """Large enough that the lowest scores are taken from the prepared set and that it is made anew
+    many times.
+    """
     cache, order = SlotCache(slots, 4000, "lru"), OrderedDict()
     steps = zipf_steps(0, 1500, 4000, size)
     expected = []
@@ -204,10 +247,18 @@ def test_lru_against_an_ordered_dict(slots, size):
 @pytest.mark.parametrize("counted", [False, True])
 def test_lfu_against_a_naive_model(counted):
     slots, addresses = 200, 2000
-    counts = np.random.default_rng(1).permutation(np.arange(addresses, dtype=np.uint64)) if counted else None
+    counts = (
+        np.random.default_rng(1).permutation(np.arange(addresses, dtype=np.uint64))
+        if counted
+        else None
+    )
     cache = SlotCache(slots, addresses, "lfu", counts_V=counts)
     cache.admit(cache.preload_ids())
-    worth = np.zeros(addresses) if counts is None else counts / counts.sum() * (HALF_LIFE * slots / math.log(2))
+    worth = (
+        np.zeros(addresses)
+        if counts is None
+        else counts / counts.sum() * (HALF_LIFE * slots / math.log(2))
+    )
     kept = set() if counts is None else set(np.argsort(counts)[-slots:].tolist())
     now, expected = 0, []
     steps = zipf_steps(2, 600, addresses, 30)
@@ -260,7 +311,12 @@ def test_window_against_a_deque_of_sets(steps, window):
 def test_window_without_room_lets_the_oldest_go():
     cache = SlotCache(4, 100, "window", window=3)
     run(cache, [[1, 2], [3, 4], [5]])
-    assert resident(cache, 100) == {1, 3, 4, 5}  # 2 was used before 1: the first of a call is the most recent
+    assert resident(cache, 100) == {
+        1,
+        3,
+        4,
+        5,
+    }  # 2 was used before 1: the first of a call is the most recent
 
 
 def test_window_free_and_evicted_slots_in_one_call():
@@ -292,16 +348,32 @@ def test_static_is_loaded_once_and_never_evicts():
     cache = SlotCache(3, 6, "static", counts_V=counts)
     assert cache.preload_ids().tolist() == [0, 2, 3]  # of the equal 0, 3 and 5 the lower ones
     first = cache.admit(cache.preload_ids())
-    assert sorted(first) == [0, 1, 2] and cache.admit(cache.preload_ids()).tolist() == first.tolist()
+    assert (
+        sorted(first) == [0, 1, 2] and cache.admit(cache.preload_ids()).tolist() == first.tolist()
+    )
     assert run(cache, [[0, 1, 5], [4, 5], [1, 5], [3, 5]]) == [[0], [], [], [3]]
     assert cache.admit(np.asarray([5, 1])).tolist() == [-1, -1]
-    assert cache.stats() == {"policy": "static", "slots": 3, "resident": 3, "hits": 2, "misses": 7, "admitted": 3, "evictions": 0}
+    assert cache.stats() == {
+        "policy": "static",
+        "slots": 3,
+        "resident": 3,
+        "hits": 2,
+        "misses": 7,
+        "admitted": 3,
+        "evictions": 0,
+    }
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("slots", [0, 20, 50])
 def test_no_slots_and_slots_for_all(policy, slots):
-    cache = SlotCache(slots, 20, policy, counts_V=np.arange(20, dtype=np.uint64), window=99 if policy == "window" else 0)
+    cache = SlotCache(
+        slots,
+        20,
+        policy,
+        counts_V=np.arange(20, dtype=np.uint64),
+        window=99 if policy == "window" else 0,
+    )
     cache.admit(cache.preload_ids())
     steps = zipf_steps(4, 40, 20, 6)
     run(cache, steps)
@@ -310,14 +382,23 @@ def test_no_slots_and_slots_for_all(policy, slots):
     assert cache.stats()["evictions"] == 0 and run(cache, [seen]) == [seen if slots else []]
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: SlotCache(3, 9, "lifo"), "policy: 'lifo'"),
-    (lambda: SlotCache(3, 9, "static"), "policy: 'static' keeps the most frequent tokens and this store has no counts"),
-    (lambda: SlotCache(3, 9, "lfu", counts_V=np.zeros(8, np.uint64)), r"counts: shape \(8,\) for 9 addresses"),
-    (lambda: SlotCache(3, 9, "window"), "window: 0 with policy 'window'"),
-    (lambda: SlotCache(3, 9, "lru", window=2), "window: 2 with policy 'lru'"),
-    (lambda: SlotCache(-1, 9, "lru"), "slots: -1 of 9 addresses"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SlotCache(3, 9, "lifo"), "policy: 'lifo'"),
+        (
+            lambda: SlotCache(3, 9, "static"),
+            "policy: 'static' keeps the most frequent tokens and this store has no counts",
+        ),
+        (
+            lambda: SlotCache(3, 9, "lfu", counts_V=np.zeros(8, np.uint64)),
+            r"counts: shape \(8,\) for 9 addresses",
+        ),
+        (lambda: SlotCache(3, 9, "window"), "window: 0 with policy 'window'"),
+        (lambda: SlotCache(3, 9, "lru", window=2), "window: 2 with policy 'lru'"),
+        (lambda: SlotCache(-1, 9, "lru"), "slots: -1 of 9 addresses"),
+    ],
+)
 def test_user_errors(make, message):
     with pytest.raises(UserError, match=message):
         make()

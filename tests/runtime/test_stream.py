@@ -1,12 +1,14 @@
-"""Text as it comes: the pieces joined are the text, cut at the first stop text, and never a half character."""
+"""Text as it comes: the pieces joined are the text, cut at the first stop text, and never a half
+character.
+"""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tkv.making import byte_tokenizer
 
 from flexmemory.runtime.stream import TextStream
-from tkv.making import byte_tokenizer
 
 
 def decode(ids) -> str:
@@ -32,7 +34,10 @@ def test_a_broken_character_comes_at_the_end():
 
 def test_what_may_become_a_stop_text_is_held_back():
     stream, pieces = run(b"one, two; and", ["; end", ", then"])
-    assert pieces == ["o", "n", "e", "", "", "", ", tw", "o", "", "", "; a", "n", "d", ""] and not stream.stopped
+    assert (
+        pieces == ["o", "n", "e", "", "", "", ", tw", "o", "", "", "; a", "n", "d", ""]
+        and not stream.stopped
+    )
 
 
 def test_the_first_stop_text_ends_it():
@@ -43,14 +48,26 @@ def test_the_first_stop_text_ends_it():
 def test_a_stop_text_inside_what_a_token_brings():
     pieces = {0: "hello ", 1: "wor", 2: "ld! bye"}
     stream = TextStream(lambda ids: "".join(pieces[i] for i in ids), ["! b"])
-    assert [stream.add(0), stream.add(1), stream.add(2), stream.finish()] == ["hello ", "wor", "ld", ""] and stream.stopped
+    assert [stream.add(0), stream.add(1), stream.add(2), stream.finish()] == [
+        "hello ",
+        "wor",
+        "ld",
+        "",
+    ] and stream.stopped
 
 
 @given(st.text("abé", max_size=30), st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
 def test_pieces_join_to_the_text_before_the_first_stop(text, stops):
     stream, pieces = run(text.encode(), stops)
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
-    first = min((text[: min(ends)].find(stop) for stop in stops if stop in text[: min(ends)]), default=None) if ends else None
+    first = (
+        min(
+            (text[: min(ends)].find(stop) for stop in stops if stop in text[: min(ends)]),
+            default=None,
+        )
+        if ends
+        else None
+    )
     assert "".join(pieces) == stream.text == (text if first is None else text[:first])
     assert stream.stopped == bool(ends)
 

@@ -1,7 +1,8 @@
 """Toy models and the stores made of them, shared by the tests of tkv and runtime.
 
-``python -m tests.tkv.making`` wrote tests/tkv/stores/v2 and v2_int4_rank (and the .json beside each) when version 2 was new; v1 was written the
-same way by the flexmemory of its time. They are never written again: the script refuses while they are there.
+``python -m tests.tkv.making`` wrote tests/tkv/stores/v2 and v2_int4_rank (and the .json beside
+each) when version 2 was new; v1 was written the same way by the flexmemory of its time. They are
+never written again: the script refuses while they are there.
 """
 
 import json
@@ -23,7 +24,16 @@ MIXED = "attn_only dense memoryllm (flex stem)*2 stem-gate parallel stem-dagger"
 
 
 def config(pattern: str, **settings) -> Config:
-    return Config(model=ModelConfig(**(dict(pattern=pattern, vocab_size=VOCAB, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48) | settings)))
+    return Config(
+        model=ModelConfig(
+            **(
+                dict(
+                    pattern=pattern, vocab_size=VOCAB, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48
+                )
+                | settings
+            )
+        )
+    )
 
 
 def params(cfg: Config, seed: int = 0) -> dict:
@@ -31,7 +41,9 @@ def params(cfg: Config, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        return ((path[-1].key == "scale") + 0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        return ((path[-1].key == "scale") + 0.3 * rng.standard_normal(leaf.shape)).astype(
+            np.float32
+        )
 
     return jax.tree.map_with_path(draw, abstract_params(cfg.model))
 
@@ -41,18 +53,37 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def make_store(out: Path, cfg: Config, weights: dict, **options) -> dict:
-    return export_params(cfg, weights, byte_tokenizer(), out, run="run", step=3, **(dict(block_rows=SHARD, progress=False) | options))
+    return export_params(
+        cfg,
+        weights,
+        byte_tokenizer(),
+        out,
+        run="run",
+        step=3,
+        **(dict(block_rows=SHARD, progress=False) | options),
+    )
 
 
 def tree_bytes(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file()
+    }
 
 
 FROZEN = {"v2": {}, "v2_int4_rank": {"dtype": "int4", "scale_group": 5, "rank": 0.75}}
 
 
 def frozen_weights() -> tuple[Config, dict]:
-    cfg = config("dense memoryllm flex stem-gate", vocab_size=257, d_model=8, n_heads=2, n_kv_heads=1, d_ff=24)
+    cfg = config(
+        "dense memoryllm flex stem-gate",
+        vocab_size=257,
+        d_model=8,
+        n_heads=2,
+        n_kv_heads=1,
+        d_ff=24,
+    )
     return cfg, params(cfg, seed=5)
 
 
@@ -65,7 +96,18 @@ def main() -> None:
         out, ids = Path(__file__).parent / "stores" / name, list(b"token memory")
         if out.exists():
             raise SystemExit(f"{out} exists; stores of released versions are never written again")
-        export_params(cfg, weights, byte_tokenizer(), out, run="frozen", step=0, counts_V=np.arange(257), block_rows=128, progress=False, **rows)
+        export_params(
+            cfg,
+            weights,
+            byte_tokenizer(),
+            out,
+            run="frozen",
+            step=0,
+            counts_V=np.arange(257),
+            block_rows=128,
+            progress=False,
+            **rows,
+        )
         expected = {"ids": ids, "logits_of_the_last": raw_reader.forward(out, ids)[-1].tolist()}
         (out.parent / f"{name}.json").write_text(json.dumps(expected))
 

@@ -1,4 +1,6 @@
-"""A reader of the TKV store from docs/formats.md alone: json and NumPy, no flexmemory, no JAX, no zarr."""
+"""A reader of the TKV store from docs/formats.md alone: json and NumPy, no flexmemory, no JAX, no
+zarr.
+"""
 
 import json
 import zlib
@@ -13,7 +15,9 @@ def read_manifest(store: Path) -> dict:
     manifest = json.loads((store / "tkv.json").read_bytes())
     assert manifest["format"] == "tkv" and manifest["version"] in (1, 2)
     body = {k: v for k, v in manifest.items() if k != "crc32"}
-    assert manifest["crc32"] == zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    assert manifest["crc32"] == zlib.crc32(
+        json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    )
     for file in manifest["files"] if manifest["version"] == 2 else manifest["backbone"]["files"]:
         data = (store / file["name"]).read_bytes()
         assert len(data) == file["bytes"] and zlib.crc32(data) == file["crc32"]
@@ -42,9 +46,15 @@ def decode(found: bytes, store: Path, manifest: dict, group: dict) -> np.ndarray
     """rows_LW float32 of one bundle."""
     dtype, ranks, rows, at = manifest["dtype"], group.get("ranks"), [], 0
     basis = read_tensors(store / "basis.safetensors") if ranks else {}
-    for layer, n in zip(group["layers"], ranks or [group["width"]] * len(group["layers"]), strict=True):
+    for layer, n in zip(
+        group["layers"], ranks or [group["width"]] * len(group["layers"]), strict=True
+    ):
         g = manifest.get("scale_group") or n
-        size = n * FLOATS[dtype] if dtype in FLOATS else (n if dtype == "int8" else (n + 1) // 2) + 4 * -(-n // g)
+        size = (
+            n * FLOATS[dtype]
+            if dtype in FLOATS
+            else (n if dtype == "int8" else (n + 1) // 2) + 4 * -(-n // g)
+        )
         row = numbers(found[at : at + size], n, dtype, g)
         rows.append(row @ basis[f"layers.{layer}"] if ranks else row)
         at += size
@@ -87,12 +97,18 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         if name != "__metadata__":
             assert entry["dtype"] == "F32"
             begin, end = entry["data_offsets"]
-            tensors[name] = np.frombuffer(data[start + begin : start + end], "<f4").reshape(entry["shape"])
+            tensors[name] = np.frombuffer(data[start + begin : start + end], "<f4").reshape(
+                entry["shape"]
+            )
     return tensors
 
 
 def read_backbone(store: Path, manifest: dict) -> dict[str, np.ndarray]:
-    return {name: tensor for path in sorted((store / "backbone").iterdir()) for name, tensor in read_tensors(path).items()}
+    return {
+        name: tensor
+        for path in sorted((store / "backbone").iterdir())
+        for name, tensor in read_tensors(path).items()
+    }
 
 
 def read_counts(store: Path) -> np.ndarray:
@@ -111,19 +127,29 @@ def forward(store: Path, ids: list[int]) -> np.ndarray:
     manifest = read_manifest(store)
     model, groups = manifest["model"], {group["name"]: group for group in manifest["groups"]}
     weights = {name: w.astype(np.float64) for name, w in read_backbone(store, manifest).items()}
-    rows = {(name, t): bundle(store, manifest, group, t).astype(np.float64) for name, group in groups.items() for t in set(ids)}
+    rows = {
+        (name, t): bundle(store, manifest, group, t).astype(np.float64)
+        for name, group in groups.items()
+        for t in set(ids)
+    }
 
     def rms(x, scale):
-        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + model["norm_eps"]) * weights[scale]
+        return (
+            x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + model["norm_eps"]) * weights[scale]
+        )
 
     def swiglu(h, prefix):
-        return (silu(h @ weights[prefix + "gate"]) * (h @ weights[prefix + "up"])) @ weights[prefix + "down"]
+        return (silu(h @ weights[prefix + "gate"]) * (h @ weights[prefix + "up"])) @ weights[
+            prefix + "down"
+        ]
 
     def rope(u_TnH):
         half = u_TnH.shape[-1] // 2
         angle = np.arange(len(ids))[:, None, None] * model["rope_base"] ** (-np.arange(half) / half)
         a, b = u_TnH[..., :half], u_TnH[..., half:]
-        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+        return np.concatenate(
+            [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1
+        )
 
     def attention(h, prefix):
         q, k, v = (np.einsum("td,dnh->tnh", h, weights[prefix + name]) for name in "qkv")
@@ -133,13 +159,19 @@ def forward(store: Path, ids: list[int]) -> np.ndarray:
             score = q[:, n] @ k[:, n // share].T / np.sqrt(q.shape[-1])
             score[np.triu_indices(len(ids), 1)] = -np.inf
             weight = np.exp(score - score.max(-1, keepdims=True))
-            out += weight / weight.sum(-1, keepdims=True) @ v[:, n // share] @ weights[prefix + "o"][n]
+            out += (
+                weight / weight.sum(-1, keepdims=True) @ v[:, n // share] @ weights[prefix + "o"][n]
+            )
         return out
 
     x = weights["embed"][ids]
     for i, layer in enumerate(manifest["layers"]):
         p = f"layers.{i}."
-        row = np.stack([rows[layer["group"], t][layer["place"]] for t in ids]) if layer["group"] else None
+        row = (
+            np.stack([rows[layer["group"], t][layer["place"]] for t in ids])
+            if layer["group"]
+            else None
+        )
         y = x + attention(rms(x, p + "attn_norm.scale"), p + "attn.")
         kind = layer["kind"]
         if kind in ("dense", "parallel"):
@@ -156,9 +188,13 @@ def forward(store: Path, ids: list[int]) -> np.ndarray:
                 new = y + row + swiglu(h, p + "ffn.")
         else:
             h = rms(y, p + "ffn_norm.scale")
-            inner = {"stem": lambda: silu(h @ weights[p + "gate"]) * row,
-                     "stem-gate": lambda: silu(row) * (h @ weights[p + "up"]),
-                     "stem-dagger": lambda: silu(h @ weights[p + "gate"]) * (h @ weights[p + "up"] + row)}[kind]()
+            inner = {
+                "stem": lambda: silu(h @ weights[p + "gate"]) * row,
+                "stem-gate": lambda: silu(row) * (h @ weights[p + "up"]),
+                "stem-dagger": lambda: (
+                    silu(h @ weights[p + "gate"]) * (h @ weights[p + "up"] + row)
+                ),
+            }[kind]()
             new = y + inner @ weights[p + "down"]
         x = new
     return rms(x, "norm.scale") @ (weights["embed"].T if model["tied_head"] else weights["head"])

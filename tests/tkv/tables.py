@@ -33,8 +33,16 @@ LAYOUTS = {
 
 
 def make(path, layout, order=slice(None)):
-    """Writes the shard files by hand; returns (location, group, rows uint8 [V, B]). ``order``: of the bundles in each file."""
-    group = Group("w", tuple(range(layout.layers)), layout, -(-VOCAB // SHARD_ROWS), VOCAB * layout.bundle_bytes)
+    """Writes the shard files by hand; returns (location, group, rows uint8 [V, B]). ``order``: of
+    the bundles in each file.
+    """
+    group = Group(
+        "w",
+        tuple(range(layout.layers)),
+        layout,
+        -(-VOCAB // SHARD_ROWS),
+        VOCAB * layout.bundle_bytes,
+    )
     rows_VB = np.random.default_rng(0).integers(0, 256, (VOCAB, layout.bundle_bytes), np.uint8)
     rows_VB[3] = 0  # a bundle of zeros is stored like any other
     location = open_location(path)
@@ -44,10 +52,15 @@ def make(path, layout, order=slice(None)):
         part = rows_VB[shard * SHARD_ROWS : (shard + 1) * SHARD_ROWS]
         places = np.arange(len(part))[order]
         index = np.full((SHARD_ROWS, 2), 2**64 - 1, np.uint64)
-        index[places, 0], index[places, 1] = np.arange(len(part)) * layout.bundle_bytes, layout.bundle_bytes
+        index[places, 0], index[places, 1] = (
+            np.arange(len(part)) * layout.bundle_bytes,
+            layout.bundle_bytes,
+        )
         file = path / format.shard_file(group, shard)
         file.parent.mkdir(parents=True)
-        file.write_bytes(part[order].tobytes() + index.tobytes() + crc32c(index.tobytes()).to_bytes(4, "little"))
+        file.write_bytes(
+            part[order].tobytes() + index.tobytes() + crc32c(index.tobytes()).to_bytes(4, "little")
+        )
     return location, group, rows_VB
 
 

@@ -75,7 +75,11 @@ def test_copy_is_equal(store, out):
     bytes_of = tree_bytes(source)
     assert tree_bytes(out) == bytes_of
     assert made["files"] == len(bytes_of) == made["copied_files"] + 1
-    assert made["bytes"] == sum(map(len, bytes_of.values())) == made["copied_bytes"] + len(bytes_of["tkv.json"])
+    assert (
+        made["bytes"]
+        == sum(map(len, bytes_of.values()))
+        == made["copied_bytes"] + len(bytes_of["tkv.json"])
+    )
     open_store(out)
 
 
@@ -88,11 +92,21 @@ def test_parts_of_large_files(source, out, monkeypatch):
 
 def test_every_damaged_file_is_refused(source, out):
     """One flipped bit in one file of each kind."""
-    for name in ("backbone/model-00001-of-00001.safetensors", "checksums/w32/c/0", "checksums/w32/zarr.json", "rows/w48/c/4/0/0",
-                 "rows/w48/zarr.json", "tokenizer.json", "tkv.json"):
+    for name in (
+        "backbone/model-00001-of-00001.safetensors",
+        "checksums/w32/c/0",
+        "checksums/w32/zarr.json",
+        "rows/w48/c/4/0/0",
+        "rows/w48/zarr.json",
+        "tokenizer.json",
+        "tkv.json",
+    ):
         shutil.rmtree(out, ignore_errors=True)  # else what the last call has copied is trusted
         flip(source / name)
-        with pytest.raises(UserError, match="tkv.json" if name == "tkv.json" else f"source/{name}: its checksum is wrong"):
+        with pytest.raises(
+            UserError,
+            match="tkv.json" if name == "tkv.json" else f"source/{name}: its checksum is wrong",
+        ):
             run(source, out)
         assert not (out / "tkv.json").exists()
         flip(source / name)
@@ -104,7 +118,9 @@ def test_every_damaged_file_is_refused(source, out):
 def test_missing_and_truncated_files_are_refused_before_anything_is_written(source, out, name):
     data = (source / name).read_bytes()
     (source / name).write_bytes(data[:-1])
-    with pytest.raises(UserError, match=f"source/{name}: {len(data) - 1} bytes, {len(data)} expected"):
+    with pytest.raises(
+        UserError, match=f"source/{name}: {len(data) - 1} bytes, {len(data)} expected"
+    ):
         run(source, out)
     (source / name).unlink()
     with pytest.raises(UserError, match=f"source/{name}: missing"):
@@ -119,7 +135,13 @@ def test_damaged_first_version_is_refused(tmp_path, out):
     with pytest.raises(UserError, match=f"{shard.relative_to(tmp_path)}: .*fail"):
         run(tmp_path / "v1", out)
     flip(shard)
-    (tmp_path / "v1" / "rows" / shard.relative_to(tmp_path / "v1" / "rows").parts[0] / "zarr.json").unlink()
+    (
+        tmp_path
+        / "v1"
+        / "rows"
+        / shard.relative_to(tmp_path / "v1" / "rows").parts[0]
+        / "zarr.json"
+    ).unlink()
     with pytest.raises(UserError, match="zarr.json: missing"):
         run(tmp_path / "v1", out)
 
@@ -147,7 +169,14 @@ def test_again(source, out):
 def test_interrupted_anywhere(source, out):
     """Killed before its n-th rename: never taken for a store, and finished by the same call."""
     files = len(tree_bytes(source))
-    for writes in (0, 1, 2, 11, files, files + 1):  # the marker comes before them, and again before tkv.json
+    for writes in (
+        0,
+        1,
+        2,
+        11,
+        files,
+        files + 1,
+    ):  # the marker comes before them, and again before tkv.json
         shutil.rmtree(out, ignore_errors=True)
         interrupted(source, out, writes)
         assert not (out / "tkv.json").exists()
@@ -161,7 +190,10 @@ def test_interrupted_anywhere(source, out):
 def test_another_store_at_the_destination(source, other_store, out):
     run(other_store, out)
     before = tree_bytes(out)
-    with pytest.raises(UserError, match="holds another store; give --overwrite to replace it, or another destination"):
+    with pytest.raises(
+        UserError,
+        match="holds another store; give --overwrite to replace it, or another destination",
+    ):
         run(source, out)
     assert tree_bytes(out) == before
     run(source, out, overwrite=True)
@@ -171,12 +203,15 @@ def test_another_store_at_the_destination(source, other_store, out):
 
 
 def test_overwriting_is_interrupted(mixed, source, out, tmp_path):
-    """Two stores whose files have the same names and sizes: none of the other's may be trusted, whenever the first copy was killed."""
+    """Two stores whose files have the same names and sizes: none of the other's may be trusted,
+    whenever the first copy was killed.
+    """
     cfg, params = mixed
     make_store(tmp_path / "twin", cfg, jax.tree.map(lambda leaf: leaf * 1.5, params))
     ours, twins = tree_bytes(source), tree_bytes(tmp_path / "twin")
     assert {name: len(data) for name, data in ours.items() if name != "tkv.json"} == {
-        name: len(data) for name, data in twins.items() if name != "tkv.json"}
+        name: len(data) for name, data in twins.items() if name != "tkv.json"
+    }
     unlink = Path.unlink
     for deletions in (0, 1, 2, 12, len(ours) - 1):
         shutil.rmtree(out, ignore_errors=True)
@@ -190,11 +225,18 @@ def test_overwriting_is_interrupted(mixed, source, out, tmp_path):
             unlink(path, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LocalLocation, "delete", lambda location, name: count(location.local / name, missing_ok=True))
+            patch.setattr(
+                LocalLocation,
+                "delete",
+                lambda location, name: count(location.local / name, missing_ok=True),
+            )
             with pytest.raises(Killed):
                 run(source, out, overwrite=True)
         if (out / "tkv.json").exists():
-            assert {name: data for name, data in tree_bytes(out).items() if name != COPY_MARK} in (twins, ours)
+            assert {name: data for name, data in tree_bytes(out).items() if name != COPY_MARK} in (
+                twins,
+                ours,
+            )
         run(source, out, overwrite=True)
         assert tree_bytes(out) == ours
 
@@ -256,7 +298,9 @@ def test_source_replaced_meanwhile(source, out, monkeypatch):
     with pytest.raises(UserError, match="source: was replaced while it was copied"):
         run(source, out)
     assert not (out / "tkv.json").exists() and (out / COPY_MARK).exists()
-    with pytest.raises(UserError, match="an unfinished copy, not a store; run the same `flexmemory copy` again"):
+    with pytest.raises(
+        UserError, match="an unfinished copy, not a store; run the same `flexmemory copy` again"
+    ):
         open_store(out)
 
 
@@ -264,7 +308,9 @@ def test_disk_full(source, out, monkeypatch):
     usage = shutil.disk_usage
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
-        with pytest.raises(UserError, match=r"bytes are to be written and the disk has 1,000 free; free some space"):
+        with pytest.raises(
+            UserError, match=r"bytes are to be written and the disk has 1,000 free; free some space"
+        ):
             run(source, out)
 
     def full(*_):
@@ -272,7 +318,13 @@ def test_disk_full(source, out, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); free some space and run the same command again"):
+        with pytest.raises(
+            UserError,
+            match=(
+                r"cannot be written \(No space left on device\); free some space and run the same"
+                r" command again"
+            ),
+        ):
             run(source, out)
     run(source, out)
     assert tree_bytes(out) == tree_bytes(source)
@@ -288,7 +340,12 @@ def test_written_wrong(source, out, monkeypatch):
         rename(scratch, path)
 
     monkeypatch.setattr(os, "replace", change)
-    with pytest.raises(UserError, match=r"tokenizer\.json: reads back other than it was written; check the disk and copy again"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"tokenizer\.json: reads back other than it was written; check the disk and copy again"
+        ),
+    ):
         run(source, out, deep=True)
     assert not (out / "tkv.json").exists()
 
@@ -296,8 +353,13 @@ def test_written_wrong(source, out, monkeypatch):
 def test_command(source, out, capsys):
     assert command.run([str(source), str(out)]) == 0
     files = len(tree_bytes(source))
-    assert f"{out}: {files} files, " in (first := capsys.readouterr().out) and f"{files - 1} copied and verified (" in first
+    assert (
+        f"{out}: {files} files, " in (first := capsys.readouterr().out)
+        and f"{files - 1} copied and verified (" in first
+    )
     assert command.run([str(source), str(out)]) == 0
-    assert f"{files - 1} were there already, by size; --deep reads them; " in capsys.readouterr().out
+    assert (
+        f"{files - 1} were there already, by size; --deep reads them; " in capsys.readouterr().out
+    )
     assert command.run([str(source), str(out), "--deep"]) == 0
     assert f"{files - 1} were there already, read and verified; " in capsys.readouterr().out

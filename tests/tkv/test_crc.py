@@ -24,7 +24,9 @@ def test_equal_to_zlib_over_long_data():
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
 def test_of_two(first, second):
-    assert crc.combined(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+    assert crc.combined(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(
+        first + second
+    )
 
 
 @given(st.lists(st.binary(max_size=40)), st.integers(1, 50))
@@ -32,7 +34,9 @@ def test_of_parts(parts, piece_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crc, "PIECE_BYTES", piece_bytes)
         arrays = (np.frombuffer(part, np.uint8) for part in parts)
-        assert crc.crc32_of_parts(parts) == crc.crc32_of_parts(arrays) == zlib.crc32(b"".join(parts))
+        assert (
+            crc.crc32_of_parts(parts) == crc.crc32_of_parts(arrays) == zlib.crc32(b"".join(parts))
+        )
 
 
 def test_of_long_data():

@@ -1,4 +1,6 @@
-"""Export: interrupted at any point it is no store, and the same call again ends in the same bytes, on one host or several."""
+"""Export: interrupted at any point it is no store, and the same call again ends in the same bytes,
+on one host or several.
+"""
 
 import dataclasses
 import json
@@ -57,12 +59,22 @@ SCRIPT = textwrap.dedent("""
 
 
 def script(out, point="", **options) -> str:
-    return SCRIPT.format(tests=os.path.dirname(os.path.dirname(__file__)), point=point, out=str(out), options=SMALL | options)
+    return SCRIPT.format(
+        tests=os.path.dirname(os.path.dirname(__file__)),
+        point=point,
+        out=str(out),
+        options=SMALL | options,
+    )
 
 
 def run_script(text) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +85,17 @@ def small(tmp_path_factory):
     return cfg, weights, tree_bytes(out)
 
 
-@pytest.mark.parametrize("point,done", [
-    ("bases", 0), ("first block", 0), ("third block", 2), ("backbone", 0), ("before the rename", 5), ("after the rename", None)])
+@pytest.mark.parametrize(
+    "point,done",
+    [
+        ("bases", 0),
+        ("first block", 0),
+        ("third block", 2),
+        ("backbone", 0),
+        ("before the rename", 5),
+        ("after the rename", None),
+    ],
+)
 def test_killed_export_is_no_store_and_is_finished_by_the_same_call(point, done, small, tmp_path):
     out = tmp_path / "s"
     process = run_script(script(out, point))
@@ -94,7 +115,9 @@ def test_killed_export_is_no_store_and_is_finished_by_the_same_call(point, done,
 
 def test_export_killed_at_any_time_is_finished_by_the_same_call(small, tmp_path):
     out = tmp_path / "s"
-    text = script(out, overwrite=True).replace("make_store(Path", "print('go', flush=True)\nfor _ in range(200): make_store(Path", 1)
+    text = script(out, overwrite=True).replace(
+        "make_store(Path", "print('go', flush=True)\nfor _ in range(200): make_store(Path", 1
+    )
     process = run_script(text)
     process.stdout.readline()
     time.sleep(1.3)
@@ -104,13 +127,18 @@ def test_export_killed_at_any_time_is_finished_by_the_same_call(small, tmp_path)
         open_store(out)
         whole = True
     except UserError as error:
-        assert "unfinished export" in str(error) or "no TKV store" in str(error) and not out.exists()
+        assert (
+            "unfinished export" in str(error) or "no TKV store" in str(error) and not out.exists()
+        )
         whole = False
     assert make_store(out, *small[:2], **SMALL)["complete_before"] == whole
     assert tree_bytes(out) == small[2]
 
 
-@pytest.mark.parametrize("leftover", ["tkv.partial.0.json", "tkv.partial.1.json", "tkv.partial.0.json.tmp", "rows/w32/c/0/0.tmp"])
+@pytest.mark.parametrize(
+    "leftover",
+    ["tkv.partial.0.json", "tkv.partial.1.json", "tkv.partial.0.json.tmp", "rows/w32/c/0/0.tmp"],
+)
 def test_what_a_kill_left_beside_a_whole_store_is_swept_up(leftover, small, tmp_path):
     make_store(tmp_path / "s", *small[:2], **SMALL)
     (tmp_path / "s" / leftover).write_text("{")
@@ -120,7 +148,9 @@ def test_what_a_kill_left_beside_a_whole_store_is_swept_up(leftover, small, tmp_
 
 def test_two_processes_write_the_bytes_of_one(small, tmp_path):
     out = tmp_path / "s"
-    processes = [run_script(script(out, host=host, hosts=2)) for host in (1, 0)]  # whoever comes first waits
+    processes = [
+        run_script(script(out, host=host, hosts=2)) for host in (1, 0)
+    ]  # whoever comes first waits
     try:
         for process in processes:
             assert process.wait(60) == 0, process.stderr.read()
@@ -135,9 +165,15 @@ def test_a_host_writes_its_own_blocks_and_any_number_of_hosts_goes_on(small, tmp
     monkeypatch.setattr(target, "POLL_SECONDS", 0.01)
     written, stop = [], RuntimeError("stopped")
     write_shard = export_module._write_shard
-    monkeypatch.setattr(export_module, "_write_shard", lambda *a: (written.append(a[3]), write_shard(*a))[1])
+    monkeypatch.setattr(
+        export_module, "_write_shard", lambda *a: (written.append(a[3]), write_shard(*a))[1]
+    )
     first = {}
-    other = threading.Thread(target=lambda: first.update(make_store(tmp_path / "s", *small[:2], host=1, hosts=2, **SMALL)))
+    other = threading.Thread(
+        target=lambda: first.update(
+            make_store(tmp_path / "s", *small[:2], host=1, hosts=2, **SMALL)
+        )
+    )
     other.start()
     with monkeypatch.context() as patch:
         patch.setattr(target, "wait_for_hosts", _raise(stop))
@@ -146,8 +182,10 @@ def test_a_host_writes_its_own_blocks_and_any_number_of_hosts_goes_on(small, tmp
     other.join()
     assert sorted(written) == sorted([0, 1, 2, 3, 4] * 2)  # two groups
     assert first["resumed_rows"] == 0 and not first["complete_before"]
-    assert {name: set(json.loads((tmp_path / "s" / name).read_text())["blocks"]) for name in ("tkv.partial.0.json", "tkv.partial.1.json")} == {
-        "tkv.partial.0.json": {"0", "2", "4"}, "tkv.partial.1.json": {"1", "3"}}
+    assert {
+        name: set(json.loads((tmp_path / "s" / name).read_text())["blocks"])
+        for name in ("tkv.partial.0.json", "tkv.partial.1.json")
+    } == {"tkv.partial.0.json": {"0", "2", "4"}, "tkv.partial.1.json": {"1", "3"}}
     (tmp_path / "s" / "rows/w32/c/1/0").unlink()  # and a block has lost a file
     written.clear()
     assert make_store(tmp_path / "s", *small[:2], **SMALL)["resumed_rows"] == VOCAB - SHARD
@@ -160,7 +198,10 @@ def test_a_host_refuses_to_join_another_export(small, tmp_path, monkeypatch):
         patch.setattr(export_module, "_publish", _raise(RuntimeError("stopped")))
         with pytest.raises(RuntimeError):
             make_store(tmp_path / "s", cfg, weights)
-    with pytest.raises(UserError, match="host 0 exports another run, step or dtype there; give every host the same options"):
+    with pytest.raises(
+        UserError,
+        match="host 0 exports another run, step or dtype there; give every host the same options",
+    ):
         make_store(tmp_path / "s", cfg, weights, host=1, hosts=2, **SMALL)
 
 
@@ -176,14 +217,24 @@ def test_a_second_export_does_nothing(mixed, tmp_path):
     first = make_store(tmp_path / "s", *mixed, dtype="int8")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("*")}
     second = make_store(tmp_path / "s", *mixed, dtype="int8")
-    assert second["complete_before"] and second["layers"] == first["layers"] and second["layers"][0]["relative_rms"] > 0
+    assert (
+        second["complete_before"]
+        and second["layers"] == first["layers"]
+        and second["layers"][0]["relative_rms"] > 0
+    )
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("*")} == before
 
 
 def test_another_source_needs_overwrite(mixed, tmp_path):
     cfg, weights = mixed
     make_store(tmp_path / "s", cfg, weights)
-    for options in (dict(dtype="bfloat16"), dict(block_rows=32), dict(rank=0.5), dict(rank_error=0.5), dict(dtype="int8", scale_group=4)):
+    for options in (
+        dict(dtype="bfloat16"),
+        dict(block_rows=32),
+        dict(rank=0.5),
+        dict(rank_error=0.5),
+        dict(dtype="int8", scale_group=4),
+    ):
         with pytest.raises(UserError, match="another run, step or dtype; give --overwrite"):
             make_store(tmp_path / "s", cfg, weights, **options)
     with pytest.raises(UserError, match="give --overwrite"):
@@ -195,12 +246,16 @@ def test_overwrite_by_another_layout(small, tmp_path):
     cfg, weights, encoded = small
     make_store(tmp_path / "plain", cfg, weights)
     for options, want in ((SMALL, encoded), ({}, tree_bytes(tmp_path / "plain")), (SMALL, encoded)):
-        assert not make_store(tmp_path / "s", cfg, weights, **options, overwrite=True)["complete_before"]
+        assert not make_store(tmp_path / "s", cfg, weights, **options, overwrite=True)[
+            "complete_before"
+        ]
         assert make_store(tmp_path / "s", cfg, weights, **options)["complete_before"]
         assert tree_bytes(tmp_path / "s") == want
 
 
-def test_unfinished_export_of_another_source_needs_overwrite(mixed, mixed_store, tmp_path, monkeypatch):
+def test_unfinished_export_of_another_source_needs_overwrite(
+    mixed, mixed_store, tmp_path, monkeypatch
+):
     cfg, weights = mixed
     with monkeypatch.context() as patch:
         patch.setattr(export_module, "_publish", _raise(RuntimeError("stopped")))
@@ -237,13 +292,27 @@ def test_overwrite_spares_foreign_files(mixed, tmp_path):
 
 def test_too_little_space_is_said_before_the_work(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"needs \d\d\d,\d\d\d bytes and its disk has 1,000; free some and run the same command again"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"needs \d\d\d,\d\d\d bytes and its disk has 1,000; free some and run the same command"
+            r" again"
+        ),
+    ):
         make_store(tmp_path / "s", *mixed)
 
 
-@pytest.mark.parametrize("number,message", [(28, "free some space and run the same command again"), (13, "check the permissions"),
-                                            (5, "check the disk and run the same command again")])
-def test_an_error_of_the_disk_is_one_line_and_the_export_goes_on_later(number, message, mixed, mixed_store, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "number,message",
+    [
+        (28, "free some space and run the same command again"),
+        (13, "check the permissions"),
+        (5, "check the disk and run the same command again"),
+    ],
+)
+def test_an_error_of_the_disk_is_one_line_and_the_export_goes_on_later(
+    number, message, mixed, mixed_store, tmp_path, monkeypatch
+):
     replace = os.replace
 
     def fail(scratch, path):
@@ -255,7 +324,9 @@ def test_an_error_of_the_disk_is_one_line_and_the_export_goes_on_later(number, m
         patch.setattr(os, "replace", fail)
         with pytest.raises(UserError, match=f"rows/w48/c/3/0/0: cannot be written .*{message}"):
             make_store(tmp_path / "s", *mixed)
-    assert make_store(tmp_path / "s", *mixed)["resumed_rows"] == VOCAB - SHARD  # what was in flight has arrived
+    assert (
+        make_store(tmp_path / "s", *mixed)["resumed_rows"] == VOCAB - SHARD
+    )  # what was in flight has arrived
     assert tree_bytes(tmp_path / "s") == tree_bytes(mixed_store)
 
 
@@ -268,8 +339,15 @@ def test_other_errors_are_not_disguised(mixed, tmp_path, monkeypatch):
 def test_a_lost_shard_stops_publication(mixed, mixed_store, tmp_path, monkeypatch):
     publish = export_module._publish
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "_publish", lambda *a: ((tmp_path / "s/rows/w32/c/1/0/0").unlink(), publish(*a)))
-        with pytest.raises(UserError, match="rows/w32/c/1/0/0: missing although it was written; run the same command again"):
+        patch.setattr(
+            export_module,
+            "_publish",
+            lambda *a: ((tmp_path / "s/rows/w32/c/1/0/0").unlink(), publish(*a)),
+        )
+        with pytest.raises(
+            UserError,
+            match="rows/w32/c/1/0/0: missing although it was written; run the same command again",
+        ):
             make_store(tmp_path / "s", *mixed)
     assert not (tmp_path / "s" / "tkv.json").exists()
     make_store(tmp_path / "s", *mixed)
@@ -285,7 +363,11 @@ def test_a_record_that_cannot_be_read_is_said(mixed, tmp_path):
 
 def test_records_are_not_written_for_every_block(mixed, tmp_path, monkeypatch):
     writes, write_parts = [], LocalLocation.write_parts
-    monkeypatch.setattr(LocalLocation, "write_parts", lambda self, name, parts: (writes.append(name), write_parts(self, name, parts)))
+    monkeypatch.setattr(
+        LocalLocation,
+        "write_parts",
+        lambda self, name, parts: (writes.append(name), write_parts(self, name, parts)),
+    )
     make_store(tmp_path / "s", *mixed, block_rows=1)
     assert len([name for name in writes if "/c/" in name and name.startswith("rows/")]) == 2 * VOCAB
     assert len([name for name in writes if name.startswith("tkv.partial")]) < VOCAB / 4
@@ -311,7 +393,9 @@ def test_vocabulary_below_the_tokenizers(tmp_path):
 
 
 def test_memory_is_some_blocks_whatever_the_vocabulary(mixed, tmp_path, monkeypatch):
-    """Blocks that are started and not yet on the disk: one computed, one fetched, those that are written."""
+    """Blocks that are started and not yet on the disk: one computed, one fetched, those that are
+    written.
+    """
     started, written, most = [], [], []
     start_block, write_shard = fold.start_block, export_module._write_shard
 
@@ -352,18 +436,34 @@ def test_blocks_that_arrive_after_another_has_failed_are_recorded(tmp_path, monk
     assert make_store(tmp_path / "s", cfg, weights, block_rows=64)["resumed_rows"] == VOCAB - 64
 
 
-@pytest.mark.parametrize("value,dtype", [(np.nan, "float32"), (np.inf, "int8"), (7e4, "float16"), (-np.inf, "bfloat16"), (1e25, "int4")])
+@pytest.mark.parametrize(
+    "value,dtype",
+    [
+        (np.nan, "float32"),
+        (np.inf, "int8"),
+        (7e4, "float16"),
+        (-np.inf, "bfloat16"),
+        (1e25, "int4"),
+    ],
+)
 def test_rows_that_are_not_finite(value, dtype, tmp_path):
     cfg = config("dense stem flex stem")
     weights = params(cfg)
     weights["memory"]["stacks"]["stack0"]["table"][1, 130, 5] = value
-    with pytest.raises(UserError, match=f"layer 3: its rows of tokens 128 to 191 are not all finite in dtype {dtype}"):
+    with pytest.raises(
+        UserError,
+        match=f"layer 3: its rows of tokens 128 to 191 are not all finite in dtype {dtype}",
+    ):
         make_store(tmp_path / "s", cfg, weights, dtype=dtype)
     with pytest.raises(UserError, match="unfinished export"):
         open_store(tmp_path / "s")
 
 
-@pytest.mark.parametrize("rows", [dict(dtype="bfloat16"), dict(dtype="int4", scale_group=8), dict(dtype="int8", rank=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [dict(dtype="bfloat16"), dict(dtype="int4", scale_group=8), dict(dtype="int8", rank=0.5)],
+    ids=str,
+)
 def test_the_errors_of_the_manifest_are_those_of_the_rows(rows, mixed, mixed_store, tmp_path):
     make_store(tmp_path / "s", *mixed, **rows)
     store, exact = open_store(tmp_path / "s"), open_store(mixed_store).read_rows(np.arange(VOCAB))
@@ -374,13 +474,19 @@ def test_the_errors_of_the_manifest_are_those_of_the_rows(rows, mixed, mixed_sto
         for place, layer in enumerate(group.layers):
             want = exact[group.name][:, place].astype(np.float64)
             off = found[group.name][:, place].astype(np.float64) - want
-            assert errors[layer].relative_rms == pytest.approx(np.linalg.norm(off) / np.linalg.norm(want), rel=1e-4)
+            assert errors[layer].relative_rms == pytest.approx(
+                np.linalg.norm(off) / np.linalg.norm(want), rel=1e-4
+            )
             assert errors[layer].max_abs == pytest.approx(np.abs(off).max(), rel=1e-5)
 
 
 def test_sizes_say_what_the_table_costs(mixed, tmp_path):
     made = make_store(tmp_path / "s", *mixed, dtype="int4", rank=0.5)
-    assert made["table_bytes"] == VOCAB * (3 * (8 + 4) + 4 * (12 + 4)) == sum(layer["bytes"] for layer in made["layers"])
+    assert (
+        made["table_bytes"]
+        == VOCAB * (3 * (8 + 4) + 4 * (12 + 4))
+        == sum(layer["bytes"] for layer in made["layers"])
+    )
     assert made["float32_bytes"] == VOCAB * (3 * 32 + 4 * 48) * 4 == 2 * made["bfloat16_bytes"]
     assert made["basis_bytes"] == 4 * (3 * 16 * 32 + 4 * 24 * 48)
     assert json.loads(json.dumps(made))["layers"] == made["layers"]
@@ -391,9 +497,17 @@ def test_sizes_say_what_the_table_costs(mixed, tmp_path):
 def test_the_benchmark_of_an_export(tmp_path):
     report = measure(tmp_path, "smoke", rounds=1)
     made = report["models"]["computed"]
-    assert made["table_bytes"] == 1024 * 2 * 64 * 4 and set(made["seconds"]) == {"fold", "write", "direct", "export"}
+    assert made["table_bytes"] == 1024 * 2 * 64 * 4 and set(made["seconds"]) == {
+        "fold",
+        "write",
+        "direct",
+        "export",
+    }
     seconds = made["seconds"]
-    assert made["share"] == max(seconds["fold"][0], min(seconds["write"] + seconds["direct"])) / seconds["export"][0]
+    assert (
+        made["share"]
+        == max(seconds["fold"][0], min(seconds["write"] + seconds["direct"])) / seconds["export"][0]
+    )
     assert json.loads(json.dumps(report)) == report and not list(tmp_path.iterdir())
 
 

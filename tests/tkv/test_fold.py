@@ -1,4 +1,6 @@
-"""Learned rows that are copied are the rows of the fold, bit for bit, and so are the bytes around them those of the libraries."""
+"""Learned rows that are copied are the rows of the fold, bit for bit, and so are the bytes around
+them those of the libraries.
+"""
 
 import contextlib
 import os
@@ -34,7 +36,9 @@ def copied_groups(pattern, dtype="float32", **settings):
     """(names of the groups that are copied, of all groups)"""
     cfg = config(pattern, **settings).model
     groups = format.model_groups(cfg, dtype, SHARD)
-    return sorted(fold.learned_tables(params(config(pattern, **settings)), cfg, groups)), sorted(group.name for group in groups)
+    return sorted(fold.learned_tables(params(config(pattern, **settings)), cfg, groups)), sorted(
+        group.name for group in groups
+    )
 
 
 @pytest.mark.parametrize("copy_bytes", [1, 3000, 1 << 20])  # a row, some rows, all of a call
@@ -51,39 +55,68 @@ def test_copied_bundles_are_those_of_the_fold(pattern, copy_bytes, monkeypatch):
     assert list(tables) == ["w48"]
     (group,) = (group for group in groups if group.name in tables)
     bases, (memory_N,) = {group.name: () for group in groups}, fold.copy_memory(groups, 1)
-    for start, want in fold.fold_table(weights, bases, cfg=cfg.model, groups=groups, fold_rows=FOLD_ROWS, block_rows=SHARD):
+    for start, want in fold.fold_table(
+        weights, bases, cfg=cfg.model, groups=groups, fold_rows=FOLD_ROWS, block_rows=SHARD
+    ):
         stop = min(start + SHARD, VOCAB)
-        copied = [bundles_RB.copy() for bundles_RB in fold.copy_block(tables[group.name], group, start, stop, FOLD_ROWS, memory_N)]
+        copied = [
+            bundles_RB.copy()
+            for bundles_RB in fold.copy_block(
+                tables[group.name], group, start, stop, FOLD_ROWS, memory_N
+            )
+        ]
         np.testing.assert_array_equal(np.concatenate(copied), want[group.name])
 
 
 def test_only_rows_that_are_stored_as_they_are_learned_are_copied():
     assert copied_groups("stem*2 flex") == (["w48"], ["w32", "w48"])
     assert copied_groups("memoryllm flex") == ([], ["w32"])
-    assert copied_groups("stem flex", d_ff=32, beta="4") == ([], ["w32"])  # tables and FFNs of one width
-    assert copied_groups("stem*2", dtype="bfloat16")[0] == copied_groups("stem*2", dtype="int8")[0] == []
+    assert copied_groups("stem flex", d_ff=32, beta="4") == (
+        [],
+        ["w32"],
+    )  # tables and FFNs of one width
+    assert (
+        copied_groups("stem*2", dtype="bfloat16")[0]
+        == copied_groups("stem*2", dtype="int8")[0]
+        == []
+    )
     assert copied_groups("stem*2", compute_dtype="bfloat16")[0] == []  # which rounds a row
     cfg = config("stem*2").model
-    assert not fold.learned_tables(params(config("stem*2")), cfg, format.model_groups(cfg, "float32", SHARD, ranks=(8, 8)))
+    assert not fold.learned_tables(
+        params(config("stem*2")), cfg, format.model_groups(cfg, "float32", SHARD, ranks=(8, 8))
+    )
     assert Layout(2, 48, "float32").exact and not Layout(2, 48, "float32", 0, (8, 8)).exact
 
 
 @pytest.mark.parametrize("pattern", ["stem*3", "stem stem-gate stem-dagger"])
-def test_a_copied_row_that_is_not_finite_is_named_as_the_fold_names_it(pattern, tmp_path, monkeypatch):
+def test_a_copied_row_that_is_not_finite_is_named_as_the_fold_names_it(
+    pattern, tmp_path, monkeypatch
+):
     """The first layer of the call, though its bad row is in a later piece."""
     monkeypatch.setattr(fold, "COPY_BYTES", 1)
     cfg, weights = config(pattern), params(config(pattern))
-    tables = fold.learned_tables(weights, cfg.model, groups := format.model_groups(cfg.model, "float32", SHARD))["w48"]
+    tables = fold.learned_tables(
+        weights, cfg.model, groups := format.model_groups(cfg.model, "float32", SHARD)
+    )["w48"]
     tables[2][64 + 3, 5], tables[1][64 + 9, 0] = np.nan, -np.inf
-    bases, call = {"w48": ()}, dict(cfg=cfg.model, layouts=fold.layouts_of(groups), fold_rows=FOLD_ROWS)
+    bases, call = (
+        {"w48": ()},
+        dict(cfg=cfg.model, layouts=fold.layouts_of(groups), fold_rows=FOLD_ROWS),
+    )
     with pytest.raises(UserError) as folded:
         fold.fetch_block(fold.start_block(weights, bases, 64, 128, **call), groups)
     with pytest.raises(UserError) as copied:
         list(fold.copy_block(tables, groups[0], 64, 128, FOLD_ROWS, *fold.copy_memory(groups, 1)))
-    assert str(copied.value) == str(folded.value) and "layer 1: its rows of tokens 64 to 95 are not all finite" in str(copied.value)
-    with pytest.raises(UserError, match="layer 1: its rows of tokens 64 to 127 are not all finite in dtype float32"):
+    assert str(copied.value) == str(
+        folded.value
+    ) and "layer 1: its rows of tokens 64 to 95 are not all finite" in str(copied.value)
+    with pytest.raises(
+        UserError, match="layer 1: its rows of tokens 64 to 127 are not all finite in dtype float32"
+    ):
         make_store(tmp_path / "s", cfg, weights)
-    assert not (tmp_path / "s" / "rows/w48/c/1").is_dir() or not any((tmp_path / "s" / "rows/w48/c/1").rglob("*.tmp"))
+    assert not (tmp_path / "s" / "rows/w48/c/1").is_dir() or not any(
+        (tmp_path / "s" / "rows/w48/c/1").rglob("*.tmp")
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -91,9 +124,13 @@ def test_a_shard_is_what_tensorstore_writes(dtype, mixed, tmp_path):
     make_store(tmp_path / "s", *mixed, dtype=dtype)
     manifest = read_manifest(open_location(tmp_path / "s"))
     for group in manifest.groups:
-        spec = format.rows_spec(open_location(tmp_path / "s").spec(f"rows/{group.name}"), manifest, group)
+        spec = format.rows_spec(
+            open_location(tmp_path / "s").spec(f"rows/{group.name}"), manifest, group
+        )
         rows = ts.open(spec, open=True, read=True).result().read().result()
-        again = ts.open(format.rows_spec(arrays.MEMORY, manifest, group), create=True, context=ts.Context()).result()
+        again = ts.open(
+            format.rows_spec(arrays.MEMORY, manifest, group), create=True, context=ts.Context()
+        ).result()
         again.write(rows).result()
         for block in (0, group.shards - 1):
             found = (tmp_path / "s" / format.shard_file(group, block)).read_bytes()
@@ -101,18 +138,29 @@ def test_a_shard_is_what_tensorstore_writes(dtype, mixed, tmp_path):
 
 
 def test_a_safetensors_file_is_what_its_library_writes(mixed, tmp_path):
-    content = backbone.tensors(mixed[1], mixed[0].model) | {"layers.10.x": np.float32(2.5), "empty": np.zeros((0, 3), np.float32)}
+    content = backbone.tensors(mixed[1], mixed[0].model) | {
+        "layers.10.x": np.float32(2.5),
+        "empty": np.zeros((0, 3), np.float32),
+    }
     file = backbone.save_tensors(open_location(tmp_path), "f.safetensors", content)
-    want = safetensors.save({name: np.ascontiguousarray(array, np.float32) for name, array in content.items()})
+    want = safetensors.save(
+        {name: np.ascontiguousarray(array, np.float32) for name, array in content.items()}
+    )
     assert (tmp_path / "f.safetensors").read_bytes() == want and file.bytes == len(want)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_piece_of_memory_is_one_shards_until_it_is_written_or_has_failed(fails, monkeypatch):
     cfg = config("stem stem-gate")
-    weights, manifest = params(cfg), export_module.plan(cfg, Rows(block_rows=SHARD), TokenizerInfo("", 0, 1), "", 0, 0)
+    weights, manifest = (
+        params(cfg),
+        export_module.plan(cfg, Rows(block_rows=SHARD), TokenizerInfo("", 0, 1), "", 0, 0),
+    )
     (group,) = manifest.groups
-    tables, free = fold.learned_tables(weights, cfg.model, manifest.groups)[group.name], SimpleQueue()
+    tables, free = (
+        fold.learned_tables(weights, cfg.model, manifest.groups)[group.name],
+        SimpleQueue(),
+    )
     (memory_N,) = fold.copy_memory(manifest.groups, 1)
     free.put(memory_N)
 
@@ -125,7 +173,9 @@ def test_a_piece_of_memory_is_one_shards_until_it_is_written_or_has_failed(fails
 
     monkeypatch.setattr(export_module, "_write_shard", write)
     with pytest.raises(OSError, match="No space left") if fails else contextlib.nullcontext():
-        assert export_module._copy_shard(None, manifest, group, 1, (b"", b""), threading.Lock(), tables, free) == ["file"]
+        assert export_module._copy_shard(
+            None, manifest, group, 1, (b"", b""), threading.Lock(), tables, free
+        ) == ["file"]
     assert free.qsize() == 1
 
 

@@ -22,15 +22,26 @@ def check_contract(location):
     location.write("rowsy", b"")
     location.write_parts("tkv.json", (part for part in (b"one ", b"two")))
     assert location.read("rows/w8/c/0") == b"0123456789"
-    assert [location.read("rows/w8/c/0", *span) for span in ((2, 5), (8,), (9, 10), (3, 3))] == [b"234", b"89", b"9", b""]
+    assert [location.read("rows/w8/c/0", *span) for span in ((2, 5), (8,), (9, 10), (3, 3))] == [
+        b"234",
+        b"89",
+        b"9",
+        b"",
+    ]
     assert location.read("tkv.json") == b"one two" and location.read("rowsy") == b""
     for span in ((8, 11), (20, 21)):
-        with pytest.raises(DamagedFile, match="rows/w8/c/0: .*; copy the store again or export the run again"):
+        with pytest.raises(
+            DamagedFile, match="rows/w8/c/0: .*; copy the store again or export the run again"
+        ):
             location.read("rows/w8/c/0", *span)
     assert location.names() == ["rows/w8/c/0", "rows/w8/c/10", "rowsy", "tkv.json"]
-    assert location.names("rows/") == location.names("rows/w8/c/") == ["rows/w8/c/0", "rows/w8/c/10"]
+    assert (
+        location.names("rows/") == location.names("rows/w8/c/") == ["rows/w8/c/0", "rows/w8/c/10"]
+    )
     assert location.names("rows/w8/c/1") == ["rows/w8/c/10"] and location.names("no/") == []
-    assert location.names("ro") == ["rows/w8/c/0", "rows/w8/c/10", "rowsy"] and location.names("tkv.") == ["tkv.json"]
+    assert location.names("ro") == ["rows/w8/c/0", "rows/w8/c/10", "rowsy"] and location.names(
+        "tkv."
+    ) == ["tkv.json"]
     found = location.sizes(["rowsy", "rows/w8", "nothing", "rows/w8/c/0", "tkv.json/x"])
     assert found in ({"rowsy": 0, "rows/w8/c/0": 10}, {"rowsy": None, "rows/w8/c/0": None})
     location.write("rowsy", b"new")
@@ -57,7 +68,9 @@ def check_contract(location):
 
     with pytest.raises(UserError, match="the source is damaged"):
         location.write_parts("rowsy", broken())
-    assert location.read("rowsy") == b"new" and len(location.names()) == 3  # nothing half, no scratch file
+    assert (
+        location.read("rowsy") == b"new" and len(location.names()) == 3
+    )  # nothing half, no scratch file
     for name in ("", "/etc/passwd", "../x", "rows/../../x", "a//b", "./a", "a/"):
         with pytest.raises(UserError, match="must be relative and stay inside the store"):
             location.read(name)
@@ -68,11 +81,17 @@ def check_contract(location):
 def test_local(tmp_path):
     location = open_location(tmp_path / "new" / "store")
     check_contract(location)
-    assert location.local == tmp_path / "new" / "store" and location.url == str(location.local) and location.writable
+    assert (
+        location.local == tmp_path / "new" / "store"
+        and location.url == str(location.local)
+        and location.writable
+    )
 
 
 def test_local_directories_go_with_their_last_file(tmp_path):
-    """Else rows/w8/c/0/0/0 of one layout leaves a directory where another wants the file rows/w8/c/0/0."""
+    """Else rows/w8/c/0/0/0 of one layout leaves a directory where another wants the file
+    rows/w8/c/0/0.
+    """
     location = open_location(tmp_path)
     for name in ("rows/w8/c/0/0/0", "rows/zarr.json"):
         location.write(name, b"1")
@@ -82,12 +101,15 @@ def test_local_directories_go_with_their_last_file(tmp_path):
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("code,mend", [
-    (errno.ENOSPC, "free some space and run the same command again"),
-    (errno.EDQUOT, "free some space and run the same command again"),
-    (errno.EACCES, "check the permissions of the file and its directory"),
-    (errno.EIO, "check the disk and run the same command again"),
-])
+@pytest.mark.parametrize(
+    "code,mend",
+    [
+        (errno.ENOSPC, "free some space and run the same command again"),
+        (errno.EDQUOT, "free some space and run the same command again"),
+        (errno.EACCES, "check the permissions of the file and its directory"),
+        (errno.EIO, "check the disk and run the same command again"),
+    ],
+)
 def test_local_write_errors(tmp_path, monkeypatch, code, mend):
     location = open_location(tmp_path)
     location.write("tkv.json", b"old")
@@ -97,7 +119,9 @@ def test_local_write_errors(tmp_path, monkeypatch, code, mend):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fails)
-        with pytest.raises(UserError, match=rf"tkv\.json: cannot be written \({os.strerror(code)}\); {mend}$") as caught:
+        with pytest.raises(
+            UserError, match=rf"tkv\.json: cannot be written \({os.strerror(code)}\); {mend}$"
+        ) as caught:
             location.write("tkv.json", b"new")
     assert caught.value.__cause__.errno == code  # for callers that know more about the disk
     assert location.names() == ["tkv.json"] and location.read("tkv.json") == b"old"
@@ -112,7 +136,11 @@ def test_local_read_errors(tmp_path, monkeypatch):
         location.delete("rows")
     short = os.pread
     with monkeypatch.context() as patch:  # the system may return less than asked for
-        patch.setattr(os, "pread", lambda descriptor, count, position: short(descriptor, min(count, 3), position))
+        patch.setattr(
+            os,
+            "pread",
+            lambda descriptor, count, position: short(descriptor, min(count, 3), position),
+        )
         assert location.read("rows/0", 0, 4) == b"0123"
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", lambda *_: b"")
@@ -121,37 +149,75 @@ def test_local_read_errors(tmp_path, monkeypatch):
 
 
 def test_urls(tmp_path, monkeypatch):
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID"):
+    for name in (
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_REGION",
+        "AWS_DEFAULT_REGION",
+        "AWS_ACCESS_KEY_ID",
+    ):
         monkeypatch.delenv(name, raising=False)
     assert open_location(f"file://{tmp_path}/a%20b").local == tmp_path / "a b"
-    assert open_location("some/store").spec("rows/w8")["path"] == f"{os.getcwd()}/some/store/rows/w8/"
+    assert (
+        open_location("some/store").spec("rows/w8")["path"] == f"{os.getcwd()}/some/store/rows/w8/"
+    )
     retries = {"max_retries": 2, "initial_delay": "0.5s", "max_delay": "4.0s"}
     patience = Patience(retries=2, first_delay_s=0.5, longest_delay_s=4.0)
     s3 = open_location("s3://my-bucket/some/store/", patience=patience)
     assert s3.url == "s3://my-bucket/some/store" and s3.local is None and s3.writable
-    assert s3.spec("rows/w8") == {"driver": "s3", "bucket": "my-bucket", "path": "some/store/rows/w8/", "s3_request_retries": retries}
-    assert "path" not in open_location("s3://my-bucket").spec() or open_location("s3://my-bucket").spec()["path"] == ""
-    gs = open_location("gs://my-bucket/store", patience=patience)  # no test server for gs: its spec is all that is tested
-    assert gs.spec() == {"driver": "gcs", "bucket": "my-bucket", "path": "store/", "gcs_request_retries": retries} and gs.writable
+    assert s3.spec("rows/w8") == {
+        "driver": "s3",
+        "bucket": "my-bucket",
+        "path": "some/store/rows/w8/",
+        "s3_request_retries": retries,
+    }
+    assert (
+        "path" not in open_location("s3://my-bucket").spec()
+        or open_location("s3://my-bucket").spec()["path"] == ""
+    )
+    gs = open_location(
+        "gs://my-bucket/store", patience=patience
+    )  # no test server for gs: its spec is all that is tested
+    assert (
+        gs.spec()
+        == {
+            "driver": "gcs",
+            "bucket": "my-bucket",
+            "path": "store/",
+            "gcs_request_retries": retries,
+        }
+        and gs.writable
+    )
     ts.KvStore.Spec(gs.spec("rows"))
     http = open_location("https://host.example/a/store", patience=patience)
     assert not http.writable and http.local is None
-    assert http.spec("rows") == {"driver": "http", "base_url": "https://host.example", "path": "/a/store/rows/", "http_request_retries": retries}
+    assert http.spec("rows") == {
+        "driver": "http",
+        "base_url": "https://host.example",
+        "path": "/a/store/rows/",
+        "http_request_retries": retries,
+    }
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000/")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
     spec = open_location("s3://my-bucket/store").spec()
     assert (spec["endpoint"], spec["aws_region"]) == ("http://127.0.0.1:9000", "eu-west-3")
 
 
-@pytest.mark.parametrize("text,message", [
-    ("", "empty path"),
-    ("ftp://host/store", "unknown scheme 'ftp'; known: a local path, file, s3, gs, http, https"),
-    ("file://host/store", "not the URL of a local path"),
-    ("s3://", "not a URL of a store"),
-    ("s3://a/store", "not a URL of a store .*Invalid S3 bucket name"),
-    ("https://host/store?key=1", "takes no query"),
-    ("https://me:secret@host/store", "takes no query, fragment or password"),
-])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "empty path"),
+        (
+            "ftp://host/store",
+            "unknown scheme 'ftp'; known: a local path, file, s3, gs, http, https",
+        ),
+        ("file://host/store", "not the URL of a local path"),
+        ("s3://", "not a URL of a store"),
+        ("s3://a/store", "not a URL of a store .*Invalid S3 bucket name"),
+        ("https://host/store?key=1", "takes no query"),
+        ("https://me:secret@host/store", "takes no query, fragment or password"),
+    ],
+)
 def test_refused_urls(text, message):
     with pytest.raises(UserError, match=message) as caught:
         open_location(text)

@@ -18,7 +18,11 @@ def rows(mixed, mixed_store):
     """{model layer: X float64 [V, W]} of the float32 store."""
     store = open_store(mixed_store)
     stored = store.read_rows(np.arange(VOCAB))
-    return {layer: stored[group.name][:, place].astype(np.float64) for group in store.groups for place, layer in enumerate(group.layers)}
+    return {
+        layer: stored[group.name][:, place].astype(np.float64)
+        for group in store.groups
+        for place, layer in enumerate(group.layers)
+    }
 
 
 def tails(x_VW) -> np.ndarray:
@@ -35,7 +39,9 @@ def test_error_is_the_tail_of_the_singular_values(mixed, rows):
     cfg, weights = mixed
     ranks = uniform_ranks(groups_of(cfg), 0.5)
     assert ranks == (16, 16, 24, 16, 24, 24, 24)
-    bases = find_bases(weights, cfg=cfg.model, groups=groups_of(cfg), fold_rows=SHARD, ranks=ranks, progress=False)
+    bases = find_bases(
+        weights, cfg=cfg.model, groups=groups_of(cfg), fold_rows=SHARD, ranks=ranks, progress=False
+    )
     assert list(bases) == sorted(rows)
     for layer, b_rW in bases.items():
         x_VW = rows[layer]
@@ -52,8 +58,10 @@ def test_an_error_budget_takes_the_smallest_rank(budget, mixed, rows, tmp_path):
         assert layer["rank"] == int(np.argmax(tail <= budget))
         assert layer["relative_rms"] == pytest.approx(tail[layer["rank"]], rel=1e-3, abs=1e-6)
     store = open_store(tmp_path / "s")
-    assert [rank for group in store.groups for rank in group.layout.ranks] == [layer["rank"] for layer in sorted(
-        made["layers"], key=lambda layer: (layer["width"], layer["layer"]))]
+    assert [rank for group in store.groups for rank in group.layout.ranks] == [
+        layer["rank"]
+        for layer in sorted(made["layers"], key=lambda layer: (layer["width"], layer["layer"]))
+    ]
     assert store.manifest.rank_error == budget
 
 
@@ -81,13 +89,21 @@ def test_useful_rank():
 
 def test_ranks_that_make_no_sense(mixed):
     groups = groups_of(mixed[0])
-    for rank, message in ((0, "0 is not between 1 and 32"), (40, "40 is not between 1 and 32"), (0.0, "0.0 is not a share"),
-                          (1.5, "1.5 is not a share")):
+    for rank, message in (
+        (0, "0 is not between 1 and 32"),
+        (40, "40 is not between 1 and 32"),
+        (0.0, "0.0 is not a share"),
+        (1.5, "1.5 is not a share"),
+    ):
         with pytest.raises(UserError, match=f"--rank: {message}"):
             uniform_ranks(groups, rank)
     assert uniform_ranks((format.Group("w48", (3,), Layout(1, 48, "int4"), 1, 0),), 0.01) == (1,)
-    for rows, message in ((Rows(rank=3, rank_error=0.1), "both choose"), (Rows(rank_error=1.0), "--rank_error: 1.0"),
-                          (Rows(scale_group=4), "--scale_group"), (Rows(dtype="int8", scale_group=-1), "--scale_group: -1")):
+    for rows, message in (
+        (Rows(rank=3, rank_error=0.1), "both choose"),
+        (Rows(rank_error=1.0), "--rank_error: 1.0"),
+        (Rows(scale_group=4), "--scale_group"),
+        (Rows(dtype="int8", scale_group=-1), "--scale_group: -1"),
+    ):
         with pytest.raises(UserError, match=message):
             check_options(rows)
 

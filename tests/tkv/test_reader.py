@@ -43,7 +43,9 @@ def test_output_need_not_be_aligned(table, shift, opened):
         r._warm = False
         r.read(np.array([7]), out[9:10])
         np.testing.assert_array_equal(out[9], rows_VB[7])
-        assert r.stats()["method"] == ("uring" if method == "auto" else method)  # no read was refused
+        assert r.stats()["method"] == (
+            "uring" if method == "auto" else method
+        )  # no read was refused
 
 
 @pytest.mark.parametrize("ids", [[7], range(VOCAB)])
@@ -58,7 +60,11 @@ def test_a_disk_that_wants_aligned_memory_gets_it(table, opened, monkeypatch, id
 
     r = opened(table, "threads")
     monkeypatch.setattr(os, "preadv", preadv)
-    out = allocate(len(ids) + 1, 4096).reshape(-1)[512 : 512 + len(ids) * 4096].reshape(len(ids), 4096)
+    out = (
+        allocate(len(ids) + 1, 4096)
+        .reshape(-1)[512 : 512 + len(ids) * 4096]
+        .reshape(len(ids), 4096)
+    )
     r.read(np.array(ids), out)
     np.testing.assert_array_equal(out, rows_VB[list(ids)])
     assert r.stats()["method"] == "threads" and r.stats()["read ahead"] == 0
@@ -75,7 +81,11 @@ def test_cached_bundles_come_from_the_page_cache_and_the_rest_from_the_disk(disk
     location, group, rows_VB = table = disk_table
     r = opened(table)
     read(r, [0, 16, 32])  # opens the shards, which brings in their indexes
-    for _ in range(5):  # until the kernel, which may take pages away or read ahead at any time, leaves every other bundle in the cache
+    for _ in range(
+        5
+        # until the kernel, which may take pages away or read ahead at any time, leaves every other
+        # bundle in the cache
+    ):
         drop(location, group)
         for token in range(0, VOCAB, 2):
             os.pread(r._buffered[token // SHARD_ROWS], 4096, token % SHARD_ROWS * 4096)
@@ -87,7 +97,9 @@ def test_cached_bundles_come_from_the_page_cache_and_the_rest_from_the_disk(disk
     assert reads == {"page cache": VOCAB // 2, "uring": VOCAB // 2}
 
 
-def test_bundles_that_left_the_page_cache_meanwhile_come_from_the_disk(disk_table, opened, monkeypatch):
+def test_bundles_that_left_the_page_cache_meanwhile_come_from_the_disk(
+    disk_table, opened, monkeypatch
+):
     location, group, rows_VB = table = disk_table
     r = opened(table)
     real, lost = os.preadv, {5, 17, 38}
@@ -97,12 +109,16 @@ def test_bundles_that_left_the_page_cache_meanwhile_come_from_the_disk(disk_tabl
     monkeypatch.setattr(r, "_is_cached", lambda token: token % 10 != 0)
 
     def preadv(fd, buffers, offset, flags=0):
-        if flags and any(r._buffered.get(t // SHARD_ROWS) == fd and t % SHARD_ROWS * 4096 == offset for t in lost):
+        if flags and any(
+            r._buffered.get(t // SHARD_ROWS) == fd and t % SHARD_ROWS * 4096 == offset for t in lost
+        ):
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         return real(fd, buffers, offset, flags)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    np.testing.assert_array_equal(read(r, range(1, VOCAB)), rows_VB[1:])  # probes 1, 11, 21, 31: all cached
+    np.testing.assert_array_equal(
+        read(r, range(1, VOCAB)), rows_VB[1:]
+    )  # probes 1, 11, 21, 31: all cached
     np.testing.assert_array_equal(read(r, range(VOCAB)), rows_VB)  # 0, 10, 20, 30: none
     np.testing.assert_array_equal(read(r, range(3, VOCAB, 2)), rows_VB[3::2])
     monkeypatch.setattr(r, "_is_cached", lambda token: token < 20)  # these disagree
@@ -110,9 +126,15 @@ def test_bundles_that_left_the_page_cache_meanwhile_come_from_the_disk(disk_tabl
     assert r.stats()["uring"] == 3 + 40 + 2 + 22 and r.stats()["page cache"] == 36 + 17 + 18
 
 
-@pytest.mark.parametrize("wrong", [
-    {"ids": [0, 1], "shape": (3, 4096)}, {"ids": [0], "shape": (1, 4095)}, {"ids": [VOCAB], "shape": (1, 4096)}, {"ids": [-1], "shape": (1, 4096)},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ids": [0, 1], "shape": (3, 4096)},
+        {"ids": [0], "shape": (1, 4095)},
+        {"ids": [VOCAB], "shape": (1, 4096)},
+        {"ids": [-1], "shape": (1, 4096)},
+    ],
+)
 def test_a_call_that_would_write_elsewhere_is_refused(table, wrong, opened):
     location, group, _ = table
     with pytest.raises(ValueError, match="must be"):
@@ -196,7 +218,11 @@ def test_single_reads_find_out_that_the_page_cache_holds_the_table(disk_table, o
     found = r.stats()["page cache"]
     drop(location, group)
     (location.local / format.shard_file(group, 1)).read_bytes()
-    for token in (0, SHARD_ROWS, SHARD_ROWS + 1):  # one that is not there, and two that are: asked for at once
+    for token in (
+        0,
+        SHARD_ROWS,
+        SHARD_ROWS + 1,
+    ):  # one that is not there, and two that are: asked for at once
         np.testing.assert_array_equal(read(r, [token]), rows_VB[[token]])
     assert r.stats()["page cache"] == found + 2 and r.stats()["preadv"] > 20
 
@@ -227,7 +253,9 @@ def test_short_reads_are_continued(table, monkeypatch, method, opened):
 
     def preadv(fd, buffers, offset, *flags):
         calls.append(offset)
-        return real(fd, (buffers[0][: max(512, len(buffers[0]) // 512 // 2 * 512)],), offset, *flags)
+        return real(
+            fd, (buffers[0][: max(512, len(buffers[0]) // 512 // 2 * 512)],), offset, *flags
+        )
 
     r = opened(table, method)
     monkeypatch.setattr(os, "preadv", preadv)
@@ -288,5 +316,10 @@ def test_unknown_method(table, opened):
 def test_allocate_is_aligned_and_private():
     for rows, width in ((0, 4096), (3, 100), (1000, 8192)):
         memory = allocate(rows, width)
-        assert memory.shape == (rows, width) and memory.dtype == np.uint8 and memory.ctypes.data % 4096 == 0 and not memory.any()
+        assert (
+            memory.shape == (rows, width)
+            and memory.dtype == np.uint8
+            and memory.ctypes.data % 4096 == 0
+            and not memory.any()
+        )
         memory[:] = 1

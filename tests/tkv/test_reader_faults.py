@@ -1,4 +1,6 @@
-"""A reader that cannot read says so and names the file, or finds another way; it never gives other bytes."""
+"""A reader that cannot read says so and names the file, or finds another way; it never gives other
+bytes.
+"""
 
 import errno
 import os
@@ -29,7 +31,9 @@ def test_an_io_error_names_the_file(table, monkeypatch, method, opened):
     monkeypatch.setattr(os, "preadv", preadv)
     if r._ring:
         monkeypatch.setattr(r._ring, "read", fail(errno.EIO))
-    with pytest.raises(UserError, match=r"c/1/0/0: cannot be read \(Input/output error\); copy the store again"):
+    with pytest.raises(
+        UserError, match=r"c/1/0/0: cannot be read \(Input/output error\); copy the store again"
+    ):
         read(r, range(VOCAB))
     drop(location, group)
     read(r, range(SHARD_ROWS))  # the other shards are served
@@ -68,7 +72,9 @@ def test_a_shard_cut_while_open_is_named(table, method, keep, opened):
     read(r, range(VOCAB))
     os.truncate(location.local / format.shard_file(group, 1), keep)
     for ids in (range(VOCAB), [31]):
-        with pytest.raises(UserError, match="c/1/0/0: (ends inside the bundle of token|changed since)"):
+        with pytest.raises(
+            UserError, match="c/1/0/0: (ends inside the bundle of token|changed since)"
+        ):
             read(r, ids)
 
 
@@ -85,7 +91,9 @@ def test_a_shard_replaced_since_opening_is_refused(table, change, opened):
         file.write_bytes(content[:5] + b"x" + content[6:])
         os.utime(file, ns=(1, 1))
     read(r, range(SHARD_ROWS))
-    with pytest.raises(UserError, match="c/1/0/0: changed since the store was opened; open the store again"):
+    with pytest.raises(
+        UserError, match="c/1/0/0: changed since the store was opened; open the store again"
+    ):
         read(r, [SHARD_ROWS])
 
 
@@ -100,7 +108,9 @@ def test_permission_denied_is_said(table, monkeypatch, opened):
         return real(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", denied)
-    with pytest.raises(UserError, match=r"c/1/0/0: cannot be read \(Permission denied\); let this user read it"):
+    with pytest.raises(
+        UserError, match=r"c/1/0/0: cannot be read \(Permission denied\); let this user read it"
+    ):
         read(r, range(VOCAB))
 
 

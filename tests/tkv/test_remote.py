@@ -41,25 +41,40 @@ def s3_server():
 def bucket(s3_server, request, monkeypatch):
     """s3:// URL of an empty bucket of the test's own."""
     s3_environment(monkeypatch, s3_server)
-    name = "test-" + "".join(c if c.isalnum() else "-" for c in request.node.name.lower()).strip("-")
+    name = "test-" + "".join(c if c.isalnum() else "-" for c in request.node.name.lower()).strip(
+        "-"
+    )
     urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{name}", method="PUT")).close()
     return f"s3://{name}"
 
 
 def s3_environment(monkeypatch, endpoint):
-    for name, value in dict(AWS_ENDPOINT_URL=endpoint, AWS_REGION="us-east-1", AWS_ACCESS_KEY_ID="id", AWS_SECRET_ACCESS_KEY="secret").items():
+    for name, value in dict(
+        AWS_ENDPOINT_URL=endpoint,
+        AWS_REGION="us-east-1",
+        AWS_ACCESS_KEY_ID="id",
+        AWS_SECRET_ACCESS_KEY="secret",
+    ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
 
 
 class FileServer(ThreadingHTTPServer):
-    """A directory over http with ranges, as a web server and as S3 would give it; ``faults`` are answered first, one per request."""
+    """A directory over http with ranges, as a web server and as S3 would give it; ``faults`` are
+    answered first, one per request.
+    """
 
     daemon_threads = True
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), FileHandler)
-        self.folder, self.faults, self.always, self.requests, self.silent_s = folder, [], None, [], 0.0
+        self.folder, self.faults, self.always, self.requests, self.silent_s = (
+            folder,
+            [],
+            None,
+            [],
+            0.0,
+        )
         self.closing = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -68,11 +83,16 @@ class FileHandler(BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
     def do_GET(self):
-        server, path = self.server, self.server.folder / self.path.removeprefix(f"/{BUCKET}").lstrip("/")
+        server, path = (
+            self.server,
+            self.server.folder / self.path.removeprefix(f"/{BUCKET}").lstrip("/"),
+        )
         server.requests.append(f"{self.command} {self.path}")
         server.closing.wait(server.silent_s)
         if fault := server.always or (server.faults.pop(0) if server.faults else None):
-            return self.answer(fault, b"<Error><Code>AccessDenied</Code></Error>" if fault == 403 else b"busy")
+            return self.answer(
+                fault, b"<Error><Code>AccessDenied</Code></Error>" if fault == 403 else b"busy"
+            )
         if not path.is_file():
             return self.answer(404, b"")
         data, span = path.read_bytes(), self.headers.get("Range")
@@ -84,7 +104,7 @@ class FileHandler(BaseHTTPRequestHandler):
         first, last = int(first), min(int(last or len(data) - 1), len(data) - 1)
         if first > last:
             return self.answer(416, b"")
-        self.answer(206, data[first: last + 1], f"bytes {first}-{last}/{len(data)}")
+        self.answer(206, data[first : last + 1], f"bytes {first}-{last}/{len(data)}")
 
     do_HEAD = do_PUT = do_DELETE = do_GET
 
@@ -169,8 +189,14 @@ def test_s3_claims(bucket):
 
 def test_s3_without_a_bucket(bucket):
     location = open_location("s3://nobodys-bucket/store", patience=QUICK)
-    for action in (lambda: location.write("a", b"1"), location.names, lambda: location.claim("a", b"1")):
-        with pytest.raises(UserError, match="s3://nobodys-bucket/store.*; check that the bucket exists") as caught:
+    for action in (
+        lambda: location.write("a", b"1"),
+        location.names,
+        lambda: location.claim("a", b"1"),
+    ):
+        with pytest.raises(
+            UserError, match="s3://nobodys-bucket/store.*; check that the bucket exists"
+        ) as caught:
             action()
         assert one_line(caught)
     with pytest.raises(UserError, match="no TKV store here"):
@@ -200,9 +226,20 @@ def test_damage_on_s3(mixed_store, bucket, tmp_path, damage):
     if damage == "missing":
         location.delete(name)
     else:
-        location.write(name, {"flipped": bytes([data[0] ^ 1]) + data[1:], "shorter": data[:-1], "longer": data + b"0"}[damage])
-    what = {"flipped": "its checksum is wrong", "shorter": f"{len(data) - 1} bytes, {len(data)} expected",
-            "longer": f"{len(data) + 1} bytes, {len(data)} expected", "missing": "missing"}[damage]
+        location.write(
+            name,
+            {
+                "flipped": bytes([data[0] ^ 1]) + data[1:],
+                "shorter": data[:-1],
+                "longer": data + b"0",
+            }[damage],
+        )
+    what = {
+        "flipped": "its checksum is wrong",
+        "shorter": f"{len(data) - 1} bytes, {len(data)} expected",
+        "longer": f"{len(data) + 1} bytes, {len(data)} expected",
+        "missing": "missing",
+    }[damage]
     with pytest.raises(DamagedFile, match=f"{bucket}/store/{name}: {what}"):
         copy(f"{bucket}/store", tmp_path / "back", progress=False)
     assert not (tmp_path / "back" / "tkv.json").exists()
@@ -235,7 +272,9 @@ def test_two_copies_to_one_s3_target(mixed_store, bucket, monkeypatch):
 
 
 def test_two_exports_to_one_s3_target(mixed, bucket, monkeypatch):
-    """The later one takes over, even when all rows of the earlier one are written; the earlier one does not publish."""
+    """The later one takes over, even when all rows of the earlier one are written; the earlier one
+    does not publish.
+    """
     publish = export_module._publish
 
     def stop(*_):
@@ -243,7 +282,9 @@ def test_two_exports_to_one_s3_target(mixed, bucket, monkeypatch):
 
     def meanwhile(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(export_module, "_publish", stop)  # the other one has cleared the target and written its rows
+            patch.setattr(
+                export_module, "_publish", stop
+            )  # the other one has cleared the target and written its rows
             with pytest.raises(KeyboardInterrupt):
                 make_store(f"{bucket}/store", *mixed, dtype="bfloat16", overwrite=True)
         return publish(*args)
@@ -253,7 +294,9 @@ def test_two_exports_to_one_s3_target(mixed, bucket, monkeypatch):
         make_store(f"{bucket}/store", *mixed)
     assert "tkv.json" not in open_location(f"{bucket}/store").names()
     monkeypatch.setattr(export_module, "_publish", publish)
-    make_store(f"{bucket}/store", *mixed, dtype="bfloat16")  # the other one goes on where it stopped
+    make_store(
+        f"{bucket}/store", *mixed, dtype="bfloat16"
+    )  # the other one goes on where it stopped
     assert verify_deep(f"{bucket}/store", progress=False)["ok"]
 
 
@@ -263,7 +306,9 @@ def test_open_store_on_s3(mixed_store, bucket):
     ids = np.array([5, 0, VOCAB - 1, 63, 64, 5])
     for name, rows in local.read_rows(ids).items():
         np.testing.assert_array_equal(remote.read_rows(ids)[name], rows)
-    for ours, theirs in zip(*(map(np.asarray, jax.tree.leaves(store.backbone())) for store in (local, remote))):
+    for ours, theirs in zip(
+        *(map(np.asarray, jax.tree.leaves(store.backbone())) for store in (local, remote))
+    ):
         np.testing.assert_array_equal(ours, theirs)
     assert remote.tokenizer().fingerprint == local.tokenizer().fingerprint
 
@@ -286,19 +331,27 @@ def test_export_to_s3(mixed, bucket, tmp_path, options):
     make_store(f"{bucket}/store", cfg, params, **options)
     make_store(tmp_path / "local", cfg, params, **options)
     location = open_location(f"{bucket}/store")
-    assert {name: location.read(name) for name in location.names()} == tree_bytes(tmp_path / "local")
+    assert {name: location.read(name) for name in location.names()} == tree_bytes(
+        tmp_path / "local"
+    )
     assert verify_deep(f"{bucket}/store", progress=False)["ok"]
 
 
 def test_learned_rows_for_s3_are_few_shards_in_memory(bucket, tmp_path, monkeypatch):
     """An object is sent whole."""
     cfg, counts, copy_memory = config("stem*2"), [], fold.copy_memory
-    monkeypatch.setattr(fold, "copy_memory", lambda groups, count: counts.append(count) or copy_memory(groups, count))
+    monkeypatch.setattr(
+        fold,
+        "copy_memory",
+        lambda groups, count: counts.append(count) or copy_memory(groups, count),
+    )
     make_store(f"{bucket}/store", cfg, weights := params(cfg), block_rows=16)
     make_store(tmp_path / "local", cfg, weights, block_rows=16)
     assert counts == [export_module.WRITING, export_module.COPYING]
     location = open_location(f"{bucket}/store")
-    assert {name: location.read(name) for name in location.names()} == tree_bytes(tmp_path / "local")
+    assert {name: location.read(name) for name in location.names()} == tree_bytes(
+        tmp_path / "local"
+    )
 
 
 @pytest.mark.parametrize("writes", [1, 6, 15, 24])
@@ -318,13 +371,19 @@ def test_interrupted_export_to_s3(mixed, mixed_store, bucket, monkeypatch, write
 def test_http(web, mixed_store, tmp_path):
     location = open_location(f"{web.url}/mixed/", patience=QUICK)
     assert location.read("tkv.json") == (mixed_store / "tkv.json").read_bytes()
-    assert location.read("tokenizer.json", 3, 9) == (mixed_store / "tokenizer.json").read_bytes()[3:9]
+    assert (
+        location.read("tokenizer.json", 3, 9) == (mixed_store / "tokenizer.json").read_bytes()[3:9]
+    )
     assert location.sizes(["tkv.json", "nothing"]) == {"tkv.json": None}
     with pytest.raises(FileNotFoundError):
         location.read("nothing")
     with pytest.raises(DamagedFile, match="shorter than expected"):
         location.read("tkv.json", 0, 1 << 20)
-    for action in (lambda: location.write("a", b""), lambda: location.delete("a"), lambda: location.claim("a", b"")):
+    for action in (
+        lambda: location.write("a", b""),
+        lambda: location.delete("a"),
+        lambda: location.claim("a", b""),
+    ):
         with pytest.raises(UserError, match="http locations are read only"):
             action()
     with pytest.raises(UserError, match="http cannot list files"):
@@ -352,7 +411,10 @@ def test_server_that_stays_busy(web, monkeypatch, kind):
     s3_environment(monkeypatch, web.url)
     location = location_of(web, kind)
     web.always = 503
-    message = r"mixed/tkv\.json: cannot be read \(.*All 3 retry attempts failed.*\); check the network and the server"
+    message = (
+        r"mixed/tkv\.json: cannot be read \(.*All 3 retry attempts failed.*\); check the network"
+        r" and the server"
+    )
     with pytest.raises(UserError, match=message) as caught:
         location.read("tkv.json")
     assert one_line(caught) and len(web.requests) == QUICK.retries + 1
@@ -364,13 +426,18 @@ def test_silent_server(web, monkeypatch, kind):
     patience = Patience(timeout_s=0.3)
     location = location_of(web, kind, patience)
     web.silent_s = 60
-    with pytest.raises(UserError, match=r"tkv\.json: cannot be read \(no answer within 0\.3 s\); check the network"):
+    with pytest.raises(
+        UserError, match=r"tkv\.json: cannot be read \(no answer within 0\.3 s\); check the network"
+    ):
         location.read("tkv.json")
 
 
 def test_no_server():
     location = open_location("http://127.0.0.1:9/store", patience=QUICK)
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/store/tkv\.json: cannot be read \(.*connect.*\); check the network") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"127\.0\.0\.1:9/store/tkv\.json: cannot be read \(.*connect.*\); check the network",
+    ) as caught:
         location.read("tkv.json")
     assert one_line(caught)
 
@@ -380,12 +447,23 @@ def test_permission_denied(web, monkeypatch, kind):
     s3_environment(monkeypatch, web.url)
     location = location_of(web, kind)
     web.always = 403
-    actions = [lambda: location.read("tkv.json"), lambda: location.read("tkv.json", 3, 5), lambda: location.sizes(["tkv.json"])]
+    actions = [
+        lambda: location.read("tkv.json"),
+        lambda: location.read("tkv.json", 3, 5),
+        lambda: location.sizes(["tkv.json"]),
+    ]
     if kind == "s3":
-        actions += [lambda: location.write("tkv.json", b"1"), lambda: location.delete("tkv.json"), location.names]
+        actions += [
+            lambda: location.write("tkv.json", b"1"),
+            lambda: location.delete("tkv.json"),
+            location.names,
+        ]
     for action in actions:
         web.requests.clear()
-        with pytest.raises(UserError, match=r"mixed/.*permission denied \(.*\); check the credentials and what they allow") as caught:
+        with pytest.raises(
+            UserError,
+            match=r"mixed/.*permission denied \(.*\); check the credentials and what they allow",
+        ) as caught:
             action()
         assert one_line(caught) and len(web.requests) <= 2  # not asked again and again
     with pytest.raises(UserError, match="permission denied"):

@@ -28,7 +28,9 @@ def copy(mixed_store, tmp_path):
 
 
 def rewrite_manifest(store, **changes):
-    """Changes fields and makes the checksum fit again: what a careless hand or another program might write."""
+    """Changes fields and makes the checksum fit again: what a careless hand or another program
+    might write.
+    """
     content = json.loads((store / "tkv.json").read_text()) | changes
     content.pop("crc32")
     (store / "tkv.json").write_text(json.dumps({**content, "crc32": json_crc32(content)}))
@@ -52,23 +54,37 @@ def test_other_version(copy):
         open_store(copy)
 
 
-@pytest.mark.parametrize("changes,message", [
-    (dict(format="zip"), "not the manifest of a TKV store"),
-    (dict(dtype="int3"), "dtype 'int3' is not one of"),
-    (dict(dtype="int8"), "files: rows/w32/c/0/0 is missing"),  # where the shards of encoded rows would lie
-    (dict(scale_group=4), "scale_group 4 does not go with dtype float32"),
-    (dict(errors=[{"layer": 2}]), "malformed field"),
-    (dict(shard_rows=63), "shard_rows 63 is not a power of two"),
-    (dict(shard_rows="many"), "malformed field"),
-    (dict(table_bytes=1), "table_bytes not as the model"),
-    (dict(groups=[]), "groups not as the model"),
-    (dict(model={"d_modell": 3}), "d_modell: no such field; did you mean 'd_model'"),
-    (dict(model={"pattern": "dens"}), "unknown layer 'dens'"),
-    (dict(tokenizer=None), "malformed field"),
-    (dict(files=[{"name": "tokenizer.json", "bytes": 1, "crc32": 1}]), "files: rows/w32/c/0/0/0 is missing"),
-    (dict(files=[{"name": "b", "bytes": 1, "crc32": 1}, {"name": "a", "bytes": 1, "crc32": 1}]), "not sorted by name"),
-    (dict(extra=1), "unknown field extra"),
-])
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(format="zip"), "not the manifest of a TKV store"),
+        (dict(dtype="int3"), "dtype 'int3' is not one of"),
+        (
+            dict(dtype="int8"),
+            "files: rows/w32/c/0/0 is missing",
+        ),  # where the shards of encoded rows would lie
+        (dict(scale_group=4), "scale_group 4 does not go with dtype float32"),
+        (dict(errors=[{"layer": 2}]), "malformed field"),
+        (dict(shard_rows=63), "shard_rows 63 is not a power of two"),
+        (dict(shard_rows="many"), "malformed field"),
+        (dict(table_bytes=1), "table_bytes not as the model"),
+        (dict(groups=[]), "groups not as the model"),
+        (dict(model={"d_modell": 3}), "d_modell: no such field; did you mean 'd_model'"),
+        (dict(model={"pattern": "dens"}), "unknown layer 'dens'"),
+        (dict(tokenizer=None), "malformed field"),
+        (
+            dict(files=[{"name": "tokenizer.json", "bytes": 1, "crc32": 1}]),
+            "files: rows/w32/c/0/0/0 is missing",
+        ),
+        (
+            dict(
+                files=[{"name": "b", "bytes": 1, "crc32": 1}, {"name": "a", "bytes": 1, "crc32": 1}]
+            ),
+            "not sorted by name",
+        ),
+        (dict(extra=1), "unknown field extra"),
+    ],
+)
 def test_bad_manifest(changes, message, copy):
     rewrite_manifest(copy, **changes)
     with pytest.raises(UserError, match=message):
@@ -77,7 +93,9 @@ def test_bad_manifest(changes, message, copy):
 
 def test_manifest_with_a_foreign_file(copy):
     content = json.loads((copy / "tkv.json").read_text())
-    rewrite_manifest(copy, files=[{"name": "../../etc/passwd", "bytes": 1, "crc32": 1}, *content["files"]])
+    rewrite_manifest(
+        copy, files=[{"name": "../../etc/passwd", "bytes": 1, "crc32": 1}, *content["files"]]
+    )
     with pytest.raises(UserError, match="files: '../../etc/passwd' is no file of a store"):
         open_store(copy)
 
@@ -118,7 +136,15 @@ def test_manifest_that_is_no_json_object(text, copy):
         open_store(copy)
 
 
-@pytest.mark.parametrize("name", [SHARD_FILE, "checksums/w32/c/4", "backbone/model-00001-of-00001.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        SHARD_FILE,
+        "checksums/w32/c/4",
+        "backbone/model-00001-of-00001.safetensors",
+        "tokenizer.json",
+    ],
+)
 def test_missing_file(name, copy):
     (copy / name).unlink()
     with pytest.raises(UserError, match=f"{name}: missing"):
@@ -131,7 +157,9 @@ def test_missing_metadata(copy):
         open_store(copy)
 
 
-@pytest.mark.parametrize("name", [SHARD_FILE, "checksums/w32/c/4", "backbone/model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize(
+    "name", [SHARD_FILE, "checksums/w32/c/4", "backbone/model-00001-of-00001.safetensors"]
+)
 def test_truncated_file(name, copy):
     path = copy / name
     path.write_bytes(path.read_bytes()[:-1])
@@ -147,27 +175,39 @@ def test_metadata_of_another_shape(copy):
 
 
 def test_tokenizer_of_another_store(tmp_path):
-    shutil.copytree(STORES / "v1", path := tmp_path / "v1")  # version 1 does not know the file's size
-    (path / "tokenizer.json").write_text('{"type": "byte", "version": 1}')  # the same tokenizer in other white space
+    shutil.copytree(
+        STORES / "v1", path := tmp_path / "v1"
+    )  # version 1 does not know the file's size
+    (path / "tokenizer.json").write_text(
+        '{"type": "byte", "version": 1}'
+    )  # the same tokenizer in other white space
     assert open_store(path).tokenizer().eos_id == 256
-    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, [])).save(str(path / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, [])).save(
+        str(path / "tokenizer.json")
+    )
     with pytest.raises(UserError, match=f"{path}/tokenizer.json: fingerprint .* exported with"):
         open_store(path)
     (path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=f"tokenizer {path}/tokenizer.json is not a readable JSON file"):
+    with pytest.raises(
+        UserError, match=f"tokenizer {path}/tokenizer.json is not a readable JSON file"
+    ):
         open_store(path)
 
 
 @pytest.mark.parametrize("id_", [-1, VOCAB, 10**6])
 def test_id_outside_the_vocabulary(id_, mixed_store):
-    with pytest.raises(UserError, match=f"token id {id_} is outside the store's vocabulary of {VOCAB}"):
+    with pytest.raises(
+        UserError, match=f"token id {id_} is outside the store's vocabulary of {VOCAB}"
+    ):
         open_store(mixed_store).read_rows([3, id_])
 
 
 def test_file_lost_after_opening_is_an_error_not_zeros(copy):
     store = open_store(copy)
     shutil.rmtree(copy / "rows/w48/c/1")
-    with pytest.raises(UserError, match="rows/w48/c/1/0/0: cannot be read|rows/w48/c/1/0/0: missing"):
+    with pytest.raises(
+        UserError, match="rows/w48/c/1/0/0: cannot be read|rows/w48/c/1/0/0: missing"
+    ):
         store.read_rows([70])
     store.read_rows([1])
 
@@ -184,7 +224,9 @@ def test_a_flipped_byte_anywhere_never_gives_a_wrong_row(copy):
             try:
                 got = open_store(copy).read_rows(np.arange(VOCAB))
                 for group in want:
-                    np.testing.assert_array_equal(got[group], want[group])  # e.g. an unused place of the last checksum file
+                    np.testing.assert_array_equal(
+                        got[group], want[group]
+                    )  # e.g. an unused place of the last checksum file
             except UserError:
                 raised += 1
             flip(copy / name, place)
@@ -215,10 +257,15 @@ def test_damaged_backbone(copy):
 def test_backbone_as_it_is_served(mixed, mixed_store):
     store = open_store(mixed_store)
     cfg = dataclasses.replace(store.model, compute_dtype="bfloat16")
-    want, got = served_params(store.backbone(), cfg), store.backbone(stacked=False, dtype="bfloat16")
+    want, got = (
+        served_params(store.backbone(), cfg),
+        store.backbone(stacked=False, dtype="bfloat16"),
+    )
     assert jax.tree.structure(want) == jax.tree.structure(got)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), want, got)
-    assert {leaf.dtype.name for path, leaf in jax.tree.leaves_with_path(got) if path[-1].key != "scale"} == {"bfloat16"}
+    assert {
+        leaf.dtype.name for path, leaf in jax.tree.leaves_with_path(got) if path[-1].key != "scale"
+    } == {"bfloat16"}
     assert got["blocks"]["s1"]["u0"]["attn_norm"]["scale"].dtype == "float32"
 
 

@@ -38,14 +38,29 @@ def read(ring, fd, offsets, lengths, wanted=None):
     offsets, lengths = np.asarray(offsets), np.asarray(lengths)
     memory = np.zeros((len(offsets), max(lengths, default=1)), np.uint8)
     addresses = memory.ctypes.data + np.arange(len(offsets)) * memory.shape[1]
-    got = ring.read(np.full(len(offsets), fd), offsets, addresses, lengths, lengths if wanted is None else np.asarray(wanted))
+    got = ring.read(
+        np.full(len(offsets), fd),
+        offsets,
+        addresses,
+        lengths,
+        lengths if wanted is None else np.asarray(wanted),
+    )
     return got, memory
 
 
 @pytest.mark.parametrize("ring", [1, 8, 256], indirect=True)
 def test_more_reads_than_places(ring, fd, content):
     rng = np.random.default_rng(1)
-    for count in (0, 1, 3, 7, 8, 9, 50, 200):  # odd numbers, so that batches begin anywhere in the ring
+    for count in (
+        0,
+        1,
+        3,
+        7,
+        8,
+        9,
+        50,
+        200,
+    ):  # odd numbers, so that batches begin anywhere in the ring
         offsets, lengths = rng.integers(0, SIZE - 5000, count), rng.integers(1, 5000, count)
         got, memory = read(ring, fd, offsets, lengths)
         np.testing.assert_array_equal(got, lengths)
@@ -54,7 +69,9 @@ def test_more_reads_than_places(ring, fd, content):
 
 
 def test_end_of_file_is_told_by_the_bytes_got(ring, fd, content):
-    got, memory = read(ring, fd, [SIZE - 10, SIZE, SIZE + 5, 0, SIZE - 8292], [20, 20, 20, 20, 9000])
+    got, memory = read(
+        ring, fd, [SIZE - 10, SIZE, SIZE + 5, 0, SIZE - 8292], [20, 20, 20, 20, 9000]
+    )
     np.testing.assert_array_equal(got, [10, 0, 0, 20, 8292])
     np.testing.assert_array_equal(memory[0, :10], content[-10:])
     np.testing.assert_array_equal(memory[4, :8292], content[-8292:])
@@ -82,7 +99,9 @@ def test_short_reads_go_on(ring, fd, content, monkeypatch):
     def cut(which, results):
         seen.extend(which.tolist())
         short = results > 8192
-        results[short] = 8192 - 100  # inside a page: the next attempt starts at the page's beginning
+        results[short] = (
+            8192 - 100
+        )  # inside a page: the next attempt starts at the page's beginning
         return results
 
     change_results(monkeypatch, ring, cut)
@@ -103,7 +122,13 @@ def test_short_direct_reads_go_on_at_a_page(tmp_path, ring, content, monkeypatch
     change_results(monkeypatch, ring, lambda which, results: np.minimum(results, 5000))
     memory = allocate(2, 5 * 4096)
     lengths = np.full(2, 5 * 4096)
-    got = ring.read(np.full(2, fd), np.array([0, 8192]), memory.ctypes.data + np.arange(2) * 5 * 4096, lengths, lengths)
+    got = ring.read(
+        np.full(2, fd),
+        np.array([0, 8192]),
+        memory.ctypes.data + np.arange(2) * 5 * 4096,
+        lengths,
+        lengths,
+    )
     os.close(fd)
     assert (got == lengths).all()
     np.testing.assert_array_equal(memory[1], content[8192 : 8192 + 5 * 4096])
@@ -139,7 +164,9 @@ def test_a_failed_read_raises_when_nothing_is_in_flight_any_more(ring, fd, conte
     memory = np.zeros((30, 4096), np.uint8)
     lengths = np.full(30, 4096)
     with pytest.raises(OSError) as error:
-        ring.read(fds, np.arange(30) * 4096, memory.ctypes.data + np.arange(30) * 4096, lengths, lengths)
+        ring.read(
+            fds, np.arange(30) * 4096, memory.ctypes.data + np.arange(30) * 4096, lengths, lengths
+        )
     assert error.value.errno == errno.EBADF
     got, memory = read(ring, fd, np.arange(5) * 4096, lengths[:5])  # the ring is as good as new
     assert (got == 4096).all()
@@ -186,7 +213,9 @@ def test_counters_of_the_ring_may_wrap(fd, content):
     ring = Ring(4)
     for _ in range(200):  # 50 rounds of the ring of requests
         got, memory = read(ring, fd, [4096, 0, 8192], [4096] * 3)
-        np.testing.assert_array_equal(memory.reshape(-1)[:8192], np.concatenate([content[4096:8192], content[:4096]]))
+        np.testing.assert_array_equal(
+            memory.reshape(-1)[:8192], np.concatenate([content[4096:8192], content[:4096]])
+        )
     ring.close()
 
 

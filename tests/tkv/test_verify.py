@@ -49,7 +49,9 @@ def workdir(small, tmp_path, monkeypatch):
     return path
 
 
-@pytest.mark.parametrize("rows", [dict(dtype="float32"), dict(dtype="bfloat16"), dict(dtype="int4", rank=0.75)], ids=str)
+@pytest.mark.parametrize(
+    "rows", [dict(dtype="float32"), dict(dtype="bfloat16"), dict(dtype="int4", rank=0.75)], ids=str
+)
 def test_a_fresh_store_is_exactly_its_run(rows, small, tmp_path):
     cfg, weights = small
     make_store(tmp_path / "s", cfg, weights, **rows)
@@ -57,7 +59,11 @@ def test_a_fresh_store_is_exactly_its_run(rows, small, tmp_path):
     assert found["ok"] and found["greedy_equal"] and [found[name] for name in FIGURES] == [0.0] * 4
     assert found["rows"]["ram"]["misses"] > 12
     exact = rows["dtype"] == "float32"
-    assert (found["rounding_rows_max_abs_diff"] == 0) == exact == (found["rounding_logits_max_rel_diff"] == 0)
+    assert (
+        (found["rounding_rows_max_abs_diff"] == 0)
+        == exact
+        == (found["rounding_logits_max_rel_diff"] == 0)
+    )
     assert json.loads(json.dumps(found)) == found
 
 
@@ -87,17 +93,27 @@ def test_commands_end_to_end(workdir, tmp_path, capsys):
 
     assert verify_cli.run([f"--tkv={out}", f"--workdir={workdir}", "--tokens=8"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
-    assert verify_cli.run([f"--tkv={out}", f"--workdir={workdir}", "--tokens=8", "--tolerance=-1"]) == 1
+    assert (
+        verify_cli.run([f"--tkv={out}", f"--workdir={workdir}", "--tokens=8", "--tolerance=-1"])
+        == 1
+    )
     capsys.readouterr()
 
-    sides = [Engine(out, Budgets(ram=4000)), Engine(out, Budgets(ram=None)), Engine.from_run(workdir)]
+    sides = [
+        Engine(out, Budgets(ram=4000)),
+        Engine(out, Budgets(ram=None)),
+        Engine.from_run(workdir),
+    ]
     made = [engine.generate(["some text"], 6) for engine in sides]
     assert made[0] == made[1] == made[2]
 
     options = [f"--tkv={out}", "--max_tokens=6", "--ram_budget=2KiB"]
     assert generate_cli.run([*options, "--prompt=some text", "--stats"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("some text") and json.loads(captured.err)["rows"]["ram"]["misses"] > 0
+    assert (
+        captured.out.startswith("some text")
+        and json.loads(captured.err)["rows"]["ram"]["misses"] > 0
+    )
     assert generate_cli.run([*options, "--prompt=some text", "--prompt=more"]) == 0
     both = capsys.readouterr().out
     assert both.startswith(f"--- 1\n{captured.out}--- 2\nmore")
@@ -106,8 +122,12 @@ def test_commands_end_to_end(workdir, tmp_path, capsys):
 
 
 def test_commands_on_bad_input(workdir, tmp_path):
-    for option, message in (("--dtype=int3", "--dtype: 'int3' is not one of"), ("--rank=half", "--rank: 'half' is not a number"),
-                            ("--host=1", "--host, --hosts: 1 of None"), ("--scale_group=8", "--scale_group: 8 needs --dtype=int8 or int4")):
+    for option, message in (
+        ("--dtype=int3", "--dtype: 'int3' is not one of"),
+        ("--rank=half", "--rank: 'half' is not a number"),
+        ("--host=1", "--host, --hosts: 1 of None"),
+        ("--scale_group=8", "--scale_group: 8 needs --dtype=int8 or int4"),
+    ):
         with pytest.raises(UserError, match=message):
             export_cli.run([f"--workdir={workdir}", f"--out={tmp_path}/x", option])
     assert not (tmp_path / "x").exists()
@@ -120,9 +140,14 @@ def test_commands_on_bad_input(workdir, tmp_path):
         generate_cli.run([f"--tkv={tmp_path}/x", "--prompt=a"])
 
 
-DAMAGE = [("rows/w32/c/1/0", "its checksum is wrong"), ("checksums/w48/c/2", "its checksum is wrong"), ("basis.safetensors", "its checksum is wrong"),
-          ("backbone/model-00001-of-00001.safetensors", "its checksum is wrong"), ("rows/w48/zarr.json", "its checksum is wrong"),
-          ("tokenizer.json", "its checksum is wrong")]
+DAMAGE = [
+    ("rows/w32/c/1/0", "its checksum is wrong"),
+    ("checksums/w48/c/2", "its checksum is wrong"),
+    ("basis.safetensors", "its checksum is wrong"),
+    ("backbone/model-00001-of-00001.safetensors", "its checksum is wrong"),
+    ("rows/w48/zarr.json", "its checksum is wrong"),
+    ("tokenizer.json", "its checksum is wrong"),
+]
 
 
 def flip(path, place=-9):
@@ -134,8 +159,17 @@ def flip(path, place=-9):
 def test_deep_names_every_damaged_file(small, tmp_path, capsys):
     make_store(tmp_path / "s", *small, dtype="int8", rank=0.5)
     found = verify_deep(tmp_path / "s", progress=False)
-    assert found == {"files": 27, "bytes": found["bytes"], "bundles": 2 * 260, "damaged": [], "ok": True}
-    assert verify_cli.run([f"--tkv={tmp_path}/s", "--deep"]) == 0 and json.loads(capsys.readouterr().out)["deep"] == found
+    assert found == {
+        "files": 27,
+        "bytes": found["bytes"],
+        "bundles": 2 * 260,
+        "damaged": [],
+        "ok": True,
+    }
+    assert (
+        verify_cli.run([f"--tkv={tmp_path}/s", "--deep"]) == 0
+        and json.loads(capsys.readouterr().out)["deep"] == found
+    )
     for name, _ in DAMAGE:
         flip(tmp_path / "s" / name)
     (tmp_path / "s/rows/w32/c/4/0").unlink()
@@ -145,8 +179,13 @@ def test_deep_names_every_damaged_file(small, tmp_path, capsys):
     what = {entry["name"]: entry["what"] for entry in found["damaged"]}
     assert what.keys() == {*dict(DAMAGE), "rows/w32/c/4/0", "checksums/w32/c/3"}
     assert all(what[name] == message for name, message in DAMAGE)
-    assert what["rows/w32/c/4/0"] == "cannot be read (No such file or directory)" and what["checksums/w32/c/3"] == "3 bytes, 256 expected"
-    assert found["bundles"] == 2 * 260 - 3 * 64 - 4  # of shards that are whole and whose checksums are
+    assert (
+        what["rows/w32/c/4/0"] == "cannot be read (No such file or directory)"
+        and what["checksums/w32/c/3"] == "3 bytes, 256 expected"
+    )
+    assert (
+        found["bundles"] == 2 * 260 - 3 * 64 - 4
+    )  # of shards that are whole and whose checksums are
     assert verify_cli.run([f"--tkv={tmp_path}/s", f"--workdir={tmp_path}", "--deep"]) == 1
     assert json.loads(capsys.readouterr().out) == {"deep": found, "ok": False}
 
@@ -157,32 +196,60 @@ def test_deep_finds_a_bundle_whose_file_is_said_to_be_whole(small, tmp_path):
     assert verify_deep(tmp_path / "v1", progress=False)["ok"]
     flip(tmp_path / "v1/rows/w8/c/0/0/0", 70 * 64 + 5)
     found = verify_deep(tmp_path / "v1", progress=False)["damaged"]
-    assert found == [{"name": "rows/w8/c/0/0/0", "what": "1 bundles, the first of token 70, fail their checksum"}]
+    assert found == [
+        {"name": "rows/w8/c/0/0/0", "what": "1 bundles, the first of token 70, fail their checksum"}
+    ]
 
 
 def test_eval_with_the_rows_of_a_store(tiny_config, tmp_path, capsys):
-    final = train(tiny_config("memoryllm stem", **{"train.steps": 2}), tmp_path / "run", progress=False)
+    final = train(
+        tiny_config("memoryllm stem", **{"train.steps": 2}), tmp_path / "run", progress=False
+    )
     export(tmp_path / "run", tmp_path / "exact", progress=False)
     export(tmp_path / "run", tmp_path / "coarse", dtype="int4", rank=4, progress=False)
     results = {}
     for name in ("exact", "coarse"):
-        assert eval_cli.run([f"--tkv={tmp_path / name}", f"--workdir={tmp_path / 'run'}", "--max_tokens=512"]) == 0
+        assert (
+            eval_cli.run(
+                [f"--tkv={tmp_path / name}", f"--workdir={tmp_path / 'run'}", "--max_tokens=512"]
+            )
+            == 0
+        )
         results[name] = json.loads(capsys.readouterr().out)
     assert results["exact"]["loss"] == pytest.approx(final["val_loss"], rel=1e-6)
     assert results["exact"]["recall_acc"] == final["recall_acc"] and results["exact"]["step"] == 2
     assert abs(results["coarse"]["loss"] - final["val_loss"]) > 1e-6
     assert results["coarse"]["ranks"] == [4, 4] and results["coarse"]["dtype"] == "int4"
-    assert results["coarse"]["table_bytes"] == 400 * 2 * (2 + 4) and results["exact"]["ranks"] is None
+    assert (
+        results["coarse"]["table_bytes"] == 400 * 2 * (2 + 4) and results["exact"]["ranks"] is None
+    )
     counts = open_store(tmp_path / "exact").counts()
     assert counts.sum() > 0 and counts.shape == (400,)
     data = tiny_config().data
-    assert eval_cli.run([f"--tkv={tmp_path / 'exact'}", f"--data={data.path}", f"--seq_len={data.seq_len}", "--max_tokens=512"]) == 0
+    assert (
+        eval_cli.run(
+            [
+                f"--tkv={tmp_path / 'exact'}",
+                f"--data={data.path}",
+                f"--seq_len={data.seq_len}",
+                "--max_tokens=512",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(final["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("options,message", [
-    (["--max_tokens=5"], "--workdir: missing"), (["--tkv=x"], "--data: missing"), (["--tkv=x", "--data=y", "--step=1"], "--step: 1 does not go"),
-    (["--workdir=x", "--seq_len=0"], "--seq_len: 0 must be above 0"), (["--tkv=/nowhere", "--data=y"], "no TKV store here")])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--max_tokens=5"], "--workdir: missing"),
+        (["--tkv=x"], "--data: missing"),
+        (["--tkv=x", "--data=y", "--step=1"], "--step: 1 does not go"),
+        (["--workdir=x", "--seq_len=0"], "--seq_len: 0 must be above 0"),
+        (["--tkv=/nowhere", "--data=y"], "no TKV store here"),
+    ],
+)
 def test_eval_on_bad_input(options, message):
     with pytest.raises(UserError, match=message):
         eval_cli.run(options)
@@ -191,7 +258,14 @@ def test_eval_on_bad_input(options, message):
 def test_the_table_of_an_export(small, tmp_path):
     made = make_store(tmp_path / "s", *small, dtype="int4", rank=32)
     text = export_cli.table(made)
-    assert "rows, int4, rank 32" in text and "basis" in text and f"{made['table_bytes']:,} bytes" in text
-    assert "note: rank 32 of layer 1 saves nothing: numbers and basis are as large as the rows above rank 28" in text
+    assert (
+        "rows, int4, rank 32" in text
+        and "basis" in text
+        and f"{made['table_bytes']:,} bytes" in text
+    )
+    assert (
+        "note: rank 32 of layer 1 saves nothing: numbers and basis are as large as the rows above"
+        " rank 28" in text
+    )
     assert text.count("relative RMS ") == 1 + 2
     assert "error" not in export_cli.table(make_store(tmp_path / "t", *small))

@@ -35,14 +35,23 @@ def test_the_parts_add_up_to_the_whole(time):
         raise KeyError
     time(32)
     seconds = clock.seconds()
-    assert seconds == dict.fromkeys(PARTS, 0.0) | {"step": 33, "setup": 10, "compile": 4, "eval": 16}
+    assert seconds == dict.fromkeys(PARTS, 0.0) | {
+        "step": 33,
+        "setup": 10,
+        "compile": 4,
+        "eval": 16,
+    }
     with clock.span("data_wait"):
         time(64)
-        assert clock.seconds()["data_wait"] == 64 and seconds["data_wait"] == 0  # also in the middle; what was given stays
+        assert (
+            clock.seconds()["data_wait"] == 64 and seconds["data_wait"] == 0
+        )  # also in the middle; what was given stays
     assert sum(clock.seconds().values()) == 127 and clock.working() == 33 + 64
 
 
-def test_rates_leave_out_what_is_no_training_and_the_first_step_after_a_compilation(time, monkeypatch):
+def test_rates_leave_out_what_is_no_training_and_the_first_step_after_a_compilation(
+    time, monkeypatch
+):
     monkeypatch.setattr(clocks, "peak_flops", lambda: 1000.0)
     clock = Clock(time)
     work = Work(clock, ACCOUNT, tokens_per_step=10, counts={})
@@ -60,7 +69,11 @@ def test_rates_leave_out_what_is_no_training_and_the_first_step_after_a_compilat
     with clock.span("eval"):
         time(1000)
     steps(4, 4, 1.0, rows=10)
-    assert work.rates(4) == {"tokens_per_s": 30 / 5, "mfu": pytest.approx(30 / 5 * 3 * (100 + 60 * 20 / 30) / 1000), "rows_per_token": 20 / 30}
+    assert work.rates(4) == {
+        "tokens_per_s": 30 / 5,
+        "mfu": pytest.approx(30 / 5 * 3 * (100 + 60 * 20 / 30) / 1000),
+        "rows_per_token": 20 / 30,
+    }
     with clock.span("compile"):
         time(1000)
     work.interrupt()
@@ -69,15 +82,26 @@ def test_rates_leave_out_what_is_no_training_and_the_first_step_after_a_compilat
     assert work.rates(6)["tokens_per_s"] == 10
     totals = work.totals(6)
     assert totals["train_tokens_per_s"] == 40 / 6 and totals["rows_per_token"] == 45 / 60
-    assert totals["flops"]["counted"] == 60 * 3 * (100 + 60 * 45 / 60) and totals["flops"]["xla"] == 30_000
+    assert (
+        totals["flops"]["counted"] == 60 * 3 * (100 + 60 * 45 / 60)
+        and totals["flops"]["xla"] == 30_000
+    )
 
-    again = Work(Clock(time), ACCOUNT, 10, work.counts)  # the next start goes on from the checkpoint's counts
+    again = Work(
+        Clock(time), ACCOUNT, 10, work.counts
+    )  # the next start goes on from the checkpoint's counts
     assert again.totals(6) == totals
 
 
 def test_flops_that_deduplication_saved():
     made = flops(ACCOUNT, tokens=10, rows_per_token=0.25, xla=6900.0)
-    assert made == {"counted": 3450, "saved": 4800 - 3450, "saved_share": pytest.approx(1 - 3450 / 4800), "xla": 6900.0, "xla_over_counted": 2.0}
+    assert made == {
+        "counted": 3450,
+        "saved": 4800 - 3450,
+        "saved_share": pytest.approx(1 - 3450 / 4800),
+        "xla": 6900.0,
+        "xla_over_counted": 2.0,
+    }
     assert flops(ACCOUNT, 10, 1.0, None)["saved_share"] == 0
     for unknown in (None, math.nan):
         made = flops(ACCOUNT, 10, 1.0, unknown)
@@ -85,7 +109,12 @@ def test_flops_that_deduplication_saved():
 
 
 def test_a_run_of_no_steps_has_no_rates(time):
-    assert Work(Clock(time), ACCOUNT, 10, {}).totals(0) == {"train_tokens_per_s": None, "mfu": None, "rows_per_token": None, "flops": None}
+    assert Work(Clock(time), ACCOUNT, 10, {}).totals(0) == {
+        "train_tokens_per_s": None,
+        "mfu": None,
+        "rows_per_token": None,
+        "flops": None,
+    }
 
 
 def test_a_model_without_memory_computes_no_rows(time):

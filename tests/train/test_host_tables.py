@@ -1,4 +1,6 @@
-"""Tables in the host's memory: the same run to the bit as with tables on the device, whatever is slow, and its errors are heard."""
+"""Tables in the host's memory: the same run to the bit as with tables on the device, whatever is
+slow, and its errors are heard.
+"""
 
 import dataclasses
 import threading
@@ -27,25 +29,58 @@ def on_host(cfg):
 
 
 def same(a, b) -> bool:
-    return jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), a, b))
+    return jax.tree.all(
+        jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), a, b)
+    )
 
 
 @pytest.mark.parametrize("table_optimizer", ["lazy_adam", "rowwise_adagrad"])
-def test_a_run_is_the_same_to_the_bit_and_may_move_in_the_middle(table_optimizer, tiny_config, tmp_path):
-    cfg = tiny_config(PATTERN, **{"optimizer.table_optimizer": table_optimizer, "train.eval_every": 2, "train.checkpoint_every": 3})
-    made = {"device": train(cfg, tmp_path / "device", progress=False), "host": train(on_host(cfg), tmp_path / "host", progress=False)}
+def test_a_run_is_the_same_to_the_bit_and_may_move_in_the_middle(
+    table_optimizer, tiny_config, tmp_path
+):
+    cfg = tiny_config(
+        PATTERN,
+        **{
+            "optimizer.table_optimizer": table_optimizer,
+            "train.eval_every": 2,
+            "train.checkpoint_every": 3,
+        },
+    )
+    made = {
+        "device": train(cfg, tmp_path / "device", progress=False),
+        "host": train(on_host(cfg), tmp_path / "host", progress=False),
+    }
     for first, then, name in ((cfg, on_host(cfg), "to host"), (on_host(cfg), cfg, "to device")):
         calls = []
         with pytest.raises(TrainingInterrupted):
-            train(first, tmp_path / name, progress=False, stop=lambda calls=calls: calls.append(1) or len(calls) == 2)
+            train(
+                first,
+                tmp_path / name,
+                progress=False,
+                stop=lambda calls=calls: calls.append(1) or len(calls) == 2,
+            )
         made[name] = train(then, tmp_path / name, progress=False)
-    rows = {name: [{key: value for key, value in row.items() if not key.endswith(RATES)} for row in read_metrics(tmp_path / name)] for name in made}
+    rows = {
+        name: [
+            {key: value for key, value in row.items() if not key.endswith(RATES)}
+            for row in read_metrics(tmp_path / name)
+        ]
+        for name in made
+    }
     params = load_params(tmp_path / "device")[1]
     for name, final in made.items():
-        assert [row for row in rows[name] if "loss" in row] == [row for row in rows["device"] if "loss" in row], name
-        assert final["val_loss"] == made["device"]["val_loss"] and final["kinds"] == made["device"]["kinds"], name
+        assert [row for row in rows[name] if "loss" in row] == [
+            row for row in rows["device"] if "loss" in row
+        ], name
+        assert (
+            final["val_loss"] == made["device"]["val_loss"]
+            and final["kinds"] == made["device"]["kinds"]
+        ), name
         assert same(load_params(tmp_path / name)[1], params), name
-    assert rows["host"] == rows["device"] and made["host"]["seconds"]["rows_wait"] > 0 == made["device"]["seconds"]["rows_wait"]
+    assert (
+        rows["host"] == rows["device"]
+        and made["host"]["seconds"]["rows_wait"] > 0 == made["device"]["seconds"]["rows_wait"]
+    )
 
 
 @pytest.mark.parametrize("block_bytes", [1 << 28, 4 * 88 * 130])
@@ -58,26 +93,45 @@ def test_fresh_tables_are_drawn_block_by_block_as_if_whole(block_bytes, tiny_con
 
 
 def test_numbers_beyond_the_first_four_thousand_million_are_jaxs_too():
-    """Rows on both sides of place 2^32, against JAX's bits of 64-bit places and its way from bits to normal numbers."""
+    """Rows on both sides of place 2^32, against JAX's bits of 64-bit places and its way from bits
+    to normal numbers.
+    """
     from jax.extend.random import threefry2x32_p
 
     key, width, start = jax.random.key(7), 1 << 20, (1 << 12) - 1
     first = start * width
-    drawn = host_tables._draw_rows(2, np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF), key, (1 << 13, width), np.float32)
+    drawn = host_tables._draw_rows(
+        2, np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF), key, (1 << 13, width), np.float32
+    )
     for row, high, low in ((0, 0, first), (1, 1, 0)):
         places = np.arange(low, low + width, dtype=np.uint64).astype(np.uint32)
-        one, other = threefry2x32_p.bind(*jax.random.key_data(key), np.full(width, high, np.uint32), places)
+        one, other = threefry2x32_p.bind(
+            *jax.random.key_data(key), np.full(width, high, np.uint32), places
+        )
         lowest = np.nextafter(np.float32(-1), np.float32(0))
-        uniform = (np.asarray((one ^ other) >> 9 | np.uint32(0x3F800000)).view(np.float32) - 1) * (1 - lowest) + lowest
-        np.testing.assert_allclose(np.asarray(drawn[row]), np.sqrt(2) * jax.scipy.special.erfinv(uniform), rtol=1e-5, atol=1e-5)
+        uniform = (np.asarray((one ^ other) >> 9 | np.uint32(0x3F800000)).view(np.float32) - 1) * (
+            1 - lowest
+        ) + lowest
+        np.testing.assert_allclose(
+            np.asarray(drawn[row]),
+            np.sqrt(2) * jax.scipy.special.erfinv(uniform),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def batches(cfg, count):
-    """Every second one has the whole vocabulary's room; ids return from step to step, and some do not."""
+    """Every second one has the whole vocabulary's room; ids return from step to step, and some do
+    not.
+    """
     rng, vocab = np.random.default_rng(0), cfg.model.vocab_size
     for k in range(count):
         tokens = np.minimum(rng.zipf(1.5, (1, 4, 33)) - 1, vocab - 1).astype(np.int32)
-        yield {"ids": tokens[..., :-1], "targets": tokens[..., 1:], **unique_rows(tokens[..., :-1], vocab, (128, vocab) if k % 2 else (vocab,))}
+        yield {
+            "ids": tokens[..., :-1],
+            "targets": tokens[..., 1:],
+            **unique_rows(tokens[..., :-1], vocab, (128, vocab) if k % 2 else (vocab,)),
+        }
 
 
 def test_the_next_rows_are_there_before_the_last_ones_are_back(tiny_config, monkeypatch):
@@ -85,16 +139,24 @@ def test_the_next_rows_are_there_before_the_last_ones_are_back(tiny_config, monk
     step, state = make_train_step(cfg), init_state(cfg)
     for batch in batches(cfg, 6):
         state, _ = step(state, batch)
-    tables, put_back, may_go = HostTables(on_host(cfg)), HostTables._put_back, threading.Semaphore(0)
+    tables, put_back, may_go = (
+        HostTables(on_host(cfg)),
+        HostTables._put_back,
+        threading.Semaphore(0),
+    )
 
     def slow(self, *args):
-        assert may_go.acquire(timeout=60)  # the rows of a step wait for those of the step before, and these for it
+        assert may_go.acquire(
+            timeout=60
+        )  # the rows of a step wait for those of the step before, and these for it
         put_back(self, *args)
 
     monkeypatch.setattr(HostTables, "_put_back", slow)
     other, step = tables.state, make_train_step(on_host(cfg))
     for k, batch in enumerate(tables.ahead(map(jax.device_put, batches(cfg, 6)))):
-        other, _ = step(tables.rows_in(other), batch)  # of step k - 1 nothing is back, and yet its rows are here
+        other, _ = step(
+            tables.rows_in(other), batch
+        )  # of step k - 1 nothing is back, and yet its rows are here
         tables.rows_out(other)
         if k:
             may_go.release()
@@ -115,7 +177,11 @@ def test_an_error_in_the_background_ends_the_run(part, tiny_config, tmp_path, mo
 
     monkeypatch.setattr(HostTables, part, fails)
     with pytest.raises(MemoryError, match="no room for rows"):
-        train(on_host(tiny_config(PATTERN, **{"optimizer.table_optimizer": "lazy_adam"})), tmp_path / "run", progress=False)
+        train(
+            on_host(tiny_config(PATTERN, **{"optimizer.table_optimizer": "lazy_adam"})),
+            tmp_path / "run",
+            progress=False,
+        )
     assert not any(thread.name.startswith(("tables", "rows")) for thread in threading.enumerate())
 
 
@@ -124,5 +190,10 @@ def test_a_step_for_rows_refuses_whole_tables(tiny_config):
     batch = list(batches(cfg, 2))[1]
     with pytest.raises(ValueError, match="a step takes tables of its batch's rows"):
         make_train_step(cfg).trace(init_state(cfg), batch)
-    with pytest.raises(UserError, match="config parallel.table_memory: host; these steps are measured with tables on the device"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "config parallel.table_memory: host; these steps are measured with tables on the device"
+        ),
+    ):
         prepare(cfg, None)

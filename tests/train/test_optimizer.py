@@ -13,13 +13,24 @@ from flexmemory.models.blocks import KINDS
 from flexmemory.models.transformer import abstract_params
 from flexmemory.train.optimizer import clip, group_norms, label_params, make_optimizer, schedule
 
-CFG = OptimizerConfig(lr=0.1, min_lr=0.01, warmup_steps=4, weight_decay=0.1, clip_norm=1.0, table_lr=3.0, table_weight_decay=0.05)
+CFG = OptimizerConfig(
+    lr=0.1,
+    min_lr=0.01,
+    warmup_steps=4,
+    weight_decay=0.1,
+    clip_norm=1.0,
+    table_lr=3.0,
+    table_weight_decay=0.05,
+)
 
 
 def tree(seed=0):
     rng = np.random.default_rng(seed)
-    return {"embed": rng.normal(size=(5, 3)), "norm": {"scale": rng.normal(size=3)},
-            "memory": {"stacks": {"stack0": {"table": rng.normal(size=(2, 5, 4))}}}}
+    return {
+        "embed": rng.normal(size=(5, 3)),
+        "norm": {"scale": rng.normal(size=3)},
+        "memory": {"stacks": {"stack0": {"table": rng.normal(size=(2, 5, 4))}}},
+    }
 
 
 def as_jax(params):
@@ -28,7 +39,9 @@ def as_jax(params):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_every_kind_has_a_label(kind):
-    cfg = ModelConfig(pattern=kind, vocab_size=20, d_model=32, d_ff=88, x0_norm="layernorm", x0_norm_shared=True)
+    cfg = ModelConfig(
+        pattern=kind, vocab_size=20, d_model=32, d_ff=88, x0_norm="layernorm", x0_norm_shared=True
+    )
     labels = set(jax.tree.leaves(label_params(abstract_params(cfg))))
     assert {"embed", "head", "norm", "attention"} <= labels
     assert ("table" in labels) == kind.startswith("stem")
@@ -58,7 +71,11 @@ def test_adamw_against_numpy():
     params, opt = tree(), make_optimizer(CFG, 24)
     live, state = as_jax(params), opt.init(as_jax(params))
     m, v = jax.tree.map(np.zeros_like, params), jax.tree.map(np.zeros_like, params)
-    decay = {"embed": 0.1, "norm": {"scale": 0.0}, "memory": {"stacks": {"stack0": {"table": 0.05}}}}
+    decay = {
+        "embed": 0.1,
+        "norm": {"scale": 0.0},
+        "memory": {"stacks": {"stack0": {"table": 0.05}}},
+    }
     times = {"embed": 1.0, "norm": {"scale": 1.0}, "memory": {"stacks": {"stack0": {"table": 3.0}}}}
     for step in range(5):
         grads = tree(step + 1)
@@ -68,8 +85,15 @@ def test_adamw_against_numpy():
         m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
         v = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, v, grads)
         params = jax.tree.map(
-            lambda p, m, v, wd, k, t=step + 1, lr=lr: p - lr * k * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8) + wd * p),
-            params, m, v, decay, times)
+            lambda p, m, v, wd, k, t=step + 1, lr=lr: (
+                p - lr * k * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8) + wd * p)
+            ),
+            params,
+            m,
+            v,
+            decay,
+            times,
+        )
     for got, wanted in zip(jax.tree.leaves(live), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-6)
 
@@ -79,14 +103,23 @@ def test_clipping_is_by_the_true_global_norm(table_clip):
     grads = tree(3)
     cfg = dataclasses.replace(CFG, table_clip_norm=table_clip)
     clipped = clip(as_jax(grads), group_norms(as_jax(grads)), cfg)
-    flat = {name: np.concatenate([np.ravel(x) for x in jax.tree.leaves(part)]) for name, part in
-            (("all", grads), ("dense", {k: grads[k] for k in ("embed", "norm")}), ("table", grads["memory"]))}
+    flat = {
+        name: np.concatenate([np.ravel(x) for x in jax.tree.leaves(part)])
+        for name, part in (
+            ("all", grads),
+            ("dense", {k: grads[k] for k in ("embed", "norm")}),
+            ("table", grads["memory"]),
+        )
+    }
     whole = np.linalg.norm(flat["dense" if table_clip else "all"])
     assert whole > 1
     np.testing.assert_allclose(clipped["embed"], grads["embed"] / whole, rtol=1e-5)
     table = grads["memory"]["stacks"]["stack0"]["table"]
-    np.testing.assert_allclose(clipped["memory"]["stacks"]["stack0"]["table"],
-                               table * (0.5 / np.linalg.norm(flat["table"]) if table_clip else 1 / whole), rtol=1e-5)
+    np.testing.assert_allclose(
+        clipped["memory"]["stacks"]["stack0"]["table"],
+        table * (0.5 / np.linalg.norm(flat["table"]) if table_clip else 1 / whole),
+        rtol=1e-5,
+    )
 
 
 def test_a_small_gradient_is_not_scaled():

@@ -16,37 +16,62 @@ from flexmemory.data.shards import TokenShards
 from flexmemory.exchange import dense_gradient, lookup
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.transformer import abstract_params
-from flexmemory.train.loop import resolve
 from flexmemory.parallel import path_name
-from flexmemory.train.step import ADDRESSED, init_optimizer, init_state, make_gradients, make_train_step, merge, split
+from flexmemory.train.loop import resolve
+from flexmemory.train.step import (
+    ADDRESSED,
+    init_optimizer,
+    init_state,
+    make_gradients,
+    make_train_step,
+    merge,
+    split,
+)
 
 GOLDEN = Path(__file__).parent / "golden_first_step.json"
 
 
 def batch_of(cfg, accum=1):
     shards = TokenShards(cfg.data.path, "train")
-    return make_batches(shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=0, accum=accum)[0]
+    return make_batches(
+        shards, seq_len=cfg.data.seq_len, batch_size=cfg.data.batch_size, seed=0, accum=accum
+    )[0]
 
 
 @pytest.mark.parametrize("table_optimizer", ["adamw", "lazy_adam", "rowwise_adagrad"])
 def test_accumulation_of_micro_batches_is_one_batch(table_optimizer, tiny_config):
-    # eps of 1 makes Adam's first update lr * g / (|g| + 1), smooth in g, so that gradients are compared and not their signs
+    # eps of 1 makes Adam's first update lr * g / (|g| + 1), smooth in g, so that gradients are
+    # compared and not their signs
     made = []
     for accum in (1, 4) if table_optimizer != "adamw" else (1, 2, 4):
-        sets = {"train.accum_steps": accum, "optimizer.eps": 1.0, "optimizer.table_optimizer": table_optimizer}
-        cfg, _, _ = resolve(tiny_config("flex memoryllm stem" if table_optimizer == "adamw" else "stem", **sets))
+        sets = {
+            "train.accum_steps": accum,
+            "optimizer.eps": 1.0,
+            "optimizer.table_optimizer": table_optimizer,
+        }
+        cfg, _, _ = resolve(
+            tiny_config("flex memoryllm stem" if table_optimizer == "adamw" else "stem", **sets)
+        )
         state, metrics = make_train_step(cfg)(init_state(cfg), batch_of(cfg, accum))
         made.append((state["params"], {name: float(value) for name, value in metrics.items()}))
     for params, metrics in made[1:]:
         for name, value in made[0][1].items():
             assert metrics[name] == pytest.approx(value, rel=2e-6), name
-        assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.abs(a - b).max() <= 1e-8 + 1e-6 * np.abs(b).max()), params, made[0][0]))
+        assert jax.tree.all(
+            jax.tree.map(
+                lambda a, b: bool(np.abs(a - b).max() <= 1e-8 + 1e-6 * np.abs(b).max()),
+                params,
+                made[0][0],
+            )
+        )
 
 
 def test_the_memory_of_a_step_does_its_work_once_however_the_batch_is_split(tiny_config):
     products = []
     for accum in (1, 4):
-        cfg, _, _ = resolve(tiny_config("memoryllm", **{"train.accum_steps": accum, "model.scan_layers": False}))
+        cfg, _, _ = resolve(
+            tiny_config("memoryllm", **{"train.accum_steps": accum, "model.scan_layers": False})
+        )
         batch = batch_of(cfg, accum)
         traced = jax.make_jaxpr(full_gradients(cfg))(abstract_params(cfg.model), batch)
         products.append(sum(count_products(traced.jaxpr, batch["unique_ids"].size)))
@@ -54,11 +79,17 @@ def test_the_memory_of_a_step_does_its_work_once_however_the_batch_is_split(tiny
 
 
 def count_products(jaxpr, rows: int):
-    """One per matrix product with a side of ``rows``, wherever it stands; those inside a scan count for every round."""
+    """One per matrix product with a side of ``rows``, wherever it stands; those inside a scan count
+    for every round.
+    """
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general" and any(rows in getattr(v.aval, "shape", ()) for v in eqn.invars):
+        if eqn.primitive.name == "dot_general" and any(
+            rows in getattr(v.aval, "shape", ()) for v in eqn.invars
+        ):
             yield 1
-        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+        for inner in jax.tree.leaves(
+            eqn.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
+        ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield eqn.params.get("length", 1) * sum(count_products(inner, rows))
@@ -71,7 +102,9 @@ def full_gradients(cfg):
     def call(params, batch):
         addressed, weights = split(params, ADDRESSED)
         (row_grads, grads), sums = gradients(lookup(addressed, batch["unique_ids"]), weights, batch)
-        ids_R = jnp.where(batch["places"] < len(batch["table_ids"]), batch["unique_ids"], cfg.model.vocab_size)
+        ids_R = jnp.where(
+            batch["places"] < len(batch["table_ids"]), batch["unique_ids"], cfg.model.vocab_size
+        )
         return merge(grads, dense_gradient(row_grads, ids_R, addressed)), sums
 
     return call
@@ -82,7 +115,12 @@ def gradients_64(cfg, params, batch):
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, compute_dtype="float64"))
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-        return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(full_gradients(cfg))(params, batch)[0])}
+        return {
+            path_name(path): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                jax.jit(full_gradients(cfg))(params, batch)[0]
+            )
+        }
 
 
 MEMORY_KINDS = [kind for kind, block in KINDS.items() if block.source is not None]
@@ -92,65 +130,132 @@ MEMORY_KINDS = [kind for kind, block in KINDS.items() if block.source is not Non
 def test_rows_once_per_unique_id_are_rows_once_per_token(kind, tiny_config):
     cfg, _, _ = resolve(tiny_config(f"dense {kind}"))
     batch, vocab = batch_of(cfg), cfg.model.vocab_size
-    gradients, params, count = jax.jit(full_gradients(cfg)), init_state(cfg)["params"], batch["ids"].size
+    gradients, params, count = (
+        jax.jit(full_gradients(cfg)),
+        init_state(cfg)["params"],
+        batch["ids"].size,
+    )
     one = np.full_like(batch["ids"], 7)
-    for case, ids, sizes, size in (("full", batch["ids"], (count,), count), ("tiny", one, (8, count), 8), ("overflow", batch["ids"], (8, count), count),
-                                   ("whole vocabulary", batch["ids"], (vocab,), vocab)):
+    for case, ids, sizes, size in (
+        ("full", batch["ids"], (count,), count),
+        ("tiny", one, (8, count), 8),
+        ("overflow", batch["ids"], (8, count), count),
+        ("whole vocabulary", batch["ids"], (vocab,), vocab),
+    ):
         both = {"ids": ids, "targets": batch["targets"]}
         deduplicated = both | unique_rows(ids, vocab, sizes)
         places = np.arange(count, dtype=np.int32)
-        naive = both | {"unique_ids": ids.ravel(), "inverse": places.reshape(ids.shape), "table_ids": ids.ravel(), "places": places}
+        naive = both | {
+            "unique_ids": ids.ravel(),
+            "inverse": places.reshape(ids.shape),
+            "table_ids": ids.ravel(),
+            "places": places,
+        }
         assert len(deduplicated["unique_ids"]) == size, case
-        (got, (loss, _)), (want, (naive_loss, _)) = gradients(params, deduplicated), gradients(params, naive)
+        (got, (loss, _)), (want, (naive_loss, _)) = (
+            gradients(params, deduplicated),
+            gradients(params, naive),
+        )
         # a matmul of 8 rows may round otherwise than one of many
-        assert float(loss) == (pytest.approx(float(naive_loss), rel=2e-7) if case == "tiny" else float(naive_loss)), case
+        assert float(loss) == (
+            pytest.approx(float(naive_loss), rel=2e-7) if case == "tiny" else float(naive_loss)
+        ), case
         largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(want))
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+        ):
             name = path_name(path)
             # where all keys are equal, the gradients of q and k are 0 but for rounding
-            scale = largest if case == "tiny" and name.endswith((".q", ".k")) else float(np.abs(b).max())
-            if float(np.abs(a - b).max()) > 1e-6 * scale:  # then because the naive sum, here of 384 tokens, is as far from float64
+            scale = (
+                largest
+                if case == "tiny" and name.endswith((".q", ".k"))
+                else float(np.abs(b).max())
+            )
+            if (
+                float(np.abs(a - b).max()) > 1e-6 * scale
+            ):  # then because the naive sum, here of 384 tokens, is as far from float64
                 exact = gradients_64(cfg, params, naive)[name]
-                assert np.abs(a - exact).max() <= min(np.abs(b - exact).max(), 1e-6 * scale), (case, name)
+                assert np.abs(a - exact).max() <= min(np.abs(b - exact).max(), 1e-6 * scale), (
+                    case,
+                    name,
+                )
 
 
 @pytest.mark.parametrize("table_optimizer", ["lazy_adam", "rowwise_adagrad"])
 def test_only_touched_rows_of_a_table_and_its_moments_move(table_optimizer, tiny_config):
-    cfg, _, _ = resolve(tiny_config("dense stem stem-gate", **{"optimizer.table_optimizer": table_optimizer, "optimizer.table_weight_decay": 0.1}))
+    cfg, _, _ = resolve(
+        tiny_config(
+            "dense stem stem-gate",
+            **{"optimizer.table_optimizer": table_optimizer, "optimizer.table_weight_decay": 0.1},
+        )
+    )
     batch, state = batch_of(cfg), init_state(cfg)
     batch["ids"][batch["ids"] == 5] = 6  # token 5 occurs nowhere, and 0 only as padding
     batch["ids"][batch["ids"] == 0] = 6
-    batch |= unique_rows(batch["ids"], cfg.model.vocab_size, (cfg.model.vocab_size // 2, cfg.model.vocab_size))
+    batch |= unique_rows(
+        batch["ids"], cfg.model.vocab_size, (cfg.model.vocab_size // 2, cfg.model.vocab_size)
+    )
     touched = np.zeros(cfg.model.vocab_size, bool)
     touched[batch["ids"]] = True
     before = jax.tree.map(np.array, state)
     after = jax.tree.map(np.array, make_train_step(cfg)(state, batch)[0])
-    tables = [(before["params"]["memory"]["stacks"], after["params"]["memory"]["stacks"]), (before["optimizer"]["tables"], after["optimizer"]["tables"])]
+    tables = [
+        (before["params"]["memory"]["stacks"], after["params"]["memory"]["stacks"]),
+        (before["optimizer"]["tables"], after["optimizer"]["tables"]),
+    ]
     seen = 0
-    for was, now in zip(*(jax.tree.leaves([pair[k] for pair in tables]) for k in (0, 1)), strict=True):
+    for was, now in zip(
+        *(jax.tree.leaves([pair[k] for pair in tables]) for k in (0, 1)), strict=True
+    ):
         if was.ndim > 1:
             seen += 1
             np.testing.assert_array_equal(was[:, ~touched], now[:, ~touched])
-            assert (was[:, touched] != now[:, touched]).any(axis=-1).all() if was.ndim == 3 else (was[:, touched] != now[:, touched]).all()
+            assert (
+                (was[:, touched] != now[:, touched]).any(axis=-1).all()
+                if was.ndim == 3
+                else (was[:, touched] != now[:, touched]).all()
+            )
     assert seen == 2 * (3 if table_optimizer == "lazy_adam" else 2)
 
 
 def test_the_first_step_of_lazy_adam_is_that_of_adamw(tiny_config):
-    """No moment has decayed yet. The clip is at work, so both see the same norm over tables and weights."""
+    """No moment has decayed yet. The clip is at work, so both see the same norm over tables and
+    weights.
+    """
     made = {}
     for name in ("adamw", "lazy_adam"):
-        cfg, _, _ = resolve(tiny_config("stem memoryllm", **{"optimizer.table_optimizer": name, "optimizer.clip_norm": 0.1, "optimizer.eps": 1e-3}))
+        cfg, _, _ = resolve(
+            tiny_config(
+                "stem memoryllm",
+                **{
+                    "optimizer.table_optimizer": name,
+                    "optimizer.clip_norm": 0.1,
+                    "optimizer.eps": 1e-3,
+                },
+            )
+        )
         made[name] = make_train_step(cfg)(init_state(cfg), batch_of(cfg))
     (dense, dense_metrics), (lazy, lazy_metrics) = made["adamw"], made["lazy_adam"]
     for name in ("loss", "grad_norm", "grad_norm/table"):
-        assert float(lazy_metrics[name]) == pytest.approx(float(dense_metrics[name]), rel=1e-6), name
+        assert float(lazy_metrics[name]) == pytest.approx(float(dense_metrics[name]), rel=1e-6), (
+            name
+        )
     assert float(dense_metrics["grad_norm"]) > 1
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(lazy["params"]), jax.tree.leaves(dense["params"]), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(lazy["params"]),
+        jax.tree.leaves(dense["params"]),
+        strict=True,
+    ):
         assert float(np.abs(a - b).max()) <= 1e-6 * float(np.abs(b).max()), path_name(path)
 
 
 def test_padding_changes_no_figure_of_a_sparse_step(tiny_config):
-    cfg, _, _ = resolve(tiny_config("stem", **{"optimizer.table_optimizer": "lazy_adam", "optimizer.table_weight_decay": 0.1}))
+    cfg, _, _ = resolve(
+        tiny_config(
+            "stem",
+            **{"optimizer.table_optimizer": "lazy_adam", "optimizer.table_weight_decay": 0.1},
+        )
+    )
     batch, vocab, made = batch_of(cfg), cfg.model.vocab_size, []
     count, step = len(np.unique(batch["ids"])), make_train_step(cfg)
     for size in (count, count + 40, vocab):
@@ -163,17 +268,34 @@ def test_padding_changes_no_figure_of_a_sparse_step(tiny_config):
 
 
 def test_a_sparse_step_makes_nothing_of_the_size_of_a_table(tiny_config):
-    sets = {"model.vocab_size": 50_000, "model.d_model": 8, "model.n_heads": 2, "model.d_ff": 256, "data.seq_len": 8, "data.batch_size": 2}
+    sets = {
+        "model.vocab_size": 50_000,
+        "model.d_model": 8,
+        "model.n_heads": 2,
+        "model.d_ff": 256,
+        "data.seq_len": 8,
+        "data.batch_size": 2,
+    }
     cfg, _, _ = resolve(tiny_config("stem stem", **sets))
     temporary = {}
     for name in ("lazy_adam", "rowwise_adagrad", "adamw"):
-        cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, table_optimizer=name))
+        cfg = dataclasses.replace(
+            cfg, optimizer=dataclasses.replace(cfg.optimizer, table_optimizer=name)
+        )
         params = abstract_params(cfg.model)
-        state = {"params": params, "optimizer": jax.eval_shape(functools.partial(init_optimizer, cfg), params), "step": jnp.zeros((), jnp.int32)}
+        state = {
+            "params": params,
+            "optimizer": jax.eval_shape(functools.partial(init_optimizer, cfg), params),
+            "step": jnp.zeros((), jnp.int32),
+        }
         compiled = make_train_step(cfg).lower(state, batch_of(cfg)).compile()
         temporary[name] = compiled.memory_analysis().temp_size_in_bytes
     table = 50_000 * 256 * 4
-    assert temporary["lazy_adam"] < table / 4 and temporary["rowwise_adagrad"] < table / 4 and temporary["adamw"] > table
+    assert (
+        temporary["lazy_adam"] < table / 4
+        and temporary["rowwise_adagrad"] < table / 4
+        and temporary["adamw"] > table
+    )
 
 
 def test_a_bfloat16_step_is_a_float32_step_within_its_bound(tiny_config):
@@ -203,7 +325,11 @@ def first_step(cfg) -> dict:
     step, state, batch = make_train_step(cfg), init_state(cfg), batch_of(cfg)
     state, first = step(state, batch)
     _, second = step(state, batch)
-    return {"loss": float(first["loss"]), "grad_norm": float(first["grad_norm"]), "loss_after": float(second["loss"])}
+    return {
+        "loss": float(first["loss"]),
+        "grad_norm": float(first["grad_norm"]),
+        "loss_after": float(second["loss"]),
+    }
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "flex-square"])
@@ -213,6 +339,8 @@ def test_golden_first_step(kind, tiny_config):
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     for name, value in got.items():
         assert golden.get(kind, {}).get(name) == pytest.approx(value, rel=1e-4), (
-            f"the first step of {kind} moved: {name} is {value!r}, golden {golden.get(kind)}. If the change is meant to alter the numbers "
-            f"(init, equation, optimiser, data), say so in the commit and put {json.dumps(got)} under {kind!r} in {GOLDEN.name}; "
-            "a refactoring must not move it.")
+            f"the first step of {kind} moved: {name} is {value!r}, golden {golden.get(kind)}. If"
+            " the change is meant to alter the numbers (init, equation, optimiser, data), say so"
+            f" in the commit and put {json.dumps(got)} under {kind!r} in {GOLDEN.name}; a"
+            " refactoring must not move it."
+        )
