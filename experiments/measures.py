@@ -6,11 +6,11 @@ from pathlib import Path
 
 from flexmemory.analysis.trained import Trained
 from flexmemory.models.accounting import account
+from flexmemory.run_folder import read_metrics
 from flexmemory.runtime.engine import Engine
 from flexmemory.runtime.rows import Budgets
+from flexmemory.runtime.verify import verify
 from flexmemory.tkv.export import export
-from flexmemory.tkv.verify import verify
-from flexmemory.train.run import read_metrics
 
 DECODE_TOKENS = 48
 RAM_SHARE = 0.25  # of the table, so that decoding really reads from disk

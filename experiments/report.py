@@ -29,7 +29,7 @@ from experiments.verdicts import VERDICTS
 from flexmemory.cli.main import piped
 from flexmemory.errors import UserError
 from flexmemory.files import write_text
-from flexmemory.train.run import read_metrics
+from flexmemory.run_folder import read_metrics
 
 FAMILIES = tuple(STYLES)  # in the order of tables and legends
 LINKED = (

@@ -15,7 +15,7 @@ from experiments import plan as plans
 from flexmemory.cli.flags import Parser
 from flexmemory.cli.main import piped
 from flexmemory.errors import UserError, nearest
-from flexmemory.train.run import read_metrics
+from flexmemory.run_folder import read_metrics
 
 LAUNCHERS = ("local", "slurm", "here")
 

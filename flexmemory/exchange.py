@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import P
 from jax.sharding import get_abstract_mesh
 
-from flexmemory.parallel import BATCH, names, sections, sharding, spec_of
+from flexmemory.sharding import BATCH, names, sections, sharding, spec_of
 
 
 def lookup(tables, ids_R: jax.Array):
@@ -62,7 +62,7 @@ def dense_gradient(row_grads, ids_R: jax.Array, tables):
     return _by_exchange(at_columns, tables, ids_R, row_grads, out=spec_of)
 
 
-def combine(row_grads, rows, ids_C: jax.Array, places_R: jax.Array, tables):
+def sum_over_sections(row_grads, rows, ids_C: jax.Array, places_R: jax.Array, tables):
     """(grads, rows) of the ids ids_C for the row-sparse optimiser: gradients [.., C, W], summed
     over the sections' equal ids and cut as the table's columns.
 

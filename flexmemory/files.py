@@ -13,6 +13,7 @@ import numpy as np
 
 SCRATCH = ".tmp"  # what follows a file's name while it is being written
 PIECE_BYTES = 1 << 20  # written at a time
+PAGE = 4096  # bytes; direct reads and writes begin and end at multiples of it
 DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
 
@@ -106,3 +107,18 @@ def is_disk_full(error: BaseException) -> bool:
     return any(
         f"[os_error_code='{code}']" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)
     ) or "No space left on device" in str(error)
+
+
+def allocate(rows: int, bundle_bytes: int, huge: bool = True) -> np.ndarray:
+    """Zeros uint8 [rows, bundle_bytes], page-aligned. huge: in huge pages where the kernel has
+    them, into which bundles are read fastest; they are for memory that is used again and again, as
+    their first touch can be slow where a virtual machine has given free memory back.
+    """
+    size = rows * bundle_bytes
+    memory = mmap.mmap(
+        -1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # shared memory, the default, gets no huge pages
+    if huge:
+        with contextlib.suppress(AttributeError, OSError):  # not Linux; a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, size).reshape(rows, bundle_bytes)

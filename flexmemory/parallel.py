@@ -7,7 +7,6 @@ operation that would need an unplanned transfer does not trace.
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 
 import jax
@@ -17,16 +16,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, get_abstra
 
 from flexmemory.config import Config, ParallelConfig
 from flexmemory.errors import UserError
-
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # a batch, and whatever follows from its tokens, is cut over both
-COLUMNS = (
-    "tensor",
-    "data",
-    "fsdp",
-    # of a table: tensor first, so that columns of all batch sections make one whole slice of a
-    # tensor axis
-)
+from flexmemory.models.parameters import is_table, keys, parameter_kind, path_name
+from flexmemory.sharding import AXES, BATCH, COLUMNS, names, own_sections, sections, sections_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +63,6 @@ PLANS = {
     "fsdp": (FSDP, ("data", "fsdp")),
     "fsdp_tp": (FSDP_TP, AXES),
 }
-
-# The field of Plan for each parameter, by its path; first match wins, a parameter that matches
-# nothing raises.
-FIELDS = (
-    ("table_VW", r"^memory\..*\.table$"),
-    ("norm_D", r"(^|\.)\w*norm\.(scale|bias)$|\.(alpha|beta)$"),
-    ("embed_VD", r"^embed$"),
-    ("head_DV", r"^head$"),
-    ("q_DNH", r"\.attn\.(q|k|v)$"),
-    ("o_NHD", r"\.attn\.o$"),
-    ("up_DF", r"\.(gate|up)$"),
-    ("down_FD", r"\.down$"),
-)
 
 
 # --- meshes ---
@@ -134,11 +112,6 @@ def mesh_sizes(cfg: ParallelConfig, devices: int | None = None) -> dict[str, int
     return sizes
 
 
-def sections_of(sizes: dict[str, int]) -> int:
-    """Into how many sections a mesh of these sizes cuts a batch."""
-    return math.prod(sizes[axis] for axis in BATCH)
-
-
 def make_mesh(cfg: ParallelConfig, devices=None) -> Mesh | None:
     """The mesh of a config over ``devices`` (all of the run by default), to be entered with
     ``jax.set_mesh``; None for plan "single".
@@ -168,27 +141,6 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     """A mesh without devices, to trace under."""
     return AbstractMesh(
         tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
-    )
-
-
-def sections() -> int:
-    """Into how many pieces the mesh in force cuts a batch; 1 without one."""
-    mesh = get_abstract_mesh()
-    return 1 if mesh.empty else sections_of(mesh.shape)
-
-
-def own_sections() -> tuple[int, ...]:
-    """The sections that this process's devices compute, ascending; all without a mesh. They need
-    not be neighbours: JAX orders devices as they are wired.
-    """
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return (0,)
-    devices = mesh.devices.reshape(sections(), -1)  # tensor is the last axis
-    return tuple(
-        s
-        for s, row in enumerate(devices)
-        if any(device.process_index == jax.process_index() for device in row)
     )
 
 
@@ -222,11 +174,6 @@ def putter() -> Callable[[dict], dict]:
     return put
 
 
-def names(entry) -> tuple[str, ...]:
-    """Axes of one entry of a spec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 # --- where arrays lie ---
 
 
@@ -238,17 +185,7 @@ def spec(plan: Plan, path: str, ndim: int) -> P:
     """Of the parameter ``path`` (dotted), of its gradient and moments. Raises ValueError for one
     that no field of the plan covers.
     """
-    return padded(getattr(plan, field(path)), ndim)
-
-
-def field(path: str) -> str:
-    """The field of Plan for the parameter ``path``."""
-    for name, pattern in FIELDS:
-        if re.search(pattern, path):
-            return name
-    raise ValueError(
-        f"parameter {path} has no place in a plan: add a row to flexmemory.parallel.FIELDS"
-    )
+    return padded(getattr(plan, parameter_kind(path).field), ndim)
 
 
 def padded(spec: P, ndim: int) -> P:
@@ -292,22 +229,6 @@ def state_specs(plan: Plan, state: dict) -> dict:
         )
 
     return jax.tree_util.tree_map_with_path(place, state)
-
-
-def is_table(path, leaf) -> bool:
-    """Is a leaf of a train state or of parameters a table [L, V, W], or a moment or a number of
-    each of its rows?
-    """
-    return leaf.ndim > 0 and bool(re.search(r"\bmemory\..*\.table$", path_name(path)))
-
-
-def path_name(path) -> str:
-    """Dotted name of a key path, e.g. blocks.s0.u0.attn.q"""
-    return ".".join(keys(path))
-
-
-def keys(path) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def batch_specs(batch: dict) -> dict:
@@ -371,7 +292,7 @@ def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
             count = math.prod(sizes[a] for a in names(entry))
             if leaf.shape[axis] % count:
                 cut, size = [a for a in names(entry) if sizes[a] > 1], leaf.shape[axis]
-                letter = field(name).rpartition("_")[2][axis - leaf.ndim]
+                letter = parameter_kind(name).field.rpartition("_")[2][axis - leaf.ndim]
                 near = max(n for n in range(1, count + 1) if size % n == 0)
                 raise UserError(
                     f"config parallel.mesh: {'*'.join(cut)}={count} does not divide {letter}={size}"
@@ -381,73 +302,3 @@ def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
 
 
 # --- inside a step ---
-
-
-def spec_of(x) -> P:
-    """How the array is cut."""
-    return jax.typeof(x).sharding.spec
-
-
-def local(f: Callable, out_specs: Callable) -> Callable:
-    """``f`` on every device's own part of its arguments (arrays or None). ``out_specs`` gives the
-    specs of the result from those of the arguments. Without a mesh ``f`` itself.
-    """
-    if get_abstract_mesh().empty:
-        return f
-
-    def call(*args):
-        specs = jax.tree.map(spec_of, args)
-        return jax.shard_map(f, in_specs=specs, out_specs=out_specs(*specs))(*args)
-
-    return call
-
-
-def gathered(weight: jax.Array) -> jax.Array:
-    """The weight whole over the axes that cut the batch, for use by every section; cut over
-    "tensor" still.
-    """
-    if get_abstract_mesh().empty:
-        return weight
-    return jax.reshard(
-        weight,
-        P(*(tuple(a for a in names(entry) if a not in BATCH) or None for entry in spec_of(weight))),
-    )
-
-
-def like(x: jax.Array, spec: P) -> jax.Array:
-    """x cut as ``spec`` says."""
-    return x if spec_of(x) == spec else jax.reshard(x, spec)
-
-
-def sum_over_batch(grad: jax.Array, spec: P) -> jax.Array:
-    """Inside :func:`local`: the sum over all sections of the batch of a weight's gradient, of which
-    this device keeps the part that ``spec`` gives it.
-    """
-    if get_abstract_mesh().empty:
-        return grad
-    places = {
-        axis: next((i for i, entry in enumerate(spec) if axis in names(entry)), None)
-        for axis in BATCH
-    }
-    for axis in sorted(
-        BATCH, key=lambda axis: places[axis] is None
-    ):  # cut first: what the other axes sum is then a part
-        place = places[axis]
-        grad = (
-            jax.lax.psum(grad, axis)
-            if place is None
-            else jax.lax.psum_scatter(grad, axis, scatter_dimension=place, tiled=True)
-        )
-    return grad
-
-
-def varying(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-    """Inside :func:`local`: a constant x as the start of a sum that differs between sections of the
-    batch, and along ``axes``.
-    """
-    return x if get_abstract_mesh().empty else jax.lax.pcast(x, (*BATCH, *axes), to="varying")
-
-
-def sharding(spec: P) -> P | None:
-    """For ``out_sharding=``: the spec, None without a mesh."""
-    return None if get_abstract_mesh().empty else spec

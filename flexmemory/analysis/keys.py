@@ -14,8 +14,8 @@ import numpy as np
 
 from flexmemory.analysis import kmeans
 from flexmemory.analysis.trained import Trained, not_applicable
-from flexmemory.config import ModelConfig
 from flexmemory.data.shards import read_train_counts
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import gated, linear
 from flexmemory.models.memory import row_groups
 from flexmemory.models.transformer import build

@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 
 from flexmemory.analysis.trained import Trained, not_applicable, scores
-from flexmemory.config import ModelConfig
 from flexmemory.models.accounting import account
 from flexmemory.models.attention import Context
 from flexmemory.models.blocks import KINDS
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import gated, linear
 from flexmemory.models.patterns import LayerSpec
 from flexmemory.models.transformer import attention_implementation, per_layer, stack_layers

@@ -26,8 +26,8 @@ from flexmemory.evals.rows import RowsOf
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.patterns import LayerSpec
 from flexmemory.models.transformer import init_params
+from flexmemory.run_folder import load_params
 from flexmemory.tkv.format import memory_layers
-from flexmemory.train.checkpoint import load_params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmemory.bench.machine import cached_pages, drop_cache, facts
-from flexmemory.config import Config, ModelConfig
+from flexmemory.config import Config
 from flexmemory.data import tokenizer as tokenizers
 from flexmemory.models.accounting import account
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import init_params
 from flexmemory.runtime.engine import Engine
 from flexmemory.runtime.rows import Budgets

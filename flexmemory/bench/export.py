@@ -17,8 +17,9 @@ import numpy as np
 
 from flexmemory import files
 from flexmemory.bench.machine import facts
-from flexmemory.config import Config, ModelConfig
+from flexmemory.config import Config
 from flexmemory.data import tokenizer as tokenizers
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import init_params
 from flexmemory.tkv import fold, format
 from flexmemory.tkv.export import export_params

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from flexmemory.tkv.uring import CacheStat
+from flexmemory.tkv.storage.uring import CacheStat
 
 
 def facts(directory: Path) -> dict:

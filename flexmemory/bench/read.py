@@ -20,14 +20,15 @@ import tensorstore as ts
 
 from flexmemory.bench.machine import facts
 from flexmemory.errors import UserError
+from flexmemory.files import PAGE, allocate
 from flexmemory.runtime.rows import Budgets
 from flexmemory.runtime.tiers import TieredRows
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import Layout
 from flexmemory.tkv.format import Group, Manifest
-from flexmemory.tkv.location import Location, open_location
-from flexmemory.tkv.reader import PAGE, allocate, open_reader
-from flexmemory.tkv.uring import CacheStat, Ring
+from flexmemory.tkv.storage.location import Location, open_location
+from flexmemory.tkv.storage.reader import open_reader
+from flexmemory.tkv.storage.uring import CacheStat, Ring
 
 SIZES = (1, 8, 64, 512)  # ids per call
 RAM_BYTES = (

@@ -17,7 +17,8 @@ from jax import P
 from flexmemory.bench.machine import facts
 from flexmemory.errors import UserError
 from flexmemory.exchange import dense_gradient, lookup
-from flexmemory.parallel import AXES, BATCH, COLUMNS, mesh_of, sections_of
+from flexmemory.parallel import mesh_of
+from flexmemory.sharding import AXES, BATCH, COLUMNS, sections_of
 from flexmemory.train.collectives import collectives, traffic
 
 

@@ -20,12 +20,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flexmemory.bench.decode import zipf
 from flexmemory.bench.machine import facts
-from flexmemory.config import CHOICES, Config, DataConfig, ModelConfig, TrainConfig, check_model
+from flexmemory.config import CHOICES, Config, DataConfig, TrainConfig
 from flexmemory.data.pipeline import Batch, make_batches
 from flexmemory.errors import UserError, nearest
 from flexmemory.machine import peak_device_bytes
 from flexmemory.models.accounting import account, train_flops_per_token
-from flexmemory.models.blocks import KINDS, layer_specs
+from flexmemory.models.blocks import KINDS, check_model, layer_specs
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import gather_rows
 from flexmemory.models.transformer import abstract_params
 from flexmemory.train.clock import peak_flops

@@ -59,8 +59,8 @@ def run(argv: list[str]) -> int:
     from flexmemory.evals.perplexity import make_eval_step, perplexity
     from flexmemory.evals.questions import answer_accuracy
     from flexmemory.evals.rows import live_rows, stored_rows
+    from flexmemory.run_folder import load_params
     from flexmemory.tkv.store import open_store
-    from flexmemory.train.checkpoint import load_params
 
     if args.tkv:
         store = open_store(args.tkv)

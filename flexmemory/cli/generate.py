@@ -198,11 +198,11 @@ def show_plan(store, args) -> int:
     import numpy as np
 
     from flexmemory.bench.machine import drop_cache
+    from flexmemory.files import allocate
     from flexmemory.models.blocks import layer_specs
     from flexmemory.runtime import plan
     from flexmemory.runtime.forward import first_memory_layer
     from flexmemory.tkv.format import shard_file
-    from flexmemory.tkv.reader import allocate
 
     counts_V = store.counts()
     if counts_V is None:

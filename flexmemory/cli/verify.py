@@ -42,7 +42,8 @@ def run(argv: list[str]) -> int:
             " files of the store alone"
         )
 
-    from flexmemory.tkv.verify import verify, verify_deep
+    from flexmemory.runtime.verify import verify
+    from flexmemory.tkv.verify import verify_deep
 
     result = {}
     if args.deep:

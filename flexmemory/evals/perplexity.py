@@ -6,12 +6,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from flexmemory.config import Config, ModelConfig
+from flexmemory.config import Config
 from flexmemory.data.pipeline import eval_batches
 from flexmemory.data.shards import TokenShards
 from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
-from flexmemory.parallel import own_sections, putter, sections
-from flexmemory.train.loss import chunked_losses
+from flexmemory.models.config import ModelConfig
+from flexmemory.models.loss import chunked_losses
+from flexmemory.parallel import putter
+from flexmemory.sharding import own_sections, sections
 
 
 def make_eval_step(cfg: Config, ffn_scale: float | jax.Array = 1.0):

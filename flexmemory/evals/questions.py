@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from flexmemory.config import Config, ModelConfig
+from flexmemory.config import Config
 from flexmemory.data.pipeline import places_of, unique_rows
 from flexmemory.data.tokenizer import Tokenizer, encode_pair
 from flexmemory.errors import UserError
 from flexmemory.evals.perplexity import as_argument
 from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import output_logits
-from flexmemory.parallel import like, own_sections, putter, sections
+from flexmemory.parallel import putter
+from flexmemory.sharding import like, own_sections, sections
 
 BATCH = 32
 

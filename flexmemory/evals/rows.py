@@ -9,13 +9,13 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from flexmemory.config import ModelConfig
 from flexmemory.exchange import lookup
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import Rows
+from flexmemory.models.parameters import ADDRESSED, addressed_rows, combine, partition
 from flexmemory.models.transformer import build
 from flexmemory.tkv import encoding
 from flexmemory.tkv.store import Store
-from flexmemory.train.step import ADDRESSED, addressed_rows, merge, split
 
 RowsOf = Callable[[np.ndarray], Rows]
 
@@ -56,8 +56,8 @@ def live(
     params: dict, ids_R: jax.Array, places_R: jax.Array | None = None, *, cfg: ModelConfig
 ) -> Rows:
     """Rows computed from the weights. places_R: see :func:`step.addressed_rows`."""
-    addressed, rest = split(params, ADDRESSED)
-    return build(cfg)(merge(addressed_rows(addressed, ids_R, places_R), rest)).rows(None)
+    addressed, rest = partition(params, ADDRESSED)
+    return build(cfg)(combine(addressed_rows(addressed, ids_R, places_R), rest)).rows(None)
 
 
 def make_hidden(cfg: ModelConfig):

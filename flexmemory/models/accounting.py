@@ -11,8 +11,8 @@ import math
 
 import jax
 
-from flexmemory.config import ModelConfig
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import abstract_params
 
 DTYPE_BYTES = {

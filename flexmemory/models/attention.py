@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flexmemory.config import ModelConfig
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import linear
-from flexmemory.parallel import local
+from flexmemory.sharding import local
 
 BLOCK = 128  # queries at once in cpu_attention: their scores stay in the cache
 

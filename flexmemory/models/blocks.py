@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flexmemory.config import ModelConfig
-from flexmemory.errors import UserError
+from flexmemory.errors import UserError, nearest
 from flexmemory.models.attention import Attention, Context
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import RMSNorm, Square, SwiGLU, gated, linear
-from flexmemory.models.memory import FFNRows, TableRows
+from flexmemory.models.memory import KEEPABLE, FFNRows, TableRows
 from flexmemory.models.patterns import LayerSpec, flex_widths, parse_betas, parse_pattern
 
 
@@ -232,3 +232,36 @@ def layer_specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
     n_flex = kinds.count("flex")
     betas = iter(parse_betas(model.beta, n_flex) if n_flex else ())
     return tuple(KINDS[kind].spec(model, next(betas) if kind == "flex" else 0.0) for kind in kinds)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Shape rules of a model. Raises UserError."""
+    if not model.head_dim and model.d_model % model.n_heads:
+        raise UserError(
+            f"config model.n_heads: {model.n_heads} does not divide d_model {model.d_model}; set"
+            " model.head_dim or another count"
+        )
+    if model.n_heads % model.kv_heads:
+        raise UserError(
+            f"config model.n_kv_heads: {model.n_kv_heads} does not divide n_heads {model.n_heads}"
+        )
+    if model.head_width % 2:
+        raise UserError(
+            f"config model.head_dim: {model.head_width} is odd; RoPE needs an even width"
+        )
+    if model.attention == "cudnn" and (model.head_width % 8 or model.compute_dtype != "bfloat16"):
+        raise UserError(
+            "config model.attention: cudnn needs bfloat16 and a head width that is a multiple of"
+            f" 8, not {model.head_width} in {model.compute_dtype}; use auto"
+        )
+    for name in model.remat_keep.split():
+        if name not in KEEPABLE:
+            raise UserError(
+                f"config model.remat_keep: no tensor {name!r}; {nearest(name, KEEPABLE)}"
+            )
+    if model.remat_keep and not model.remat:
+        raise UserError(
+            f"config model.remat_keep: {model.remat_keep!r} without model.remat, which keeps"
+            " everything; set model.remat"
+        )
+    layer_specs(model)

@@ -10,8 +10,8 @@ from flax import nnx
 from jax import P
 from jax.ad_checkpoint import checkpoint_name
 
-from flexmemory.config import ModelConfig
-from flexmemory.parallel import gathered, like, local, sharding, spec_of, sum_over_batch
+from flexmemory.models.config import ModelConfig
+from flexmemory.sharding import gathered, like, local, sharding, spec_of, sum_over_batch
 
 
 @jax.custom_vjp

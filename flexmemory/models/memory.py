@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 from jax import P
 
-from flexmemory.config import ModelConfig
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import LayerNorm, RMSNorm, SwiGLU
 from flexmemory.models.patterns import LayerSpec
-from flexmemory.parallel import local
+from flexmemory.sharding import local
 
 Rows = dict[str, jax.Array]  # group name -> rows_LRW of the group's memory layers, in layer order
 

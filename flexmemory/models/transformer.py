@@ -14,9 +14,9 @@ from flax import nnx
 from jax import P
 from jax.sharding import auto_axes, get_abstract_mesh
 
-from flexmemory.config import ModelConfig
 from flexmemory.models.attention import Context
 from flexmemory.models.blocks import KINDS, layer_specs
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import RMSNorm, contract, matching
 from flexmemory.models.memory import (
     Rows,
@@ -30,7 +30,7 @@ from flexmemory.models.memory import (
     take_rows,
 )
 from flexmemory.models.patterns import segments
-from flexmemory.parallel import like, spec_of
+from flexmemory.sharding import like, spec_of
 
 
 class Transformer(nnx.Module):

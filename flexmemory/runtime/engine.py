@@ -15,9 +15,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flexmemory.config import ModelConfig
 from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.errors import UserError
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import empty_cache
 from flexmemory.runtime import forward
 from flexmemory.runtime.rows import Budgets, ResidentRows, RowSource, Ticket
@@ -173,7 +173,7 @@ class Engine:
     ) -> "Engine":
         """An engine on a run folder's checkpoint, the latest by default."""
         from flexmemory.data.tokenizer import load
-        from flexmemory.train.checkpoint import load_params  # late: Orbax takes a second to import
+        from flexmemory.run_folder import load_params
 
         config, params, _ = load_params(Path(workdir), step)
         return cls.from_params(config.model, params, load(Path(workdir)), dtype=dtype, **options)

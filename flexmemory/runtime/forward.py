@@ -10,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from flexmemory.config import ModelConfig
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import row_groups
 from flexmemory.models.transformer import build, output_logits, served_blocks
 from flexmemory.tkv.encoding import decode

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmemory.config import ModelConfig
+from flexmemory.files import allocate
+from flexmemory.models.config import ModelConfig
 from flexmemory.progress import ProgressLine
 from flexmemory.tkv import fold
 from flexmemory.tkv.encoding import Layout, host_view
 from flexmemory.tkv.fold import Bases, Layouts, layouts_of
 from flexmemory.tkv.format import Group
-from flexmemory.tkv.reader import allocate
 from flexmemory.tkv.store import Store
 
 PRELOAD = 512  # rows in one read of a table that is loaded ahead

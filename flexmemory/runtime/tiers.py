@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmemory.errors import UserError
+from flexmemory.files import allocate
 from flexmemory.progress import ProgressLine
 from flexmemory.runtime.cache import SlotCache
 from flexmemory.runtime.rows import PRELOAD, Budgets, Ticket, empty_table, put_rows, views
 from flexmemory.tkv.fold import layouts_of
-from flexmemory.tkv.reader import allocate
 from flexmemory.tkv.store import Store
 
 # ids of a step that are looked up one by one: up to so many, arrays cost more than they save

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
+from flexmemory.files import allocate
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import abstract_params, per_layer, stack_layers
-from flexmemory.tkv.crc import combined, crc32
 from flexmemory.tkv.format import MEND, File
-from flexmemory.tkv.location import Location
-from flexmemory.tkv.reader import allocate
+from flexmemory.tkv.storage.crc import combined, crc32
+from flexmemory.tkv.storage.location import Location
 
 FILE_BYTES = 512 << 20  # of one file, which a remote location holds in memory while it is written
 READ_BYTES, READERS = (

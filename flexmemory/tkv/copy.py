@@ -16,11 +16,12 @@ from pathlib import Path
 from flexmemory.errors import UserError
 from flexmemory.files import SCRATCH
 from flexmemory.progress import ProgressLine
-from flexmemory.tkv import format, target
-from flexmemory.tkv.crc import crc32
+from flexmemory.tkv import format
 from flexmemory.tkv.format import COPY_MARK, MANIFEST, File, Manifest
-from flexmemory.tkv.location import DamagedFile, LocalLocation, Location, open_location
 from flexmemory.tkv.manifest import from_json, read_manifest
+from flexmemory.tkv.storage import target
+from flexmemory.tkv.storage.crc import crc32
+from flexmemory.tkv.storage.location import DamagedFile, LocalLocation, Location, open_location
 from flexmemory.tkv.verify import verify_deep
 
 PART_BYTES = 8 << 20  # of a file, read at a time

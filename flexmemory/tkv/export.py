@@ -25,12 +25,13 @@ from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.data.tokenizer import load as load_tokenizer
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
-from flexmemory.tkv import arrays, backbone, fold, format, lowrank, target
-from flexmemory.tkv.crc import crc32, crc32_of_parts
+from flexmemory.tkv import arrays, backbone, fold, format, lowrank
 from flexmemory.tkv.encoding import CODE_LIMIT, DTYPES, FLOATS
 from flexmemory.tkv.format import File, Group, LayerError, Manifest, Source, TokenizerInfo
-from flexmemory.tkv.location import Location, open_location
 from flexmemory.tkv.manifest import config_hash, read_manifest
+from flexmemory.tkv.storage import target
+from flexmemory.tkv.storage.crc import crc32, crc32_of_parts
+from flexmemory.tkv.storage.location import Location, open_location
 from flexmemory.tkv.store import load_bases
 
 # blocks in memory, on their way out while the next one is computed: of two, both would be checked,
@@ -77,7 +78,7 @@ def export(
     Raises UserError for a missing run, another store or foreign files at ``out``, another process
     that exports there, a bad option, rows that are not finite, a full disk.
     """
-    from flexmemory.train.checkpoint import load_params  # late: Orbax takes a second to import
+    from flexmemory.run_folder import load_params
 
     check_options(Rows(**rows), host, hosts)
     config, params, step = load_params(Path(workdir), step)

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
+from flexmemory.files import PAGE, allocate
 from flexmemory.models.blocks import KINDS, layer_specs
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import TableRows, row_stacks
 from flexmemory.models.transformer import build
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import Basis, Layout, decode, encode, host_view
 from flexmemory.tkv.format import Group
-from flexmemory.tkv.reader import PAGE, allocate
 
 COPY_BYTES = 1 << 20  # of bundles copied at a time
 

@@ -21,11 +21,11 @@ import re
 
 import numpy as np
 
-from flexmemory.config import ModelConfig
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import row_groups
-from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.encoding import Layout
+from flexmemory.tkv.storage.crc import crc32
 
 VERSION = 2
 MANIFEST, TOKENIZER, BASIS, COUNTS = "tkv.json", "tokenizer.json", "basis.safetensors", "counts.npy"

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import build
 from flexmemory.progress import ProgressLine
 from flexmemory.tkv.format import Group

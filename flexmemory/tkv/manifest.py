@@ -7,7 +7,6 @@ import json
 from flexmemory.config import Config, from_dict
 from flexmemory.errors import UserError
 from flexmemory.tkv import format
-from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.encoding import DTYPES, FLOATS
 from flexmemory.tkv.format import (
     BACKBONE_NAME,
@@ -22,7 +21,8 @@ from flexmemory.tkv.format import (
     Source,
     TokenizerInfo,
 )
-from flexmemory.tkv.location import Location
+from flexmemory.tkv.storage.crc import crc32
+from flexmemory.tkv.storage.location import Location
 
 FORMAT, READABLE = "tkv", (1, VERSION)
 

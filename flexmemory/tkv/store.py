@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from flexmemory.config import ModelConfig
 from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.data.tokenizer import parse as parse_tokenizer
 from flexmemory.errors import UserError
+from flexmemory.files import allocate
+from flexmemory.models.config import ModelConfig
 from flexmemory.tkv import backbone, encoding, format
-from flexmemory.tkv.crc import crc32
 from flexmemory.tkv.encoding import Basis
 from flexmemory.tkv.format import BASIS, COUNTS, MEND, TOKENIZER, File, Group, Manifest
-from flexmemory.tkv.location import Location, open_location
 from flexmemory.tkv.manifest import read_manifest
-from flexmemory.tkv.reader import LocalReader, TensorStoreReader, allocate, open_reader
+from flexmemory.tkv.storage.crc import crc32
+from flexmemory.tkv.storage.location import Location, open_location
+from flexmemory.tkv.storage.reader import LocalReader, TensorStoreReader, open_reader
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,10 @@ from jax.extend.random import define_prng_impl, threefry2x32_p
 
 from flexmemory.config import Config
 from flexmemory.evals.rows import RowsOf, live
+from flexmemory.models.parameters import is_table, keys
 from flexmemory.models.transformer import initialiser
-from flexmemory.parallel import is_table, keys, local, on_devices, placed
+from flexmemory.parallel import on_devices, placed
+from flexmemory.sharding import local
 from flexmemory.train.step import abstract_state, init_optimizer
 
 BLOCK_BYTES = 256 << 20  # of a fresh table, made on the devices at a time

@@ -26,11 +26,11 @@ from flexmemory.models.accounting import account
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.transformer import abstract_params
 from flexmemory.progress import ProgressLine
+from flexmemory.run_folder import Writer, claim, complete_steps, leaves, started, summary_writer
 from flexmemory.train import checkpoint, trace
 from flexmemory.train.clock import Clock, Work, flops
 from flexmemory.train.compiled import compile_step
 from flexmemory.train.host_tables import HostTables
-from flexmemory.train.run import Writer, claim, leaves, started, summary_writer
 from flexmemory.train.step import init_state, make_train_step
 
 
@@ -287,7 +287,7 @@ class Run:
     ) -> dict:
         """Final checkpoint, evaluation and result."""
         cfg, steps = self.cfg, self.cfg.train.steps
-        if self.saved < steps or not checkpoint.complete_steps(self.workdir):
+        if self.saved < steps or not complete_steps(self.workdir):
             self._save(state, steps)
         with self.clock.span("checkpoint"):
             self.checkpoints.wait()
@@ -360,7 +360,7 @@ class Run:
             if not math.isfinite(numbers[name])
         ]:
             self.checkpoints.wait()
-            good = checkpoint.complete_steps(self.workdir)
+            good = complete_steps(self.workdir)
             raise TrainingDiverged(
                 f"step {step}: {', '.join(bad)}; last good checkpoint: "
                 f"{self.workdir / 'checkpoints' / str(good[-1]) if good else 'none yet'}"

@@ -2,7 +2,6 @@
 settings for tables.
 """
 
-import re
 from collections.abc import Callable
 
 import jax
@@ -10,35 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flexmemory.config import OptimizerConfig
-from flexmemory.parallel import path_name
-
-# first match wins; a parameter that matches nothing raises
-LABELS = (
-    ("table", r"^memory\..*\.table$"),
-    ("norm", r"(^|\.)\w*norm\.(scale|bias)$|\.(alpha|beta)$"),  # gains of any kind: never decayed
-    ("embed", r"^embed$"),
-    ("head", r"^head$"),
-    ("attention", r"\.attn\.(q|k|v|o)$"),
-    ("memory", r"^memory\..*\.(gate|up|down)$"),
-    ("ffn", r"^blocks\..*\.(gate|up|down)$"),
-)
-
-
-def label_params(params: dict) -> dict:
-    """A tree of labels shaped like ``params``. Raises ValueError naming a parameter without a
-    label.
-    """
-
-    def label(path, _):
-        name = path_name(path)
-        for word, pattern in LABELS:
-            if re.search(pattern, name):
-                return word
-        raise ValueError(
-            f"parameter {name} has no label: add a row to flexmemory.train.optimizer.LABELS"
-        )
-
-    return jax.tree_util.tree_map_with_path(label, params)
+from flexmemory.models.parameters import label_params
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:

@@ -8,14 +8,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 
 from flexmemory.config import Config
-from flexmemory.exchange import combine, dense_gradient, lookup
+from flexmemory.exchange import dense_gradient, sum_over_sections
+from flexmemory.models.loss import mean_loss
+from flexmemory.models.parameters import ADDRESSED, addressed_rows, combine, partition
 from flexmemory.models.transformer import abstract_params, build, init_params
 from flexmemory.parallel import on_devices, placed
-from flexmemory.train.loss import mean_loss
-from flexmemory.train.optimizer import clip, group_norms, label_params, make_optimizer, schedule
+from flexmemory.train.optimizer import clip, group_norms, make_optimizer, schedule
 from flexmemory.train.tables import apply_rows, make_table_optimizer
 
 
@@ -57,7 +57,7 @@ def init_optimizer(cfg: Config, params: dict) -> dict:
     """{"weights", "tables"}: the optimisers' states; "tables" of those trained row by row, {} where
     AdamW trains them like the rest.
     """
-    sparse, weights = split(params, sparse_labels(cfg))
+    sparse, weights = partition(params, sparse_labels(cfg))
     return {
         "weights": make_optimizer(cfg.optimizer, cfg.train.steps).init(weights),
         "tables": (
@@ -69,49 +69,6 @@ def init_optimizer(cfg: Config, params: dict) -> dict:
 def sparse_labels(cfg: Config) -> tuple[str, ...]:
     """Labels of the parameters trained by their touched rows alone."""
     return () if cfg.optimizer.table_optimizer == "adamw" else ("table",)
-
-
-ADDRESSED = (
-    "table",
-    "embed",
-)  # labels of the parameters that a token's id addresses: a step computes with R of their rows
-
-
-def split(params: dict, labels: tuple[str, ...]) -> tuple[dict, dict]:
-    """(parameters with one of ``labels``, the rest): nested dicts with the paths of ``params``, so
-    that labels stay what they are.
-    """
-    flat, found = (
-        traverse_util.flatten_dict(params),
-        traverse_util.flatten_dict(label_params(params)),
-    )
-    return (
-        traverse_util.unflatten_dict(
-            {path: leaf for path, leaf in flat.items() if found[path] in labels}
-        ),
-        traverse_util.unflatten_dict(
-            {path: leaf for path, leaf in flat.items() if found[path] not in labels}
-        ),
-    )
-
-
-def merge(one: dict, other: dict) -> dict:
-    """The inverse of :func:`split`, for parameters or for anything in their place (rows,
-    gradients).
-    """
-    return traverse_util.unflatten_dict(
-        traverse_util.flatten_dict(one) | traverse_util.flatten_dict(other)
-    )
-
-
-def addressed_rows(addressed: dict, ids_R: jax.Array, places_R: jax.Array | None = None) -> dict:
-    """:func:`exchange.lookup` of parameters with ADDRESSED labels. places_R: where the ids' rows
-    are in tables that do not hold all of them.
-    """
-    if places_R is None:
-        return lookup(addressed, ids_R)
-    tables, others = split(addressed, ("table",))
-    return merge(lookup(tables, places_R), lookup(others, ids_R))
 
 
 def make_gradients(cfg: Config):
@@ -146,7 +103,7 @@ def make_gradients(cfg: Config):
             },
             batch["targets"].size,
         )
-        params = merge(rows, weights)
+        params = combine(rows, weights)
         backbone = {name: leaf for name, leaf in params.items() if name != "memory"}
         sources = {name: params[name] for name in ("memory", "embed") if "memory" in params}
         memory_rows, pull_back = jax.vjp(
@@ -179,7 +136,7 @@ def make_gradients(cfg: Config):
                 "memory": through_rows["memory"],
                 "embed": grads["embed"] + through_rows["embed"],
             }
-        return split(grads, ADDRESSED), sums
+        return partition(grads, ADDRESSED), sums
 
     return gradients
 
@@ -206,10 +163,10 @@ def make_train_step(cfg: Config):
     )
 
     def step(state, batch):
-        addressed, weights = split(state["params"], ADDRESSED)
+        addressed, weights = partition(state["params"], ADDRESSED)
         if compact and any(
             table.shape[1] != len(batch["table_ids"])
-            for table in jax.tree.leaves(split(addressed, labels)[0])
+            for table in jax.tree.leaves(partition(addressed, labels)[0])
         ):
             raise ValueError(
                 "parallel.table_memory=host: a step takes tables of its batch's rows, see"
@@ -222,21 +179,23 @@ def make_train_step(cfg: Config):
         # each table's gradient: of its own size, or of the touched rows
         ids_R = jnp.where(places_R < len(ids_C), unique_ids, vocab)
         (tables, dense), (table_rows, _), (table_grads, dense_grads) = (
-            split(tree, labels) for tree in (addressed, rows, row_grads)
+            partition(tree, labels) for tree in (addressed, rows, row_grads)
         )
         is_row_C = ids_C < vocab
         if compact:
             ids_C = jnp.where(is_row_C, jnp.arange(len(ids_C), dtype=jnp.int32), len(ids_C))
         table_grads, table_rows = (
-            combine(table_grads, table_rows, ids_C, places_R, tables) if tables else ({}, {})
+            sum_over_sections(table_grads, table_rows, ids_C, places_R, tables)
+            if tables
+            else ({}, {})
         )
         dense_grads = dense_gradient(dense_grads, ids_R, dense)
         if head:
             dense_grads["embed"] += grads.pop("head").T
-        grads = merge(merge(grads, dense_grads), table_grads)
+        grads = combine(combine(grads, dense_grads), table_grads)
         norms = group_norms(grads)
-        table_grads, grads = split(clip(grads, norms, cfg.optimizer), labels)
-        weights = merge(weights, dense)
+        table_grads, grads = partition(clip(grads, norms, cfg.optimizer), labels)
+        weights = combine(weights, dense)
         updates, moments = optimizer.update(grads, state["optimizer"]["weights"], weights)
         weights, sparse = optax.apply_updates(weights, updates), state["optimizer"]["tables"]
         if tables:
@@ -258,7 +217,7 @@ def make_train_step(cfg: Config):
             **{f"grad_norm/{label}": norm for label, norm in norms.items()},
         }
         return {
-            "params": merge(tables, weights),
+            "params": combine(tables, weights),
             "optimizer": {"weights": moments, "tables": sparse},
             "step": state["step"] + 1,
         }, metrics

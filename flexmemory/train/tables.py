@@ -23,7 +23,7 @@ import optax
 from jax import P
 
 from flexmemory.config import OptimizerConfig
-from flexmemory.parallel import sharding, spec_of
+from flexmemory.sharding import sharding, spec_of
 from flexmemory.train.optimizer import schedule
 
 

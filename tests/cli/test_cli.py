@@ -125,8 +125,7 @@ def test_ctrl_c_ends_at_a_checkpoint_and_the_same_command_goes_on(tiny_config, t
     import signal
     import time
 
-    from flexmemory.train.checkpoint import complete_steps
-    from flexmemory.train.run import read_metrics
+    from flexmemory.run_folder import complete_steps, read_metrics
 
     cfg = tiny_config("dense", **{"train.steps": 4000})
     sets = [
@@ -202,10 +201,10 @@ def loss_of_the_fold(run_folder, out) -> float:
     """
     from flexmemory.data.shards import TokenShards
     from flexmemory.evals.perplexity import perplexity
+    from flexmemory.run_folder import load_params
     from flexmemory.tkv import encoding, fold
-    from flexmemory.tkv.location import open_location
     from flexmemory.tkv.manifest import read_manifest
-    from flexmemory.train.checkpoint import load_params
+    from flexmemory.tkv.storage.location import open_location
 
     (cfg, params, _), manifest = load_params(run_folder, None), read_manifest(open_location(out))
     (group,) = manifest.groups

@@ -13,7 +13,7 @@ import pytest
 
 from flexmemory.cli.train import parse_steps
 from flexmemory.errors import UserError
-from flexmemory.train.checkpoint import load_params
+from flexmemory.run_folder import load_params
 
 CONFIG = f"--config={Path(__file__).parents[2] / 'configs' / 'quickstart.py'}"
 

@@ -6,8 +6,8 @@ import sys
 import jax
 import pytest
 
-from flexmemory.config import ModelConfig
 from flexmemory.models.accounting import account, size
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import init_params
 from flexmemory.recipes import MEMORYLLM_SIZES, STEM_SIZES
 

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flexmemory.config import ModelConfig
 from flexmemory.models.accounting import account
 from flexmemory.models.blocks import KINDS, Dense
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import RMSNorm
 from flexmemory.models.memory import take_rows
 from flexmemory.models.patterns import LayerSpec
 from flexmemory.models.transformer import build, init_params
 from flexmemory.runtime.engine import Engine
 from flexmemory.runtime.rows import Budgets
+from flexmemory.runtime.verify import verify
 from flexmemory.tkv.export import export
-from flexmemory.tkv.verify import verify
 from flexmemory.train.loop import train
 
 W = 16

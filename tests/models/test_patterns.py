@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmemory.config import ModelConfig
 from flexmemory.errors import UserError
 from flexmemory.models.blocks import KINDS, layer_specs
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.patterns import LayerSpec, flex_widths, parse_betas, parse_pattern, segments
 from flexmemory.models.transformer import abstract_params
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexmemory.config import check_model
 from flexmemory.errors import UserError
+from flexmemory.models.blocks import check_model
 from flexmemory.models.memory import KEEPABLE
 from flexmemory.models.transformer import abstract_params, build
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmemory.config import ModelConfig, check_model
+from flexmemory.models.blocks import check_model
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import abstract_params, build
 
 # Every kind, repeated so that scans, groups and stacks all have several members.

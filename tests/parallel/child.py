@@ -18,16 +18,10 @@ from jax import P
 from jax.sharding import NamedSharding
 
 from flexmemory import exchange, parallel
-from flexmemory.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-    check_model,
-)
+from flexmemory.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from flexmemory.data.pipeline import unique_rows
+from flexmemory.models.blocks import check_model
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import abstract_params, initialiser
 from flexmemory.train.collectives import collectives
 from flexmemory.train.compiled import memory

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from flexmemory.config import to_json
+from flexmemory.run_folder import read_metrics
 from flexmemory.train.loop import train
-from flexmemory.train.run import read_metrics
 
 
 def test_a_run_goes_on_with_other_numbers_of_devices(child, tiny_config, tmp_path):

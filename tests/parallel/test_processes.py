@@ -21,9 +21,8 @@ from flexmemory.cluster import meet
 from flexmemory.config import from_dict, load_json
 from flexmemory.data import tokenizer as tokenizers
 from flexmemory.errors import UserError
-from flexmemory.train.checkpoint import complete_steps
+from flexmemory.run_folder import claim, complete_steps, read_metrics, started
 from flexmemory.train.loop import train
-from flexmemory.train.run import claim, read_metrics, started
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8

@@ -28,11 +28,12 @@ from tkv.making import tree_bytes
 
 from flexmemory import files
 from flexmemory.errors import UserError
-from flexmemory.tkv import target
+from flexmemory.files import allocate
 from flexmemory.tkv.copy import copy
-from flexmemory.tkv.location import open_location
 from flexmemory.tkv.manifest import read_manifest
-from flexmemory.tkv.reader import allocate, open_reader
+from flexmemory.tkv.storage import target
+from flexmemory.tkv.storage.location import open_location
+from flexmemory.tkv.storage.reader import open_reader
 from flexmemory.tkv.store import open_store
 
 from . import toy

@@ -10,8 +10,8 @@ from tkv.making import tree_bytes
 
 from flexmemory.errors import UserError
 from flexmemory.tkv import format
-from flexmemory.tkv.location import open_location
 from flexmemory.tkv.manifest import read_manifest
+from flexmemory.tkv.storage.location import open_location
 from flexmemory.tkv.store import open_store
 from flexmemory.tkv.verify import verify_deep
 

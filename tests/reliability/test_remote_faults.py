@@ -13,8 +13,8 @@ import pytest
 from flexmemory.errors import UserError
 from flexmemory.runtime.engine import Engine
 from flexmemory.runtime.rows import Budgets
-from flexmemory.tkv import location
-from flexmemory.tkv.location import Patience, RemoteLocation
+from flexmemory.tkv.storage import location
+from flexmemory.tkv.storage.location import Patience, RemoteLocation
 
 from .flips import everything
 from .server import Server

@@ -17,8 +17,9 @@ from tkv.making import tree_bytes
 from flexmemory.errors import UserError
 from flexmemory.runtime.engine import Engine
 from flexmemory.runtime.rows import Budgets
-from flexmemory.tkv import location, store
+from flexmemory.tkv import store
 from flexmemory.tkv.format import shard_file
+from flexmemory.tkv.storage import location
 from flexmemory.tkv.store import open_store
 
 from . import toy

@@ -17,7 +17,7 @@ import pytest
 from tkv.making import tree_bytes
 
 from flexmemory.errors import UserError
-from flexmemory.tkv import reader
+from flexmemory.tkv.storage import reader
 from flexmemory.tkv.store import open_store
 
 from . import child, toy

@@ -3,8 +3,8 @@ import os
 import pytest
 
 from flexmemory.tkv import format
-from flexmemory.tkv.reader import open_reader
-from flexmemory.tkv.uring import CacheStat
+from flexmemory.tkv.storage.reader import open_reader
+from flexmemory.tkv.storage.uring import CacheStat
 
 from .making import MIXED, config, make_store, params
 from .tables import LAYOUTS, Table, drop, make

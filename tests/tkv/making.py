@@ -11,9 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flexmemory.config import Config, ModelConfig
+from flexmemory.config import Config
 from flexmemory.data import tokenizer
 from flexmemory.data.tokenizer import Tokenizer
+from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import abstract_params
 from flexmemory.tkv.export import export_params
 

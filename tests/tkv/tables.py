@@ -6,11 +6,11 @@ import os
 import numpy as np
 import tensorstore as ts
 
+from flexmemory.files import allocate
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import Layout
 from flexmemory.tkv.format import Group
-from flexmemory.tkv.location import open_location
-from flexmemory.tkv.reader import allocate
+from flexmemory.tkv.storage.location import open_location
 
 SHARD_ROWS, VOCAB = 16, 40  # the last of three shards is half full
 

@@ -12,7 +12,7 @@ from flexmemory.errors import UserError
 from flexmemory.tkv import copy as copying
 from flexmemory.tkv.copy import copy
 from flexmemory.tkv.format import COPY_MARK
-from flexmemory.tkv.location import LocalLocation
+from flexmemory.tkv.storage.location import LocalLocation
 from flexmemory.tkv.store import open_store
 
 from .making import make_store, tree_bytes

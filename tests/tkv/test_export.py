@@ -19,9 +19,10 @@ import pytest
 from flexmemory.bench.export import measure
 from flexmemory.errors import UserError
 from flexmemory.tkv import export as export_module
-from flexmemory.tkv import fold, format, target
+from flexmemory.tkv import fold, format
 from flexmemory.tkv.export import Rows, check_options, read_counts
-from flexmemory.tkv.location import LocalLocation, open_location
+from flexmemory.tkv.storage import target
+from flexmemory.tkv.storage.location import LocalLocation, open_location
 from flexmemory.tkv.store import open_store
 
 from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes

@@ -15,6 +15,7 @@ from safetensors import numpy as safetensors
 
 from flexmemory import files
 from flexmemory.errors import UserError
+from flexmemory.files import PAGE
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.memory import TableRows
 from flexmemory.tkv import arrays, backbone, fold, format
@@ -22,9 +23,8 @@ from flexmemory.tkv import export as export_module
 from flexmemory.tkv.encoding import Layout
 from flexmemory.tkv.export import Rows
 from flexmemory.tkv.format import TokenizerInfo
-from flexmemory.tkv.location import open_location
 from flexmemory.tkv.manifest import read_manifest
-from flexmemory.tkv.reader import PAGE
+from flexmemory.tkv.storage.location import open_location
 
 from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes
 

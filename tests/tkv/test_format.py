@@ -21,8 +21,8 @@ from flexmemory.runtime.rows import Budgets
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import host_view
 from flexmemory.tkv.format import default_shard_rows, expected_files
-from flexmemory.tkv.location import open_location
 from flexmemory.tkv.manifest import json_crc32, read_manifest
+from flexmemory.tkv.storage.location import open_location
 from flexmemory.tkv.store import open_store
 
 from . import raw_reader

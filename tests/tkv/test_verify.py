@@ -16,9 +16,10 @@ from flexmemory.config import to_json
 from flexmemory.errors import UserError
 from flexmemory.runtime.engine import Engine
 from flexmemory.runtime.rows import Budgets
+from flexmemory.runtime.verify import verify_params
 from flexmemory.tkv.export import export
 from flexmemory.tkv.store import open_store
-from flexmemory.tkv.verify import verify_deep, verify_params
+from flexmemory.tkv.verify import verify_deep
 from flexmemory.train.loop import train
 
 from .making import byte_tokenizer, config, make_store, params

@@ -13,11 +13,10 @@ from flexmemory.bench.train import prepare
 from flexmemory.config import ParallelConfig
 from flexmemory.data.pipeline import unique_rows
 from flexmemory.errors import UserError
+from flexmemory.run_folder import load_params, read_metrics
 from flexmemory.train import host_tables
-from flexmemory.train.checkpoint import load_params
 from flexmemory.train.host_tables import HostTables
 from flexmemory.train.loop import TrainingInterrupted, resolve, train
-from flexmemory.train.run import read_metrics
 from flexmemory.train.step import init_state, make_train_step
 
 PATTERN = "stem dense stem-dagger stem"

@@ -18,11 +18,10 @@ import pytest
 
 from flexmemory.config import to_json
 from flexmemory.errors import UserError
+from flexmemory.run_folder import complete_steps, load_params, read_metrics
 from flexmemory.train import checkpoint, loop
-from flexmemory.train.checkpoint import complete_steps, load_params
 from flexmemory.train.clock import PARTS, Clock
 from flexmemory.train.loop import TrainingDiverged, TrainingInterrupted, train
-from flexmemory.train.run import read_metrics
 
 TRAIN = """
 import os, signal, sys

@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from flexmemory.config import ModelConfig, OptimizerConfig
+from flexmemory.config import OptimizerConfig
 from flexmemory.models.blocks import KINDS
+from flexmemory.models.config import ModelConfig
+from flexmemory.models.parameters import label_params
 from flexmemory.models.transformer import abstract_params
-from flexmemory.train.optimizer import clip, group_norms, label_params, make_optimizer, schedule
+from flexmemory.train.optimizer import clip, group_norms, make_optimizer, schedule
 
 CFG = OptimizerConfig(
     lr=0.1,

@@ -15,18 +15,10 @@ from flexmemory.data.pipeline import make_batches, unique_rows
 from flexmemory.data.shards import TokenShards
 from flexmemory.exchange import dense_gradient, lookup
 from flexmemory.models.blocks import KINDS
+from flexmemory.models.parameters import ADDRESSED, combine, partition, path_name
 from flexmemory.models.transformer import abstract_params
-from flexmemory.parallel import path_name
 from flexmemory.train.loop import resolve
-from flexmemory.train.step import (
-    ADDRESSED,
-    init_optimizer,
-    init_state,
-    make_gradients,
-    make_train_step,
-    merge,
-    split,
-)
+from flexmemory.train.step import init_optimizer, init_state, make_gradients, make_train_step
 
 GOLDEN = Path(__file__).parent / "golden_first_step.json"
 
@@ -100,12 +92,12 @@ def full_gradients(cfg):
     gradients = make_gradients(cfg)
 
     def call(params, batch):
-        addressed, weights = split(params, ADDRESSED)
+        addressed, weights = partition(params, ADDRESSED)
         (row_grads, grads), sums = gradients(lookup(addressed, batch["unique_ids"]), weights, batch)
         ids_R = jnp.where(
             batch["places"] < len(batch["table_ids"]), batch["unique_ids"], cfg.model.vocab_size
         )
-        return merge(grads, dense_gradient(row_grads, ids_R, addressed)), sums
+        return combine(grads, dense_gradient(row_grads, ids_R, addressed)), sums
 
     return call
 

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from flexmemory.config import ModelConfig, OptimizerConfig
+from flexmemory.config import OptimizerConfig
 from flexmemory.exchange import lookup
 from flexmemory.models.blocks import KINDS
+from flexmemory.models.config import ModelConfig
+from flexmemory.models.parameters import combine, label_params, partition
 from flexmemory.models.transformer import abstract_params, init_params
-from flexmemory.train.optimizer import label_params, schedule
-from flexmemory.train.step import merge, split
+from flexmemory.train.optimizer import schedule
 from flexmemory.train.tables import apply_rows, make_table_optimizer, scale_by_lazy_adam
 
 NAMES = ("lazy_adam", "rowwise_adagrad")
@@ -247,12 +248,12 @@ def test_split_and_merge(kind):
     params = abstract_params(
         ModelConfig(pattern=f"{kind}*2 dense", vocab_size=20, d_model=32, d_ff=88)
     )
-    tables, rest = split(params, ("table",))
+    tables, rest = partition(params, ("table",))
     assert set(jax.tree.leaves(label_params(tables))) == (
         {"table"} if kind.startswith("stem") else set()
     )
     assert "table" not in jax.tree.leaves(label_params(rest))
-    merged = merge(tables, rest)
+    merged = combine(tables, rest)
     assert jax.tree.structure(merged) == jax.tree.structure(params) and jax.tree.leaves(
         merged
     ) == jax.tree.leaves(params)
@@ -260,11 +261,11 @@ def test_split_and_merge(kind):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_without_tables_has_an_optimizer_that_does_nothing(name):
-    tables, rest = split(
+    tables, rest = partition(
         init_params(ModelConfig(pattern="dense", vocab_size=20, d_model=32, d_ff=88), 0), ("table",)
     )
     made, _ = run(config(name), tables, [(np.arange(R), {})])
-    assert made == {} and merge(made, rest).keys() == rest.keys()
+    assert made == {} and combine(made, rest).keys() == rest.keys()
 
 
 def test_gathered_rows_are_the_tables_rows():

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from flexmemory.tkv import uring
-from flexmemory.tkv.reader import allocate
-from flexmemory.tkv.uring import CacheStat, Ring
+from flexmemory.files import allocate
+from flexmemory.tkv.storage import uring
+from flexmemory.tkv.storage.uring import CacheStat, Ring
 
 SIZE = 64 * 4096 + 100
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexmemory.train.loss import chunked_losses, mean_loss, token_losses
+from flexmemory.models.loss import chunked_losses, mean_loss, token_losses
 
 B, T, D, V = 3, 7, 16, 40
 CHUNKS = [

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from flexmemory.errors import UserError
-from flexmemory.tkv import format, reader
-from flexmemory.tkv.reader import METHODS
+from flexmemory.tkv import format
+from flexmemory.tkv.storage import reader
+from flexmemory.tkv.storage.reader import METHODS
 
-from .tables import SHARD_ROWS, VOCAB, drop, fail, read
+from ..tables import SHARD_ROWS, VOCAB, drop, fail, read
 
 
 @pytest.mark.parametrize("method", ["auto", "uring", "threads", "buffered"])

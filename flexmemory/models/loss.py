@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from flexmemory.parallel import gathered, local, names, spec_of, sum_over_batch, varying
+from flexmemory.sharding import gathered, local, names, spec_of, sum_over_batch, varying
 
 # Of one piece's logits [tokens, V] in float32, where no chunk is given. A CPU is as fast with an
 # eighth of it; a GPU reads and writes the head's gradient [D, V] once per piece, which takes 200 /

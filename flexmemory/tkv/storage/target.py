@@ -20,8 +20,8 @@ from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
 from flexmemory.tkv import format
 from flexmemory.tkv.format import MANIFEST, File, Manifest
-from flexmemory.tkv.location import Location, make_directory
 from flexmemory.tkv.manifest import read_manifest, to_json
+from flexmemory.tkv.storage.location import Location, make_directory
 
 CONTENTS = ("rows", "checksums", "backbone", format.TOKENIZER, format.BASIS, format.COUNTS)
 PARTIAL, LOCK = "tkv.partial.", ".lock."  # and the number of the host

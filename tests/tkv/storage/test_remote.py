@@ -17,11 +17,11 @@ from flexmemory.tkv import export as export_module
 from flexmemory.tkv import fold
 from flexmemory.tkv.copy import copy
 from flexmemory.tkv.format import COPY_MARK
-from flexmemory.tkv.location import DamagedFile, Patience, RemoteLocation, open_location
+from flexmemory.tkv.storage.location import DamagedFile, Patience, RemoteLocation, open_location
 from flexmemory.tkv.store import open_store
 from flexmemory.tkv.verify import verify_deep
 
-from .making import VOCAB, config, make_store, params, tree_bytes
+from ..making import VOCAB, config, make_store, params, tree_bytes
 from .test_location import check_contract
 
 BUCKET = "some-bucket"  # as which a FileServer shows its folder

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmemory.tkv import crc
+from flexmemory.tkv.storage import crc
 
 
 @given(st.binary(max_size=300), st.integers(0, 2**32 - 1))

@@ -12,7 +12,6 @@ A local batch goes one of these ways (`flexmemory bench read` says what each is 
     tensorstore  where the shards are laid out in another order
 """
 
-import contextlib
 import errno
 import math
 import mmap
@@ -27,14 +26,14 @@ import numpy as np
 import tensorstore as ts
 
 from flexmemory.errors import UserError
+from flexmemory.files import PAGE, allocate
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import host_view
 from flexmemory.tkv.format import Group, Manifest
-from flexmemory.tkv.location import Location
-from flexmemory.tkv.uring import CacheStat, Ring
+from flexmemory.tkv.storage.location import Location
+from flexmemory.tkv.storage.uring import CacheStat, Ring
 
 METHODS = ("auto", "uring", "threads", "buffered", "tensorstore")
-PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
 THREADS = 16  # measured: 8 are too few, 32 gain nothing
 STAGING_BYTES = 8 << 20
 PROBES = 4  # bundles of a batch that are looked up in the page cache to judge the batch
@@ -62,21 +61,6 @@ def open_reader(
     if location.local is None or method == "tensorstore" or not sys.platform.startswith("linux"):
         return TensorStoreReader(location, manifest, group)
     return LocalReader(location, manifest, group, method)
-
-
-def allocate(rows: int, bundle_bytes: int, huge: bool = True) -> np.ndarray:
-    """Zeros uint8 [rows, bundle_bytes], page-aligned. huge: in huge pages where the kernel has
-    them, into which bundles are read fastest; they are for memory that is used again and again, as
-    their first touch can be slow where a virtual machine has given free memory back.
-    """
-    size = rows * bundle_bytes
-    memory = mmap.mmap(
-        -1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # shared memory, the default, gets no huge pages
-    if huge:
-        with contextlib.suppress(AttributeError, OSError):  # not Linux; a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8, size).reshape(rows, bundle_bytes)
 
 
 class TensorStoreReader:

@@ -14,10 +14,12 @@ from typing import IO
 
 import jax
 
-from flexmemory.config import Config, get, load_json, to_json
+from flexmemory.config import Config, ParallelConfig, get, load_json, to_json
 from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.errors import UserError
 from flexmemory.files import SCRATCH, is_disk_full, write_json, write_text
+from flexmemory.models.transformer import abstract_params
+from flexmemory.parallel import placed
 
 # fields that may change between the start and the resumption of a run: they do not touch parameters
 # or batches
@@ -233,3 +235,83 @@ def read_metrics(workdir: Path) -> list[dict]:
         for line in path.read_text(encoding="utf-8").splitlines()
         if _step(line) is not None
     ]
+
+
+def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict, int]:
+    """(config, params, step) of a run folder, the latest checkpoint by default. Raises UserError
+    when it is missing or damaged.
+    """
+    cfg = load_json(Path(workdir) / "config.json")
+    steps = complete_steps(workdir)
+    if not steps:
+        raise UserError(
+            f"{workdir}: no finished checkpoint in checkpoints/; train it first (`flexmemory train"
+            f" --workdir={workdir}`)"
+        )
+    if step is not None and step not in steps:
+        raise UserError(
+            f"{workdir}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+        )
+    step = steps[-1] if step is None else step
+    params = abstract_params(cfg.model)
+    return (
+        cfg,
+        read_checkpoint(
+            workdir,
+            step,
+            {
+                "params": at(
+                    params, placed(dataclasses.replace(cfg, parallel=ParallelConfig()), params)
+                )
+            },
+        )["params"],
+        step,
+    )
+
+
+def at(abstract, places):
+    """Shapes and dtypes with the shardings ``places``."""
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract, places
+    )
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """Steps of the finished checkpoints, ascending; an unfinished save has another name until it is
+    whole.
+    """
+    return sorted(
+        int(p.name) for p in (Path(workdir) / "checkpoints").glob("*") if p.name.isdecimal()
+    )
+
+
+def read_checkpoint(workdir: Path, step: int, abstract: dict) -> dict:
+    """Items of a checkpoint, shaped and placed as ``abstract`` says; raises UserError on a damaged one."""
+    from orbax.checkpoint import v1 as ocp  # late: Orbax takes a second to import
+
+    try:
+        return ocp.load_checkpointables(
+            (Path(workdir) / "checkpoints" / str(step)).absolute(), abstract
+        )
+    except (
+        MemoryError,
+        jax.errors.JaxRuntimeError,
+    ):  # the checkpoint is sound, the machine too small
+        raise
+    except (
+        Exception
+    ) as error:  # orbax and tensorstore raise many types for files that are cut or gone
+        while (
+            error.__cause__ or error.__context__
+        ):  # the first error says what is wrong with the files
+            error = error.__cause__ or error.__context__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        earlier = [other for other in complete_steps(workdir) if other < step]
+        mend = (
+            f"delete checkpoints/{step} to go on from {earlier[-1]}"
+            if earlier
+            else "train it again in a new folder"
+        )
+        raise UserError(
+            f"checkpoint {step} in {workdir} is damaged or of another model ({reason}); {mend}"
+        ) from error

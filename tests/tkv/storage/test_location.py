@@ -8,7 +8,7 @@ import pytest
 import tensorstore as ts
 
 from flexmemory.errors import UserError
-from flexmemory.tkv.location import DamagedFile, Patience, open_location
+from flexmemory.tkv.storage.location import DamagedFile, Patience, open_location
 
 
 def check_contract(location):

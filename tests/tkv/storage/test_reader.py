@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from flexmemory.errors import UserError
-from flexmemory.tkv import format, reader
-from flexmemory.tkv.reader import METHODS, allocate
+from flexmemory.files import allocate
+from flexmemory.tkv import format
+from flexmemory.tkv.storage import reader
+from flexmemory.tkv.storage.reader import METHODS
 
-from .tables import LAYOUTS, SHARD_ROWS, VOCAB, drop, fail, make, read
+from ..tables import LAYOUTS, SHARD_ROWS, VOCAB, drop, fail, make, read
 
 
 @pytest.mark.parametrize("method", METHODS)
