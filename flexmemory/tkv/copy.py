@@ -16,13 +16,11 @@ from pathlib import Path
 from flexmemory.errors import UserError
 from flexmemory.files import SCRATCH
 from flexmemory.progress import ProgressLine
-from flexmemory.tkv import format
 from flexmemory.tkv.format import COPY_MARK, MANIFEST, File, Manifest
 from flexmemory.tkv.manifest import from_json, read_manifest
 from flexmemory.tkv.storage import target
 from flexmemory.tkv.storage.crc import crc32
 from flexmemory.tkv.storage.location import DamagedFile, LocalLocation, Location, open_location
-from flexmemory.tkv.verify import verify_deep
 
 PART_BYTES = 8 << 20  # of a file, read at a time
 LARGE_BYTES = (
@@ -115,17 +113,7 @@ def _entries(source: Location, manifest: Manifest) -> list[File]:
     """Every file but the manifest, the small ones first. Raises DamagedFile for one that is missing
     or has another size.
     """
-    entries = list(manifest.files)
-    if (
-        manifest.version == 1
-    ):  # knows no CRC-32 of most files, but the store has one of every token's rows
-        if damaged := verify_deep(source.url, progress=False)["damaged"]:
-            raise DamagedFile(f"{source.url}/{damaged[0]['name']}: {damaged[0]['what']}; {MEND}")
-        for name in (*format.expected_files(manifest), *format.fixed_names(manifest)):
-            data = _read(source, name)
-            if data is None:
-                raise DamagedFile(f"{source.url}/{name}: missing; {MEND}")
-            entries.append(File(name, len(data), crc32(data)))
+    entries = manifest.files
     found = source.sizes([entry.name for entry in entries])
     for entry in entries:
         if entry.name not in found:

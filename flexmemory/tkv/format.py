@@ -10,8 +10,6 @@ docs/formats.md describes the same bytes for other readers.
     STORE/counts.npy                optional, how often each id occurs in the training data
     STORE/backbone/*.safetensors    every parameter that is not folded away
     STORE/tokenizer.json
-
-Version 1, still read, has plain rows only, and a CRC-32 of whole files for the backbone alone.
 """
 
 import dataclasses
@@ -112,11 +110,9 @@ class Manifest:
     scale_group: int = 0
     ranks: tuple[int, ...] | None = None  # by memory layer in model order; None: full rows
     rank_error: float | None = None  # the error budget that chose the ranks
-    files: tuple[File, ...] = ()  # every file but the manifest, by name; version 1: the backbone's
-    errors: tuple[LayerError, ...] | None = (
-        None  # by memory layer in model order; None: plain float32, or version 1
-    )
-    version: int = VERSION
+    files: tuple[File, ...] = ()  # every file but the manifest, by name
+    # by memory layer in model order; None where nothing is lost: plain float32
+    errors: tuple[LayerError, ...] | None = None
     flexmemory: str = dataclasses.field(
         default_factory=lambda: importlib.metadata.version("flexmemory")
     )

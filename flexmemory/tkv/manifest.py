@@ -24,55 +24,37 @@ from flexmemory.tkv.format import (
 from flexmemory.tkv.storage.crc import crc32
 from flexmemory.tkv.storage.location import Location
 
-FORMAT, READABLE = "tkv", (1, VERSION)
+FORMAT = "tkv"
 
 
 def to_json(manifest: Manifest) -> dict:
-    """The manifest as it is written, checksum included, in the manifest's version."""
-    m, first = manifest, manifest.version == 1
-    groups = []
-    for g in m.groups:
-        ranks = {} if first else {"ranks": g.layout.ranks}
-        scales = {"scales": None} if first else {}
-        groups.append(
-            {
-                "name": g.name,
-                "layers": g.layers,
-                "width": g.width,
-                **ranks,
-                "bundle_bytes": g.bundle_bytes,
-                "shards": g.shards,
-                "bytes": g.bytes,
-                **scales,
-            }
-        )
-    files = [dataclasses.asdict(file) for file in m.files]
+    """The manifest as it is written, checksum included."""
+    m = manifest
+    names = ("name", "layers", "width", "bundle_bytes", "shards", "bytes")
+    groups = [
+        {name: getattr(g, name) for name in names} | {"ranks": g.layout.ranks} for g in m.groups
+    ]
     body = {
         "format": FORMAT,
-        "version": m.version,
+        "version": VERSION,
         "flexmemory": m.flexmemory,
         "pattern": m.model.pattern,
         "model": dataclasses.asdict(m.model),
         "vocab_size": m.vocab_size,
         "dtype": m.dtype,
-        **({} if first else {"scale_group": m.scale_group, "rank_error": m.rank_error}),
+        "scale_group": m.scale_group,
+        "rank_error": m.rank_error,
         "byte_order": "little",
         "shard_rows": m.shard_rows,
         "fold_rows": m.fold_rows,
         "layers": format.model_layers(m.model),
         "groups": groups,
         "table_bytes": m.table_bytes,
-        "backbone": {"dtype": "float32", **({"files": files} if first else {})},
+        "backbone": {"dtype": "float32"},
         "tokenizer": {"file": TOKENIZER, **dataclasses.asdict(m.tokenizer)},
         "source": dataclasses.asdict(m.source),
-        **(
-            {}
-            if first
-            else {
-                "errors": m.errors and [dataclasses.asdict(error) for error in m.errors],
-                "files": files,
-            }
-        ),
+        "errors": m.errors and [dataclasses.asdict(error) for error in m.errors],
+        "files": [dataclasses.asdict(file) for file in m.files],
     }
     body = json.loads(json.dumps(body))  # tuples become lists, as a reader sees them
     return {**body, "crc32": json_crc32(body)}
@@ -86,11 +68,10 @@ def from_json(content: object, origin: str) -> Manifest:
             f"{origin}: not the manifest of a TKV store (format {_get(content, 'format')!r});"
             f" {mend}"
         )
-    if content.get("version") not in READABLE:
+    if content.get("version") != VERSION:
         raise UserError(
-            f"{origin}: version {content.get('version')!r}, this flexmemory reads"
-            f" {' and '.join(map(str, READABLE))}; {mend} or use the flexmemory that wrote it"
-            f" ({content.get('flexmemory')})"
+            f"{origin}: version {content.get('version')!r}, this flexmemory reads {VERSION}; {mend}"
+            f" or use the flexmemory that wrote it ({content.get('flexmemory')})"
         )
     body = {name: value for name, value in content.items() if name != "crc32"}
     if content.get("crc32") != json_crc32(body):
@@ -124,23 +105,14 @@ def from_json(content: object, origin: str) -> Manifest:
 
 
 def _parse(body: dict) -> Manifest:
-    model, more = from_dict({"model": body["model"]}).model, {}
-    if body["version"] > 1:
-        rank_of = {
-            layer: rank
-            for group in body["groups"]
-            if group["ranks"]
-            for layer, rank in zip(group["layers"], group["ranks"], strict=True)
-        }
-        errors = body["errors"]
-        more = {
-            "scale_group": body["scale_group"],
-            "rank_error": body["rank_error"],
-            "ranks": (
-                tuple(rank_of[layer] for layer in format.memory_layers(model)) if rank_of else None
-            ),
-            "errors": None if errors is None else tuple(LayerError(**error) for error in errors),
-        }
+    model, errors = from_dict({"model": body["model"]}).model, body["errors"]
+    rank_of = {
+        layer: rank
+        for group in body["groups"]
+        if group["ranks"]
+        for layer, rank in zip(group["layers"], group["ranks"], strict=True)
+    }
+    ranks = tuple(rank_of[layer] for layer in format.memory_layers(model)) if rank_of else None
     return Manifest(
         model=model,
         dtype=body["dtype"],
@@ -148,19 +120,18 @@ def _parse(body: dict) -> Manifest:
         fold_rows=body["fold_rows"],
         tokenizer=TokenizerInfo(**{k: v for k, v in body["tokenizer"].items() if k != "file"}),
         source=Source(**body["source"]),
-        files=tuple(
-            File(**file) for file in (body["backbone"] if body["version"] == 1 else body)["files"]
-        ),
-        version=body["version"],
+        scale_group=body["scale_group"],
+        ranks=ranks,
+        rank_error=body["rank_error"],
+        files=tuple(File(**file) for file in body["files"]),
+        errors=None if errors is None else tuple(LayerError(**error) for error in errors),
         flexmemory=body["flexmemory"],
-        **more,
     )
 
 
 def _check(m: Manifest, origin: str, mend: str) -> None:
-    known = FLOATS if m.version == 1 else DTYPES
-    if m.dtype not in known:
-        raise UserError(f"{origin}: dtype {m.dtype!r} is not one of {', '.join(known)}; {mend}")
+    if m.dtype not in DTYPES:
+        raise UserError(f"{origin}: dtype {m.dtype!r} is not one of {', '.join(DTYPES)}; {mend}")
     if m.vocab_size < 1 or m.shard_rows < 1 or m.shard_rows & (m.shard_rows - 1):
         raise UserError(f"{origin}: shard_rows {m.shard_rows} is not a power of two; {mend}")
     if m.scale_group < 0 or (m.scale_group and m.dtype in FLOATS):
@@ -172,13 +143,6 @@ def _check(m: Manifest, origin: str, mend: str) -> None:
             f"{origin}: groups: rank {bad[0]} is not between 1 and the rows' width; {mend}"
         )
     names = {file.name: file.bytes for file in m.files}
-    if m.version == 1:
-        if not all(BACKBONE_NAME.fullmatch(name) for name in names):
-            raise UserError(
-                f"{origin}: backbone file names must be like"
-                f" backbone/model-00001-of-00001.safetensors; {mend}"
-            )
-        return
     if list(names) != sorted(names) or len(names) != len(m.files):
         raise UserError(f"{origin}: files: not sorted by name, or a name twice; {mend}")
     shards, rest = format.expected_files(m), {*format.fixed_names(m), COUNTS}
@@ -218,14 +182,10 @@ def read_manifest(location: Location) -> Manifest:
 
 
 def unfinished(location: Location) -> str | None:
-    """ "export" or "copy" where the mark of one that has not ended is. Host 0 of an export always
-    has one; version 1 had tkv.partial.json.
+    """ "export" or "copy" where the mark of one that has not ended is; host 0 of an export always
+    has one.
     """
-    for name, what in (
-        (format.partial_file(0), "export"),
-        (COPY_MARK, "copy"),
-        ("tkv.partial.json", "export"),
-    ):
+    for name, what in ((format.partial_file(0), "export"), (COPY_MARK, "copy")):
         try:
             location.read(name, 0, 1)
             return what

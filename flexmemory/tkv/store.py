@@ -138,10 +138,7 @@ def open_store(path: str | Path, *, check: bool = True) -> Store:
     """
     location = open_location(path)
     manifest = read_manifest(location)
-    check_sizes(
-        location,
-        format.expected_files(manifest) | {file.name: file.bytes for file in manifest.files},
-    )
+    check_sizes(location, {file.name: file.bytes for file in manifest.files})
     read_tokenizer(location, manifest)
     for group in manifest.groups:
         _open_array(
@@ -185,8 +182,8 @@ def check_sizes(location: Location, expected: dict[str, int]) -> None:
 
 
 def read_checksums(location: Location, manifest: Manifest, group: Group) -> np.ndarray:
-    """uint32 [V], the CRC-32 of each token's bundle. From version 2 on they are those that the
-    manifest knows, so no other store's rows pass.
+    """uint32 [V], the CRC-32 of each token's bundle: those that the manifest knows, so no other
+    store's rows pass.
     """
     array = _open_array(
         location,
@@ -199,7 +196,7 @@ def read_checksums(location: Location, manifest: Manifest, group: Group) -> np.n
         (group.shards, manifest.shard_rows), "<u4"
     )  # as in the files: unused places of the last are 0
     whole.reshape(-1)[: len(crc32_V)] = crc32_V
-    for block in range(group.shards if manifest.version > 1 else 0):
+    for block in range(group.shards):
         if crc32(whole[block]) != (file := files[format.checksum_file(group, block)]).crc32:
             raise backbone.damaged(location, file)
     return crc32_V

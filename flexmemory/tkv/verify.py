@@ -23,9 +23,8 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
     """Reads every file of a store again: its size and CRC-32 against the manifest, every bundle's
     CRC-32 against checksums/.
 
-    Returns {files, bytes, bundles: counts of what was read, damaged: [{name, what}], ok}. A version
-    1 manifest knows the CRC-32 of backbone files alone; the others are then checked by size,
-    bundles and tokenizer. Raises UserError where there is no readable manifest.
+    Returns {files, bytes, bundles: counts of what was read, damaged: [{name, what}], ok}. Raises
+    UserError where there is no readable manifest.
     """
     location = open_location(path)
     manifest = read_manifest(location)
@@ -34,9 +33,7 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
         for group in manifest.groups
         for block in range(group.shards)
     }
-    known = {name: (size, None) for name, size in format.expected_files(manifest).items()} | {
-        f.name: (f.bytes, f.crc32) for f in manifest.files
-    }
+    known = {file.name: (file.bytes, file.crc32) for file in manifest.files}
     total, damaged, done = sum(size for size, _ in known.values()), [], 0
 
     def check(name: str) -> tuple[str | None, int]:
@@ -89,9 +86,9 @@ def _check_shard(
     manifest: Manifest,
     group: Group,
     block: int,
-    wanted: int | None,
+    wanted: int,
     sums_bytes: int,
-    sums_wanted: int | None,
+    sums_wanted: int,
 ) -> tuple[str | None, int]:
     data = location.read(format.shard_file(group, block))
     if wrong := _wrong(len(data), format.shard_bytes(manifest, group, block), crc32(data), wanted):
@@ -112,7 +109,7 @@ def _check_shard(
     ), rows
 
 
-def _wrong(size: int, wanted_size: int, crc: int, wanted_crc: int | None) -> str | None:
+def _wrong(size: int, wanted_size: int, crc: int, wanted_crc: int) -> str | None:
     if size != wanted_size:
         return f"{size} bytes, {wanted_size} expected"
-    return None if wanted_crc in (None, crc) else "its checksum is wrong"
+    return None if crc == wanted_crc else "its checksum is wrong"

@@ -1,8 +1,7 @@
 """Toy models and the stores made of them, shared by the tests of tkv and runtime.
 
 ``python -m tests.tkv.making`` wrote tests/tkv/stores/v2 and v2_int4_rank (and the .json beside
-each) when version 2 was new; v1 was written the same way by the flexmemory of its time. They are
-never written again: the script refuses while they are there.
+each) when version 2 was new. They are never written again: the script refuses while they are there.
 """
 
 import json

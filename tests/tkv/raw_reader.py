@@ -13,12 +13,12 @@ FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def read_manifest(store: Path) -> dict:
     manifest = json.loads((store / "tkv.json").read_bytes())
-    assert manifest["format"] == "tkv" and manifest["version"] in (1, 2)
+    assert manifest["format"] == "tkv" and manifest["version"] == 2
     body = {k: v for k, v in manifest.items() if k != "crc32"}
     assert manifest["crc32"] == zlib.crc32(
         json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     )
-    for file in manifest["files"] if manifest["version"] == 2 else manifest["backbone"]["files"]:
+    for file in manifest["files"]:
         data = (store / file["name"]).read_bytes()
         assert len(data) == file["bytes"] and zlib.crc32(data) == file["crc32"]
     return manifest

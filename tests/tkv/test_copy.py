@@ -17,8 +17,7 @@ from flexmemory.tkv.store import open_store
 
 from .making import make_store, tree_bytes
 
-STORES = Path(__file__).parent / "stores"  # one of every version
-FIRST = STORES / "v1"
+STORES = Path(__file__).parent / "stores"
 
 
 @pytest.fixture
@@ -126,24 +125,6 @@ def test_missing_and_truncated_files_are_refused_before_anything_is_written(sour
     with pytest.raises(UserError, match=f"source/{name}: missing"):
         run(source, out)
     assert not out.exists()
-
-
-def test_damaged_first_version_is_refused(tmp_path, out):
-    shutil.copytree(FIRST, tmp_path / "v1")
-    shard = next(path for path in (tmp_path / "v1" / "rows").rglob("c/*/0/0") if path.is_file())
-    flip(shard)
-    with pytest.raises(UserError, match=f"{shard.relative_to(tmp_path)}: .*fail"):
-        run(tmp_path / "v1", out)
-    flip(shard)
-    (
-        tmp_path
-        / "v1"
-        / "rows"
-        / shard.relative_to(tmp_path / "v1" / "rows").parts[0]
-        / "zarr.json"
-    ).unlink()
-    with pytest.raises(UserError, match="zarr.json: missing"):
-        run(tmp_path / "v1", out)
 
 
 def test_no_store_at_the_source(tmp_path, out):

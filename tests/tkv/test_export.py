@@ -33,7 +33,8 @@ SCRIPT = textwrap.dedent("""
     sys.path.insert(0, {tests!r})
     from pathlib import Path
     from tkv.making import config, make_store, params
-    from flexmemory.tkv import arrays, backbone, export, format, lowrank, target
+    from flexmemory.tkv import backbone, export, format, lowrank
+    from flexmemory.tkv.storage import target
 
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)

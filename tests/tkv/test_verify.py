@@ -1,8 +1,7 @@
 """Verify, and the commands export, verify and generate."""
 
 import json
-import shutil
-from pathlib import Path
+import zlib
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from flexmemory.runtime.engine import Engine
 from flexmemory.runtime.rows import Budgets
 from flexmemory.runtime.verify import verify_params
 from flexmemory.tkv.export import export
+from flexmemory.tkv.manifest import json_crc32
 from flexmemory.tkv.store import open_store
 from flexmemory.tkv.verify import verify_deep
 from flexmemory.train.loop import train
@@ -46,7 +46,8 @@ def workdir(small, tmp_path, monkeypatch):
         assert workdir == path and step in (None, 3)
         return cfg, weights, 3
 
-    monkeypatch.setattr("flexmemory.train.checkpoint.load_params", load_params)
+    for module in ("run_folder", "runtime.verify"):
+        monkeypatch.setattr(f"flexmemory.{module}.load_params", load_params)
     return path
 
 
@@ -192,13 +193,17 @@ def test_deep_names_every_damaged_file(small, tmp_path, capsys):
 
 
 def test_deep_finds_a_bundle_whose_file_is_said_to_be_whole(small, tmp_path):
-    """Version 1 has no checksum of shards, but one of every token."""
-    shutil.copytree(Path(__file__).parent / "stores" / "v1", tmp_path / "v1")
-    assert verify_deep(tmp_path / "v1", progress=False)["ok"]
-    flip(tmp_path / "v1/rows/w8/c/0/0/0", 70 * 64 + 5)
-    found = verify_deep(tmp_path / "v1", progress=False)["damaged"]
-    assert found == [
-        {"name": "rows/w8/c/0/0/0", "what": "1 bundles, the first of token 70, fail their checksum"}
+    """The checksum of every token is looked at besides that of the whole shard."""
+    make_store(tmp_path / "s", *small)
+    flip(shard := tmp_path / "s/rows/w32/c/0/0/0", 50 * 32 * 4 + 5)
+    path = tmp_path / "s/tkv.json"
+    content = json.loads(path.read_text())
+    (file,) = (file for file in content["files"] if file["name"] == "rows/w32/c/0/0/0")
+    file["crc32"] = zlib.crc32(shard.read_bytes())
+    del content["crc32"]
+    path.write_text(json.dumps({**content, "crc32": json_crc32(content)}))
+    assert verify_deep(tmp_path / "s", progress=False)["damaged"] == [
+        {"name": file["name"], "what": "1 bundles, the first of token 50, fail their checksum"}
     ]
 
 
