@@ -21,7 +21,7 @@ from flexmemory.models.blocks import layer_specs
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import abstract_params, per_layer, stack_layers
 from flexmemory.tkv.format import MEND, File
-from flexmemory.tkv.storage.crc import combined, crc32
+from flexmemory.tkv.storage.crc import crc32, crc32_combine
 from flexmemory.tkv.storage.location import Location
 
 FILE_BYTES = 512 << 20  # of one file, which a remote location holds in memory while it is written
@@ -187,7 +187,7 @@ def load_tensors(
                     made[name] = host[None] if served and name.startswith(LAYERS) else host, pieces
                 for name, (host, pieces) in made.items():
                     for piece in pieces:
-                        crc = combined(crc, *piece.result())
+                        crc = crc32_combine(crc, *piece.result())
                     made[name] = jax.device_put(host)
             except BaseException:
                 pool.shutdown(cancel_futures=True)

@@ -24,7 +24,7 @@ def test_equal_to_zlib_over_long_data():
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
 def test_of_two(first, second):
-    assert crc.combined(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(
+    assert crc.crc32_combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(
         first + second
     )
 
@@ -43,10 +43,10 @@ def test_of_long_data():
     first, zeros = zlib.crc32(b"token"), zlib.crc32(bytes(10**6))
     in_turn = first
     for _ in range(5000):
-        in_turn = crc.combined(in_turn, zeros, 10**6)
+        in_turn = crc.crc32_combine(in_turn, zeros, 10**6)
     many, length = zeros, 10**6
     for _ in range(12):  # 4096 times the million
-        many, length = crc.combined(many, many, length), 2 * length
+        many, length = crc.crc32_combine(many, many, length), 2 * length
     for _ in range(904):
-        many = crc.combined(many, zeros, 10**6)
-    assert in_turn == crc.combined(first, many, 5 * 10**9)  # more than 32 bits can count
+        many = crc.crc32_combine(many, zeros, 10**6)
+    assert in_turn == crc.crc32_combine(first, many, 5 * 10**9)  # more than 32 bits can count
