@@ -87,7 +87,7 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8", "surrogateescape"))
 
 
-def write_json(path: Path, content) -> None:
+def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import IO
 
 import jax
+import numpy as np
 
 from flexmemory.config import Config, ParallelConfig, get, load_json, to_json
 from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.errors import UserError
 from flexmemory.files import SCRATCH, is_disk_full, write_json, write_text
+from flexmemory.models.parameters import path_name
 from flexmemory.models.transformer import abstract_params
 from flexmemory.parallel import placed
 
@@ -237,9 +239,13 @@ def read_metrics(workdir: Path) -> list[dict]:
     ]
 
 
-def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict, int]:
+def load_params(
+    workdir: Path, step: int | None = None, *, on_host: bool = False
+) -> tuple[Config, dict, int]:
     """(config, params, step) of a run folder, the latest checkpoint by default. Raises UserError
     when it is missing or damaged.
+
+    on_host: read NumPy arrays into the host's memory; by default arrays on the device.
     """
     cfg = load_json(Path(workdir) / "config.json")
     steps = complete_steps(workdir)
@@ -254,19 +260,18 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[Config, dict, i
         )
     step = steps[-1] if step is None else step
     params = abstract_params(cfg.model)
-    return (
-        cfg,
-        read_checkpoint(
-            workdir,
-            step,
-            {
-                "params": at(
-                    params, placed(dataclasses.replace(cfg, parallel=ParallelConfig()), params)
-                )
-            },
-        )["params"],
-        step,
-    )
+    if on_host:  # NumPy arrays that take no memory stand for what is asked for
+        wanted = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), params)
+    else:
+        wanted = at(params, placed(dataclasses.replace(cfg, parallel=ParallelConfig()), params))
+    found = read_checkpoint(workdir, step, {"params": wanted})["params"]
+    for (path, leaf), other in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(found)):
+        if leaf.shape != other.shape:  # which Orbax compares for arrays on the device alone
+            raise UserError(
+                f"checkpoint {step} in {workdir} is of another model ({path_name(path)} is"
+                f" {other.shape} there, {leaf.shape} here); train it again in a new folder"
+            )
+    return cfg, found, step
 
 
 def at(abstract, places):

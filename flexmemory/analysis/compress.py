@@ -10,7 +10,7 @@ import numpy as np
 from flexmemory.analysis.trained import Trained, not_applicable, scores
 from flexmemory.evals.rows import RowsOf
 from flexmemory.tkv import encoding, fold, lowrank
-from flexmemory.tkv.export import Rows, plan, sizes
+from flexmemory.tkv.export import RowFormat, draft, sizes
 from flexmemory.tkv.format import Manifest, TokenizerInfo
 
 # dtype, numbers that share a scale; 0: a whole row
@@ -31,7 +31,7 @@ def quantised(trained: Trained) -> dict:
         return not_applicable(NOTHING)
     points = []
     for dtype, scale_group in ENCODINGS:
-        rows_of, facts = stored(trained, Rows(dtype=dtype, scale_group=scale_group), {})
+        rows_of, facts = stored(trained, RowFormat(dtype=dtype, scale_group=scale_group), {})
         del facts["ranks"]
         points.append(
             {
@@ -55,7 +55,7 @@ def svd(trained: Trained) -> dict:
     """
     if not trained.memory_layers:
         return not_applicable(NOTHING)
-    whole = _manifest(trained, Rows())
+    whole = _manifest(trained, RowFormat())
     widths = tuple(trained.specs[layer].row_width for layer in trained.memory_layers)
     bases = lowrank.find_bases(
         trained.params,
@@ -67,7 +67,7 @@ def svd(trained: Trained) -> dict:
     )
     points = []
     for cut in CUTS:
-        rows_of, facts = stored(trained, Rows(rank=1 - cut) if cut else Rows(), bases)
+        rows_of, facts = stored(trained, RowFormat(rank=1 - cut) if cut else RowFormat(), bases)
         points.append(
             {
                 "cut": cut,
@@ -79,7 +79,7 @@ def svd(trained: Trained) -> dict:
     return {"applies": True, "points": points}
 
 
-def stored(trained: Trained, rows: Rows, bases: dict[int, np.ndarray]) -> tuple[RowsOf, dict]:
+def stored(trained: Trained, rows: RowFormat, bases: dict[int, np.ndarray]) -> tuple[RowsOf, dict]:
     """(rows as a store made with these options gives them, {"table_bytes", "saved",
     "relative_error", "ranks"}). bases: of all layers, float32 [W, W], best direction first; only
     low ranks need them.
@@ -98,7 +98,7 @@ def stored(trained: Trained, rows: Rows, bases: dict[int, np.ndarray]) -> tuple[
     }
     parts, error, squares = {group.name: [] for group in manifest.groups}, 0.0, 0.0
     for start in range(0, manifest.vocab_size, manifest.shard_rows):
-        block = fold.start_block(
+        block = fold.start_shard(
             trained.params,
             used,
             start,
@@ -107,7 +107,7 @@ def stored(trained: Trained, rows: Rows, bases: dict[int, np.ndarray]) -> tuple[
             layouts=fold.layouts_of(manifest.groups),
             fold_rows=manifest.fold_rows,
         )
-        bundles, sums = fold.fetch_block(block, manifest.groups)
+        bundles, sums = fold.fetch_shard(block, manifest.groups)
         for name, made in bundles.items():
             parts[name] += made
         error, squares = (
@@ -137,10 +137,10 @@ def stored(trained: Trained, rows: Rows, bases: dict[int, np.ndarray]) -> tuple[
     }
 
 
-def _manifest(trained: Trained, rows: Rows) -> Manifest:
+def _manifest(trained: Trained, rows: RowFormat) -> Manifest:
     """What an export would do; where it comes from makes no difference to the rows."""
     tokenizer = trained.tokenizer
-    return plan(
+    return draft(
         trained.cfg,
         rows,
         TokenizerInfo(tokenizer.fingerprint, tokenizer.eos_id, tokenizer.vocab_size),

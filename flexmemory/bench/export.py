@@ -85,7 +85,7 @@ def measure_model(
     loads = []
     with tempfile.TemporaryDirectory(dir=scratch) as place:
         jax.block_until_ready(
-            fold.start_block(params, bases, 0, min(shard_rows, v), **call)
+            fold.start_shard(params, bases, 0, min(shard_rows, v), **call)
         )  # compiles
         for _ in range(rounds):
             loads.append(os.getloadavg()[0])
@@ -145,7 +145,7 @@ def _timed(work) -> float:
 def _fold(params: dict, bases: dict, v: int, shard_rows: int, call: dict) -> None:
     for start in range(0, v, shard_rows):
         jax.block_until_ready(
-            fold.start_block(params, bases, start, min(start + shard_rows, v), **call)
+            fold.start_shard(params, bases, start, min(start + shard_rows, v), **call)
         )
 
 

@@ -126,7 +126,7 @@ def measure_group(
         group.bundle_bytes,
     )
     readers = {
-        name: open_reader(location, manifest, group, method=name)
+        name: open_reader(location, format.records(manifest, group), method=name)
         for name in ("auto", "tensorstore")
     }
     buffer, load = allocate(max(sizes), group.bundle_bytes), os.getloadavg()[0]

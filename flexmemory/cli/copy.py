@@ -9,39 +9,28 @@ def run(argv: list[str]) -> int:
         "Copy a TKV store between local paths, s3://, gs:// and (as source) http(s)://, checked on"
         " the way. An interrupted copy is finished by the same command.",
     )
-    parser.add_argument("source", metavar="SRC", help="path or URL of the store")
-    parser.add_argument("destination", metavar="DST", help="path or URL of the copy")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace another store, or an unfinished one, at DST",
+    add = parser.add_argument
+    add("source", metavar="SRC", help="path or URL of the store")
+    add("destination", metavar="DST", help="path or URL of the copy")
+    help_ = "replace another store, or an unfinished one, at DST"
+    add("--overwrite", action="store_true", help=help_)
+    help_ = (
+        "read every file at DST back and copy damaged ones again; without it files that are there"
+        " with the right size are trusted"
     )
-    parser.add_argument(
-        "--deep",
-        action="store_true",
-        help=(
-            "read every file at DST back and copy damaged ones again; without it files "
-            "that are there with the right size are trusted"
-        ),
-    )
+    add("--deep", action="store_true", help=help_)
     args = parser.parse_args(argv)
 
     from flexmemory.tkv.copy import copy
 
-    made = copy(args.source, args.destination, overwrite=args.overwrite, deep=args.deep)
-    kept = made["files"] - 1 - made["copied_files"]
-    parts = (
-        [f"{made['copied_files']} copied and verified ({made['copied_bytes']:,} bytes)"]
-        if made["copied_files"]
-        else []
-    )
-    if kept:
-        parts.append(
-            f"{kept} were there already, "
-            + ("read and verified" if made["read_back"] else "by size; --deep reads them")
-        )
+    result = copy(args.source, args.destination, overwrite=args.overwrite, deep=args.deep)
+    count, size, seconds = (result[name] for name in ("copied_files", "copied_bytes", "seconds"))
+    parts = [f"{count} copied and verified ({size:,} bytes)"] if count else []
+    if kept := result["files"] - 1 - count:
+        how = "read and verified" if result["read_back"] else "by size; --deep reads them"
+        parts.append(f"{kept} were there already, {how}")
     print(
-        f"{args.destination}: {made['files']} files, {made['bytes']:,} bytes: {'; '.join(parts)};"
-        f" {made['seconds']:.1f} s, {made['copied_bytes'] / made['seconds'] / 1e6:,.0f} MB/s"
+        f"{args.destination}: {result['files']} files, {result['bytes']:,} bytes:"
+        f" {'; '.join(parts)}; {seconds:.1f} s, {size / seconds / 1e6:,.0f} MB/s"
     )
     return 0

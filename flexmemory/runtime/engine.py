@@ -154,13 +154,13 @@ class Engine:
         tokenizer: Tokenizer | None,
         *,
         dtype: str = "float32",
-        block_rows: int | None = None,
+        shard_rows: int | None = None,
         **options,
     ) -> "Engine":
         """An engine on live parameters, folded into device memory with rows of the float ``dtype``.
-        Equal bits to a store of the same dtype and ``block_rows`` exported on the same backend.
+        Equal bits to a store of the same dtype and ``shard_rows`` exported on the same backend.
         """
-        shard_rows = block_rows or default_shard_rows(cfg, dtype)
+        shard_rows = shard_rows or default_shard_rows(cfg, dtype)
         groups = model_groups(cfg, dtype, shard_rows)
         source = ResidentRows.from_params(
             cfg, params, groups, {group.name: () for group in groups}, min(shard_rows, FOLD_ROWS)

@@ -93,7 +93,7 @@ class ResidentRows:
         tables = {name: empty_table(layout, cfg.vocab_size) for name, layout in layouts}
         for start, bundles in (
             fold.fold_table(
-                params, bases, cfg=cfg, groups=groups, fold_rows=fold_rows, block_rows=fold_rows
+                params, bases, cfg=cfg, groups=groups, fold_rows=fold_rows, shard_rows=fold_rows
             )
             if groups
             else ()

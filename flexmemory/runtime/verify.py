@@ -155,7 +155,7 @@ def compare_rows(store: Store, cfg: ModelConfig, params: dict, progress: bool = 
     )
     params, call = (
         jax.device_put(params),
-        dict(cfg=cfg, fold_rows=m.fold_rows, block_rows=m.shard_rows),
+        dict(cfg=cfg, fold_rows=m.fold_rows, shard_rows=m.shard_rows),
     )
     live_blocks = fold_table(params, bases, groups=store.groups, **call) if store.groups else ()
     exact_blocks = (

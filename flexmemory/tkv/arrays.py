@@ -2,11 +2,11 @@
 can be written without its driver.
 """
 
-import numpy as np
 import tensorstore as ts
 
 from flexmemory.tkv import format
 from flexmemory.tkv.format import Group, Manifest
+from flexmemory.tkv.storage.reader import shard_index
 
 MEMORY = {"driver": "memory"}
 
@@ -17,10 +17,7 @@ def zarr_metadata(manifest: Manifest, group: Group) -> dict[str, bytes]:
         f"rows/{group.name}": format.rows_spec(MEMORY, manifest, group),
         f"checksums/{group.name}": format.checksums_spec(MEMORY, manifest),
     }
-    return {
-        f"{name}/zarr.json": _create(spec).kvstore.read("zarr.json").result().value
-        for name, spec in specs.items()
-    }
+    return {f"{name}/zarr.json": _read(_create(spec), "zarr.json") for name, spec in specs.items()}
 
 
 def shard_tails(manifest: Manifest, group: Group) -> tuple[bytes, bytes]:
@@ -30,18 +27,18 @@ def shard_tails(manifest: Manifest, group: Group) -> tuple[bytes, bytes]:
     array = _create(format.index_spec(MEMORY, manifest))
 
     def tail(rows: int) -> bytes:
-        index_S2 = np.full(array.shape, 2**64 - 1, np.uint64)  # of a place without a bundle
-        index_S2[:rows, 0], index_S2[:rows, 1] = (
-            np.arange(rows) * group.bundle_bytes,
-            group.bundle_bytes,
-        )
-        array.write(index_S2).result()
-        return array.kvstore.read("c/0/0").result().value
+        array.write(shard_index(rows, manifest.shard_rows, group.bundle_bytes)).result()
+        return _read(array, "c/0/0")
 
-    return tail(manifest.shard_rows), tail(
-        manifest.vocab_size - (group.shards - 1) * manifest.shard_rows
-    )
+    start, stop = manifest.span(group.shards - 1)
+    return tail(manifest.shard_rows), tail(stop - start)
 
 
 def _create(spec: dict) -> ts.TensorStore:
     return ts.open(spec, create=True, context=ts.Context()).result()
+
+
+def _read(array: ts.TensorStore, key: str) -> bytes:
+    """A file of an array in memory."""
+    assert array.kvstore is not None
+    return array.kvstore.read(key).result().value

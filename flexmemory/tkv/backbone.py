@@ -2,14 +2,16 @@
 names that need no JAX.
 
 ``embed``, ``head``, ``norm.scale``, ``layers.<i>.attn.q``, ``layers.<i>.ffn.gate``, ...: see
-docs/formats.md.
+docs/formats.md. Files are written and read here and not by the safetensors library, which copies
+each once more and has no checksum (docs/architecture.md has the numbers).
 """
 
 import functools
 import json
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +22,16 @@ from flexmemory.files import allocate
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import abstract_params, per_layer, stack_layers
-from flexmemory.tkv.format import MEND, File
 from flexmemory.tkv.storage.crc import crc32, crc32_combine
-from flexmemory.tkv.storage.location import Location
+from flexmemory.tkv.storage.location import MEND, File, Location
 
 FILE_BYTES = 512 << 20  # of one file, which a remote location holds in memory while it is written
-READ_BYTES, READERS = (
-    4 << 20,
-    4,
-)  # of a file at a time, each of the readers; a disk wants several requests
+READ_BYTES, READERS = 4 << 20, 4  # at a time, each; a disk wants several requests
 LAYERS = "layers."  # begins the names of tensors that belong to one layer
 
 
-def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, leaf) of a tree of dicts."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}.")
@@ -41,6 +40,7 @@ def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def nest(flat: dict) -> dict:
+    """The inverse of :func:`flatten`."""
     tree: dict = {}
     for path, value in flat.items():
         *parents, name = path.split(".")
@@ -51,7 +51,7 @@ def nest(flat: dict) -> dict:
     return tree
 
 
-def tensors(params: dict, cfg: ModelConfig) -> dict[str, object]:
+def tensors(params: dict, cfg: ModelConfig) -> dict[str, Any]:
     """Name -> float32 array of every tensor outside ``memory``, in file order."""
     named = dict(flatten({k: v for k, v in params.items() if k not in ("blocks", "memory")}))
     for i, layer in enumerate(per_layer(params, layer_specs(cfg))):
@@ -69,50 +69,38 @@ def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def save(
     params: dict, cfg: ModelConfig, location: Location, file_bytes: int = FILE_BYTES
-) -> tuple[File, ...]:
-    """Writes backbone/model-<k>-of-<n>.safetensors, each of at most ``file_bytes`` or one tensor."""
-    named, files, size = tensors(params, cfg), [{}], 0
-    for name, array in named.items():
-        if files[-1] and size + array.nbytes > file_bytes:
-            files.append({})
-            size = 0
-        files[-1][name] = array
-        size += array.nbytes
-    return tuple(
-        save_tensors(
-            location, f"backbone/model-{number:05d}-of-{len(files):05d}.safetensors", content
-        )
-        for number, content in enumerate(files, 1)
-    )
+) -> list[File]:
+    """Writes backbone/model-<k>-of-<n>.safetensors, of at most ``file_bytes`` or one tensor."""
+    contents: list[dict] = [{}]
+    for name, array in tensors(params, cfg).items():
+        size = sum(other.nbytes for other in contents[-1].values())
+        if contents[-1] and size + array.nbytes > file_bytes:
+            contents.append({})
+        contents[-1][name] = array
+    names = (f"backbone/model-{k + 1:05d}-of-{len(contents):05d}" for k in range(len(contents)))
+    return [
+        save_tensors(location, f"{name}.safetensors", content)
+        for name, content in zip(names, contents)
+    ]
 
 
-def save_tensors(location: Location, name: str, content: dict[str, object]) -> File:
+def save_tensors(location: Location, name: str, content: dict[str, Any]) -> File:
     """Writes one safetensors file of float32 arrays: the bytes that its library gives, without a
     second copy of them.
     """
-    arrays, entries, at = (
-        {name: np.ascontiguousarray(array, np.float32) for name, array in sorted(content.items())},
-        {},
-        0,
-    )
+    arrays = {key: np.ascontiguousarray(content[key], np.float32) for key in sorted(content)}
+    entries, at = {}, 0
     for key, array in arrays.items():
-        entries[key] = {
-            "dtype": "F32",
-            "shape": array.shape,
-            "data_offsets": (at, at + array.nbytes),
-        }
+        offsets = at, at + array.nbytes
+        entries[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": offsets}
         at += array.nbytes
     head = json.dumps(entries, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    parts = [
-        len(head).to_bytes(8, "little"),
-        head,
-        *(array.reshape(-1).view(np.uint8) for array in arrays.values()),
-    ]
+    data = [array.reshape(-1).view(np.uint8) for array in arrays.values()]
+    parts = [len(head).to_bytes(8, "little"), head, *data]
     location.write_parts(name, parts)
-    return File(
-        name, sum(map(len, parts)), functools.reduce(lambda crc, part: crc32(part, crc), parts, 0)
-    )
+    crc = functools.reduce(lambda crc, part: crc32(part, crc), parts, 0)
+    return File(name, sum(map(len, parts)), crc)
 
 
 def load(
@@ -130,35 +118,29 @@ def load(
     float32. Beside the result at most 16 MiB of a file are in memory (stacking takes the blocks a
     second time).
     """
-    named = {}
+    named: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(1) as pool:
-        shapes = pool.submit(
-            tensor_shapes, cfg
-        )  # traces the model, which takes about as long as reading it
+        # traces the model, which takes about as long as reading it
+        traced = pool.submit(tensor_shapes, cfg)
         for file in files:
             named |= load_tensors(location, file, dtype, served=not stacked)
-        shapes = shapes.result()
+        shapes = traced.result()
+    where = f"{location.url}/backbone"
     for name in sorted(shapes.keys() ^ named.keys()):
         what = "has no tensor" if name in shapes else "has an unknown tensor"
-        raise UserError(f"{location.url}/backbone: {what} {name!r}; export the run again")
+        raise UserError(f"{where}: {what} {name!r}; export the run again")
     for name, shape in shapes.items():
         found = named[name].shape[not stacked and name.startswith(LAYERS) :]
         if found != shape:
             raise UserError(
-                f"{location.url}/backbone: {name} is {found}, the model has {shape}; export the run"
-                " again"
+                f"{where}: {name} is {found}, the model has {shape}; export the run again"
             )
-    specs = layer_specs(cfg)
-    prefixes = [f"{LAYERS}{i}." for i in range(len(specs))]
-    layers = [
-        nest({k.removeprefix(p): v for k, v in named.items() if k.startswith(p)}) for p in prefixes
-    ]
-    blocks = (
-        stack_layers(layers, specs)
-        if stacked
-        else {f"s{i}": {"u0": layer} for i, layer in enumerate(layers)}
-    )
-    return nest({k: v for k, v in named.items() if not k.startswith(LAYERS)}) | {"blocks": blocks}
+    specs, tree = layer_specs(cfg), nest(named)
+    layers = [tree["layers"][str(i)] for i in range(len(specs))]
+    blocks = {f"s{i}": {"u0": layer} for i, layer in enumerate(layers)}
+    if stacked:
+        blocks = stack_layers(layers, specs)
+    return {name: value for name, value in tree.items() if name != "layers"} | {"blocks": blocks}
 
 
 def load_tensors(
@@ -167,42 +149,55 @@ def load_tensors(
     """The tensors of one safetensors file of float32, on the device; those of two or more
     dimensions in ``dtype``, with ``served`` those of layers with a first axis of 1.
 
-    Raises UserError unless the file has the size and the CRC-32 that ``file`` says. Arrays go to
-    the device before the whole file is checked, but none is handed out.
+    Raises UserError unless the file has the size and the CRC-32 that ``file`` says: the CRC-32 of
+    the very bytes that become the arrays. These go to the device before the whole file is checked,
+    but none is handed out.
     """
-    found = location.sizes([file.name]).get(file.name, file.bytes)
-    if found not in (None, file.bytes):
+    size = location.sizes([file.name]).get(file.name, file.bytes)
+    if size not in (None, file.bytes):
         raise UserError(
-            f"{location.url}/{file.name}: {found} bytes, the manifest says {file.bytes}; {MEND}"
+            f"{location.url}/{file.name}: {size} bytes, the manifest says {file.bytes}; {MEND}"
         )
-    try:
-        head, entries = _header(location, file)
-        made, crc = {}, crc32(head)
-        with ThreadPoolExecutor(READERS) as pool:
-            try:
-                for name, shape, start in entries:
-                    host, pieces = _start_tensor(
-                        pool, location, file, start, shape, dtype if len(shape) > 1 else "float32"
-                    )
-                    made[name] = host[None] if served and name.startswith(LAYERS) else host, pieces
-                for name, (host, pieces) in made.items():
-                    for piece in pieces:
-                        crc = crc32_combine(crc, *piece.result())
-                    made[name] = jax.device_put(host)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if _whole_crc32(location, file) != file.crc32:
-            raise damaged(location, file) from None
-        raise UserError(
-            f"{location.url}/{file.name}: not a safetensors file ({error}); export the run again"
-        ) from None
+    with ThreadPoolExecutor(READERS) as pool:
+
+        def tensor(start: int, shape: list[int]) -> tuple[np.ndarray, list]:
+            """Memory for a tensor, and the reads that fill it; each gives (CRC-32, length)."""
+            kind, count = jnp.dtype(dtype if len(shape) > 1 else "float32"), math.prod(shape)
+            # page-aligned: a CPU device takes it without a copy
+            host = allocate(1, count * kind.itemsize, huge=False).reshape(-1).view(kind)
+
+            def read(first: int) -> tuple[int, int]:
+                last = min(first + READ_BYTES // 4, count)
+                data = read_exactly(location, file, start + 4 * first, start + 4 * last)
+                host[first:last] = np.frombuffer(data, np.float32)
+                return crc32(data), len(data)
+
+            reads = [pool.submit(read, first) for first in range(0, count, READ_BYTES // 4)]
+            return host.reshape(shape), reads
+
+        try:
+            head, entries = _header(location, file)
+            started = [(name, *tensor(start, shape)) for name, shape, start in entries]
+            arrays, crc = {}, crc32(head)
+            for name, host, reads in started:
+                for read in reads:
+                    crc = crc32_combine(crc, *read.result())
+                leading = served and name.startswith(LAYERS)
+                arrays[name] = jax.device_put(host[None] if leading else host)
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if _whole_crc32(location, file) != file.crc32:
+                raise damaged(location, file) from None
+            raise UserError(
+                f"{location.url}/{file.name}: not a safetensors file ({error}); export the run"
+                " again"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
     if crc != file.crc32:
         raise damaged(location, file)
-    return made
+    return arrays
 
 
 def _header(location: Location, file: File) -> tuple[bytes, list[tuple[str, list[int], int]]]:
@@ -212,48 +207,17 @@ def _header(location: Location, file: File) -> tuple[bytes, list[tuple[str, list
     size = int.from_bytes(first := read_exactly(location, file, 0, 8), "little")
     if 8 + size > file.bytes:
         raise ValueError("its header is longer than the file")
-    head = first + read_exactly(location, file, 8, 8 + size)
-    found, at = [], 0
-    entries = json.loads(head[8:])
-    for (begin, end), name, entry in sorted(
-        (entry["data_offsets"], name, entry)
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    ):
+    head, tensors, at = first + read_exactly(location, file, 8, 8 + size), [], 0
+    entries = {k: e for k, e in json.loads(head[8:]).items() if k != "__metadata__"}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
         if entry["dtype"] != "F32" or begin != at or end - begin != 4 * math.prod(entry["shape"]):
             raise ValueError(f"tensor {name!r} is not float32, or out of place")
-        found.append((name, entry["shape"], len(head) + begin))
+        tensors.append((name, entry["shape"], len(head) + begin))
         at = end
     if len(head) + at != file.bytes:
         raise ValueError("its tensors do not fill it")
-    return head, found
-
-
-def _start_tensor(
-    pool: ThreadPoolExecutor,
-    location: Location,
-    file: File,
-    start: int,
-    shape: list[int],
-    dtype: str,
-) -> tuple[np.ndarray, list[Future]]:
-    """Memory for a tensor, and the reads that fill it, in order; each returns (CRC-32, length) of
-    its bytes in the file.
-    """
-    count, dtype = math.prod(shape), jnp.dtype(dtype)
-    host = (
-        allocate(1, count * dtype.itemsize, huge=False).reshape(-1).view(dtype)
-    )  # page-aligned: a CPU device takes it without a copy
-
-    def read(first: int, last: int) -> tuple[int, int]:
-        data = read_exactly(location, file, start + 4 * first, start + 4 * last)
-        host[first:last] = np.frombuffer(data, np.float32)
-        return crc32(data), len(data)
-
-    step = READ_BYTES // 4
-    return host.reshape(shape), [
-        pool.submit(read, first, min(first + step, count)) for first in range(0, count, step)
-    ]
+    return head, tensors
 
 
 def read_exactly(location: Location, file: File, start: int, stop: int) -> bytes:

@@ -6,28 +6,29 @@ files belong to, so that the same copy goes on after a kill and no other one mix
 
 import contextlib
 import json
-import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from flexmemory.errors import UserError
 from flexmemory.files import SCRATCH
 from flexmemory.progress import ProgressLine
-from flexmemory.tkv.format import COPY_MARK, MANIFEST, File, Manifest
 from flexmemory.tkv.manifest import from_json, read_manifest
 from flexmemory.tkv.storage import target
-from flexmemory.tkv.storage.crc import crc32
-from flexmemory.tkv.storage.location import DamagedFile, LocalLocation, Location, open_location
-
-PART_BYTES = 8 << 20  # of a file, read at a time
-LARGE_BYTES = (
-    64 << 20
-    # larger files go to an object store one by one: it takes an object whole, so it is in memory
-    # whole
+from flexmemory.tkv.storage.location import (
+    DamagedFile,
+    File,
+    LocalLocation,
+    Location,
+    open_location,
 )
+from flexmemory.tkv.storage.target import COPY_MARK, MANIFEST
+from flexmemory.tkv.verify import parts_of, wrong
+
+# larger files go to an object store one by one: it takes an object whole, so it is in memory whole
+LARGE_BYTES = 64 << 20
 MEND = "copy from another place or export the run again"
 THREADS = 8
 
@@ -50,95 +51,64 @@ def copy(
     Raises UserError: no store or a damaged one at ``source``, something else at ``destination``,
     disk full, no permission, no network.
     """
-    began, source, destination = (
-        time.perf_counter(),
-        open_location(source),
-        open_location(destination),
-    )
-    if _place(source) == _place(destination):
+    began, origin, place = time.perf_counter(), open_location(source), open_location(destination)
+    if _identity(origin) == _identity(place):
         raise UserError(
-            f"{destination.url}: source and destination are the same place; give another"
-            " destination"
+            f"{place.url}: source and destination are the same place; give another destination"
         )
-    if not destination.writable:
+    if not place.writable:
         raise UserError(
-            f"{destination.url}: http locations are read only; copy to a local path, s3:// or gs://"
+            f"{place.url}: http locations are read only; copy to a local path, s3:// or gs://"
         )
-    manifest, content = _read_manifest(source)
-    entries = _entries(source, manifest)
-    with _alone(destination):
-        kept = _prepare(destination, content, overwrite)
-        there = destination.sizes([entry.name for entry in entries]) if kept else {}
-        trusted = {
-            entry.name
-            for entry in entries
-            if entry.name in there and there[entry.name] in (None, entry.bytes)
-        }
-        _check_space(
-            destination, sum(entry.bytes for entry in entries if entry.name not in trusted)
-        )
-        copied = _copy_files(source, destination, entries, trusted, deep, progress)
-        if _read(source, MANIFEST) != content:
+    files, content = _open(origin)
+    again = "mend that and run the same command again, or give another destination"
+    # a later copy to a remote destination wins, see _claim
+    with target.one_line_errors(place.url, again), target.held(place, 0):
+        kept = _prepare(place, content, overwrite)
+        there = place.sizes([file.name for file in files]) if kept else {}
+        trusted = {f.name for f in files if there.get(f.name, -1) in (None, f.bytes)}
+        needed = sum(file.bytes for file in files if file.name not in trusted)
+        target.check_space(place, needed, "free some space and run the same command again")
+        copied = _copy_files(origin, place, files, trusted, deep, progress)
+        if _read(origin, MANIFEST) != content:
             raise UserError(
-                f"{source.url}: was replaced while it was copied; run the same command again with"
-                " --overwrite"
+                f"{origin.url}: was replaced while it was copied; run the same command again with"
+                " overwrite=True"
             )
-        _publish(destination, content)
+        if _read(place, MANIFEST) != content:
+            _claim(place, content)
+            place.write(MANIFEST, content)
+        target.sweep(place)
     return {
-        "files": len(entries) + 1,
-        "bytes": sum(entry.bytes for entry in entries) + len(content),
+        "files": len(files) + 1,
+        "bytes": sum(file.bytes for file in files) + len(content),
         "copied_files": len(copied),
-        "copied_bytes": sum(entry.bytes for entry in copied),
+        "copied_bytes": sum(file.bytes for file in copied),
         "read_back": deep,
         "seconds": time.perf_counter() - began,
     }
 
 
-def _place(location: Location) -> object:
+def _identity(location: Location) -> object:
     return location.local.resolve() if location.local is not None else location.url
 
 
-def _read_manifest(source: Location) -> tuple[Manifest, bytes]:
-    """The manifest, and the same as bytes."""
-    manifest = read_manifest(source)
-    content = _read(source, MANIFEST)
+def _open(source: Location) -> tuple[list[File], bytes]:
+    """(every file but the manifest, the small ones first; the manifest's bytes). Raises DamagedFile
+    for one that is missing or has another size.
+    """
+    manifest, content = read_manifest(source), _read(source, MANIFEST)
     if content is None or from_json(json.loads(content), f"{source.url}/{MANIFEST}") != manifest:
         raise UserError(
             f"{source.url}: was replaced while it was opened; run the same command again"
         )
-    return manifest, content
-
-
-def _entries(source: Location, manifest: Manifest) -> list[File]:
-    """Every file but the manifest, the small ones first. Raises DamagedFile for one that is missing
-    or has another size.
-    """
-    entries = manifest.files
-    found = source.sizes([entry.name for entry in entries])
-    for entry in entries:
-        if entry.name not in found:
-            raise DamagedFile(f"{source.url}/{entry.name}: missing; {MEND}")
-        if found[entry.name] not in (None, entry.bytes):
-            raise DamagedFile(
-                f"{source.url}/{entry.name}: {found[entry.name]} bytes, {entry.bytes} expected;"
-                f" {MEND}"
-            )
-    return sorted(entries, key=lambda entry: entry.bytes)
-
-
-@contextlib.contextmanager
-def _alone(destination: Location) -> Iterator[None]:
-    """Keeps exports and other copies away from a local destination. On a remote one the later copy
-    wins, see :func:`_claim`.
-    """
-    try:
-        with target.held(destination, 0):
-            yield
-    except OSError as error:
-        raise UserError(
-            f"{destination.url}: cannot be written ({error.strerror}); mend that and run the same"
-            " command again, or give another destination"
-        ) from error
+    sizes = source.sizes([file.name for file in manifest.files])
+    for file in manifest.files:
+        size = sizes.get(file.name, -1)
+        if size not in (None, file.bytes):
+            what = "missing" if size == -1 else wrong(file, size, 0)
+            raise DamagedFile(f"{source.url}/{file.name}: {what}; {MEND}")
+    return sorted(manifest.files, key=lambda file: file.bytes), content
 
 
 def _prepare(destination: Location, content: bytes, overwrite: bool) -> bool:
@@ -154,33 +124,23 @@ def _prepare(destination: Location, content: bytes, overwrite: bool) -> bool:
         for name in destination.names()
         if not name.startswith(target.LOCK) and not name.endswith(SCRATCH)
     ]
-    unfinished = [name for name in names if name.startswith(target.PARTIAL)]
+    unfinished = any(name.startswith(target.PARTIAL) for name in names)
     if names and there is None and not unfinished:
         raise UserError(
             f"{destination.url}: holds {names[0]} and is no TKV store; give a new or empty"
             " directory"
         )
     if names and not overwrite:
-        what = (
-            "another store"
-            if there is not None
-            else f"an unfinished {'copy of another store' if COPY_MARK in names else 'export'}"
-        )
+        what = "copy of another store" if COPY_MARK in names else "export"
+        what = f"an unfinished {what}" if there is None else "another store"
         raise UserError(
-            f"{destination.url}: holds {what}; give --overwrite to replace it, or another"
+            f"{destination.url}: holds {what}; give overwrite=True to replace it, or another"
             " destination"
         )
     if names:
-        _claim(
-            destination,
-            b"{}",
-            # of no store: a kill in what follows must not leave files of the other store to be
-            # trusted
-        )
-        destination.delete(MANIFEST)
-        for name in names:
-            if name in unfinished and name != COPY_MARK or name.split("/")[0] in target.CONTENTS:
-                destination.delete(name)
+        # of no store: a kill in what follows must not leave files of the other one to be trusted
+        _claim(destination, b"{}")
+        target.clear(destination, [name for name in names if name != COPY_MARK])
     _claim(destination, content)
     return False
 
@@ -195,25 +155,18 @@ def _claim(destination: Location, content: bytes) -> None:
         )
 
 
-def _publish(destination: Location, content: bytes) -> None:
-    if _read(destination, MANIFEST) != content:
-        _claim(destination, content)
-        destination.write(MANIFEST, content)
-    target.sweep(destination)
-
-
 def _copy_files(
     source: Location,
     destination: Location,
-    entries: list[File],
+    files: list[File],
     trusted: set[str],
     deep: bool,
     progress: bool,
 ) -> list[File]:
-    """Copies what is not there yet, or with ``deep`` not as it should be. Returns the entries that
+    """Copies what is not there yet, or with ``deep`` not as it should be. Returns the files that
     were copied.
     """
-    total = sum(entry.bytes for entry in entries if deep or entry.name not in trusted) / 1e6
+    total = sum(file.bytes for file in files if deep or file.name not in trusted) / 1e6
     lock, one_large, done = threading.Lock(), threading.Lock(), 0
 
     def count(size: int) -> None:
@@ -222,28 +175,28 @@ def _copy_files(
             done += size
             line.update(done / 1e6)
 
-    def copy_one(entry: File) -> bool:
-        with (
-            one_large
-            if destination.local is None and entry.bytes > LARGE_BYTES
-            else contextlib.nullcontext()
-        ):
-            if entry.name in trusted and (not deep or _is_whole(destination, entry, count)):
-                return False
-            destination.write_parts(entry.name, _checked(source, entry, count))
-            if deep and not _is_whole(destination, entry, lambda size: None):
-                raise UserError(
-                    f"{destination.url}/{entry.name}: reads back other than it was written; check"
-                    " the disk and copy again"
-                )
-            return True
+    def copy_one(file: File) -> bool:
+        if file.name in trusted and (not deep or _is_whole(destination, file, count)):
+            return False
+        destination.write_parts(file.name, _checked(source, file, count))
+        if deep and not _is_whole(destination, file):
+            raise UserError(
+                f"{destination.url}/{file.name}: reads back other than it was written; check the"
+                " disk and copy again"
+            )
+        return True
+
+    def in_turn(file: File) -> bool:
+        large = destination.local is None and file.bytes > LARGE_BYTES
+        with one_large if large else contextlib.nullcontext():
+            return copy_one(file)
 
     copied = []
     with (
         ProgressLine("copy", total, "MB", enabled=progress) as line,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        futures = {pool.submit(copy_one, entry): entry for entry in entries}
+        futures = {pool.submit(in_turn, file): file for file in files}
         try:
             for future in as_completed(futures):
                 if future.result():
@@ -254,41 +207,26 @@ def _copy_files(
     return copied
 
 
-def _is_whole(location: Location, entry: File, count) -> bool:
+def _is_whole(location: Location, file: File, count: Callable[[int], None] | None = None) -> bool:
     """Reads the file. False where it is missing or differs."""
     try:
-        for _ in _checked(location, entry, count):
+        for _ in _checked(location, file, count):
             pass
     except DamagedFile:
         return False
     return True
 
 
-def _checked(location: Location, entry: File, count) -> Iterator[bytes]:
-    """The file's parts; ``count`` hears of the bytes of each. Raises DamagedFile at the end when
-    size or CRC-32 are not the manifest's.
-    """
-    size = crc = 0
+def _checked(
+    location: Location, file: File, count: Callable[[int], None] | None
+) -> Iterator[bytes]:
+    """The file's parts. Raises DamagedFile at the end unless they are the manifest's."""
     try:
-        while True:
-            last = entry.bytes - size <= PART_BYTES
-            part = location.read(
-                entry.name, size, None if last else size + PART_BYTES
-            )  # the last to the end, wherever that is
-            size, crc = size + len(part), crc32(part, crc)
-            count(len(part))
-            yield part
-            if last:
-                break
+        what = yield from parts_of(location, file, count)
     except FileNotFoundError:
-        raise DamagedFile(f"{location.url}/{entry.name}: missing; {MEND}") from None
-    if size != entry.bytes or crc != entry.crc32:
-        what = (
-            f"{size} bytes, {entry.bytes} expected"
-            if size != entry.bytes
-            else "its checksum is wrong"
-        )
-        raise DamagedFile(f"{location.url}/{entry.name}: {what}, it was changed or damaged; {MEND}")
+        raise DamagedFile(f"{location.url}/{file.name}: missing; {MEND}") from None
+    if what:
+        raise DamagedFile(f"{location.url}/{file.name}: {what}, it was changed or damaged; {MEND}")
 
 
 def _read(location: Location, name: str) -> bytes | None:
@@ -296,14 +234,3 @@ def _read(location: Location, name: str) -> bytes | None:
         return location.read(name)
     except FileNotFoundError:
         return None
-
-
-def _check_space(destination: Location, needed: int) -> None:
-    if (
-        destination.local is not None
-        and (free := shutil.disk_usage(destination.local).free) < needed
-    ):
-        raise UserError(
-            f"{destination.url}: {needed:,} bytes are to be written and the disk has {free:,} free;"
-            " free some space and run the same command again"
-        )

@@ -109,7 +109,7 @@ jitted_decode = jax.jit(
 
 
 def host_view(layout: Layout, bundles_RB: np.ndarray) -> np.ndarray:
-    """A view, without a copy, of C-contiguous uint8 bundles in the form that :func:`decode` takes."""
+    """C-contiguous uint8 bundles in the form that :func:`decode` takes: a view, not a copy."""
     if layout.plain:
         return bundles_RB.view(jnp.dtype(layout.dtype)).reshape(
             len(bundles_RB), layout.layers, layout.width

@@ -1,14 +1,15 @@
-"""Export: fold every memory layer over all addresses, block by block, into a TKV store.
+"""Export: fold every memory layer over all addresses, shard by shard, into a TKV store.
 
-A block is one shard of every group; host h of n writes the blocks k with k mod n = h. Each host
-counts what is on the disk in tkv.partial.<host>.json, so a killed export goes on where it stopped;
-host 0 prepares the target and at the end writes tkv.json.
+The unit of work is a shard of every group; host h of n writes the shards k with k mod n = h. Each
+host counts what is on the disk in tkv.partial.<host>.json, so a killed export goes on where it
+stopped; host 0 prepares the target and at the end writes tkv.json. Learned tables stay in the
+host's memory, so they may be larger than the device.
 """
 
 import contextlib
 import dataclasses
+import functools
 import io
-import shutil
 import threading
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,29 +27,31 @@ from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.data.tokenizer import load as load_tokenizer
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
+from flexmemory.run_folder import load_params
 from flexmemory.tkv import arrays, backbone, fold, format, lowrank
 from flexmemory.tkv.encoding import CODE_LIMIT, DTYPES, FLOATS
-from flexmemory.tkv.format import File, Group, LayerError, Manifest, Source, TokenizerInfo
-from flexmemory.tkv.manifest import config_hash, read_manifest
+from flexmemory.tkv.format import Group, LayerError, Manifest, Provenance, TokenizerInfo
+from flexmemory.tkv.manifest import config_hash, identity, read_manifest, to_bytes
 from flexmemory.tkv.storage import target
 from flexmemory.tkv.storage.crc import crc32, crc32_of_parts
-from flexmemory.tkv.storage.location import Location, open_location
+from flexmemory.tkv.storage.location import File, Location, open_location
 from flexmemory.tkv.store import load_bases
 
-# blocks in memory, on their way out while the next one is computed: of two, both would be checked,
+# shards in memory, on their way out while the next one is computed: of two, both would be checked,
 # then both synced
 WRITING = 3
-# blocks of learned rows on their way to a disk, a piece of each in memory: so many keep its queue
+# shards of learned rows on their way to a disk, a piece of each in memory: so many keep its queue
 # filled
 COPYING = 16
+AGAIN = "run the same command again"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowFormat:
     """How rows are stored. ``rank``: columns kept of every layer, a float for a share of its width;
     ``rank_error``: the relative error (Frobenius norm) for which each layer's smallest rank is
     taken instead; ``scale_group``: numbers that share a scale, 0 for a whole record;
-    ``block_rows``: tokens in one shard, a power of two, by default about 32 MiB of the widest group
+    ``shard_rows``: tokens in one shard, a power of two, by default about 32 MiB of the widest group
     at full rank.
     """
 
@@ -55,7 +59,7 @@ class Rows:
     scale_group: int = 0
     rank: int | float | None = None
     rank_error: float | None = None
-    block_rows: int | None = None
+    shard_rows: int | None = None
 
 
 def export(
@@ -67,21 +71,19 @@ def export(
     hosts: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
-    **rows,
+    **rows: Any,
 ) -> dict:
     """Writes the TKV store ``out``, a path or URL, from the run folder ``workdir``; an interrupted
     call is finished by the same call.
 
-    rows: fields of :class:`Rows`. step: checkpoint, the latest by default. host, hosts: this
+    rows: fields of :class:`RowFormat`. step: checkpoint, the latest by default. host, hosts: this
     process's number and how many share the work, by default JAX's processes; host 0 waits for the
     others. overwrite: replace another store at ``out``. Returns the dict of :func:`export_params`.
     Raises UserError for a missing run, another store or foreign files at ``out``, another process
     that exports there, a bad option, rows that are not finite, a full disk.
     """
-    from flexmemory.run_folder import load_params
-
-    check_options(Rows(**rows), host, hosts)
-    config, params, step = load_params(Path(workdir), step)
+    check_options(RowFormat(**rows), host, hosts)
+    config, params, step = load_params(Path(workdir), step, on_host=True)
     return export_params(
         config,
         params,
@@ -111,17 +113,18 @@ def export_params(
     hosts: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
-    **rows,
+    **rows: Any,
 ) -> dict:
-    """:func:`export` of parameters already loaded (as ``init_params`` gives them); ``run`` and
-    ``step`` name their source.
+    """:func:`export` of parameters already loaded (as ``init_params`` gives them, or NumPy arrays);
+    ``run`` and ``step`` name their source.
 
     Returns {store, seconds, rows_per_s, resumed_rows, complete_before, backbone_bytes, and the
     figures of :func:`sizes`}; a host above 0 has no errors yet.
     """
-    rows, model, began = Rows(**rows), config.model, time.perf_counter()
-    check_options(rows, host, hosts)
-    host, hosts = (jax.process_index(), jax.process_count()) if host is None else (host, hosts)
+    row_format, model, began = RowFormat(**rows), config.model, time.perf_counter()
+    check_options(row_format, host, hosts)
+    if host is None or hosts is None:
+        host, hosts = jax.process_index(), jax.process_count()
     if not model.vocab_size:
         raise UserError(
             "config model.vocab_size: 0; the config.json of a trained run has the vocabulary of its"
@@ -132,93 +135,84 @@ def export_params(
             f"tokenizer: {tokenizer.vocab_size} ids, the model has {model.vocab_size}; give the"
             " tokenizer of the run's data"
         )
-    on_device, params = jax.device_put(params), jax.tree.map(np.asarray, params)
-    manifest = plan(
-        config,
-        rows,
-        TokenizerInfo(tokenizer.fingerprint, tokenizer.eos_id, tokenizer.vocab_size),
-        run,
-        step,
-        crc32_of(params),
-    )
+    params, on_device = jax.tree.map(np.asarray, params), fold.on_device(params)
+    info = TokenizerInfo(tokenizer.fingerprint, tokenizer.eos_id, tokenizer.vocab_size)
+    manifest = draft(config, row_format, info, run, step, crc32_of(params))
     location = open_location(out)
     backbone_bytes = sum(array.nbytes for array in backbone.tensors(params, model).values())
-    with _clear_errors(location), target.held(location, host), ThreadPoolExecutor(1) as aside:
+    where, resumed, written, complete = f"out: {location.url}", model.vocab_size, 0, True
+    with (
+        target.one_line_errors(where, f"mend that and {AGAIN}"),
+        target.held(location, host),
+        ThreadPoolExecutor(1) as aside,
+    ):
         # what is there is gone on with, or cleared
-        _check_space(
-            location, manifest.table_bytes // hosts + backbone_bytes - target.bytes_there(location)
-        )
+        needed = manifest.table_bytes // hosts + backbone_bytes - target.bytes_there(location)
+        mend = f"free some and {AGAIN}, or export with dtype=bfloat16"
+        target.check_space(location, needed, mend, where)
         resume = target.prepare(
             location,
-            manifest,
+            identity(manifest),
             host,
-            overwrite,
-            lambda: _prepared(location, manifest, on_device, progress),
-            progress,
+            known=lambda: identity(read_manifest(location)),
+            write_first=lambda: _write_basis(location, manifest, on_device, progress),
+            overwrite=overwrite,
+            progress=progress,
         )
         if resume is None:
-            manifest = read_manifest(location)
-            return {
-                "store": location.url,
-                "seconds": 0.0,
-                "rows_per_s": 0.0,
-                "resumed_rows": model.vocab_size,
-                "complete_before": True,
-                "backbone_bytes": backbone_bytes,
-                **sizes(manifest),
-            }
-        record, done = resume
-        manifest, bases = _with_bases(location, manifest, record.prepared)
-        rest = (
-            aside.submit(_write_rest, location, manifest, params, tokenizer, counts_V)
-            if host == 0
-            else None
-        )
-        mine = range(host, manifest.blocks, hosts)
-        todo = [block for block in mine if block not in done]
-        _write_blocks(location, manifest, on_device, params, bases, todo, record, progress)
-        resumed, written = (
-            sum(_block_rows(manifest, block) for block in blocks)
-            for blocks in (set(mine) & done.keys(), todo)
-        )
-        if host == 0:
-            blocks = target.wait_for_hosts(location, manifest, record, progress)
-            manifest = _publish(location, manifest, record, blocks, rest.result())
-    seconds = time.perf_counter() - began
+            manifest, seconds = read_manifest(location), 0.0
+        else:
+            (record, done), complete = resume, False
+            manifest, bases = _with_bases(location, manifest, record.prepared)
+            writer = Writer(location, manifest, fold.learned_tables(params, model, manifest.groups))
+            if host == 0:
+                rest = aside.submit(_write_rest, writer, params, tokenizer, counts_V)
+            own = range(host, manifest.shards, hosts)
+            todo = [shard for shard in own if shard not in done]
+            _write_shards(writer, on_device, bases, todo, record, progress)
+            resumed, written = (
+                sum(_rows(manifest, shard) for shard in shards)
+                for shards in ({*own} & done.keys(), todo)
+            )
+            if host == 0:
+                shards = target.wait_for_hosts(record, manifest.shards, progress)
+                manifest = _publish(record, manifest, shards, rest.result())
+            seconds = time.perf_counter() - began
     return {
         "store": location.url,
         "seconds": seconds,
-        "rows_per_s": written / seconds,
+        "rows_per_s": written / seconds if seconds else 0.0,
         "resumed_rows": resumed,
-        "complete_before": False,
+        "complete_before": complete,
         "backbone_bytes": backbone_bytes,
         **sizes(manifest),
     }
 
 
-def check_options(rows: Rows, host: int | None = None, hosts: int | None = None) -> None:
+def check_options(rows: RowFormat, host: int | None = None, hosts: int | None = None) -> None:
+    """Raises UserError for options that make no sense."""
+    size = rows.shard_rows
     if rows.dtype not in DTYPES:
-        raise UserError(f"--dtype: {rows.dtype!r} is not one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: {rows.dtype!r} is not one of {', '.join(DTYPES)}")
     if rows.scale_group < 0 or (rows.scale_group and rows.dtype in FLOATS):
         raise UserError(
-            f"--scale_group: {rows.scale_group} needs --dtype={' or '.join(CODE_LIMIT)}, and is 0"
-            " for one scale a row, or above"
+            f"scale_group: {rows.scale_group} needs dtype={' or '.join(CODE_LIMIT)}, and is 0 for"
+            " one scale a row, or above"
         )
     if rows.rank is not None and rows.rank_error is not None:
         raise UserError(
-            f"--rank, --rank_error: {rows.rank} and {rows.rank_error} both choose the ranks; give"
-            " one of them"
+            f"rank, rank_error: {rows.rank} and {rows.rank_error} both choose the ranks; give one"
+            " of them"
         )
     if rows.rank_error is not None and not 0 < rows.rank_error < 1:
-        raise UserError(f"--rank_error: {rows.rank_error} is not above 0 and below 1")
-    if rows.block_rows is not None and (
-        rows.block_rows < 1 or rows.block_rows & (rows.block_rows - 1)
+        raise UserError(f"rank_error: {rows.rank_error} is not above 0 and below 1")
+    if size is not None and (size < 1 or size & (size - 1)):
+        raise UserError(f"shard_rows: {size} is not a power of two")
+    if (host is None) != (hosts is None) or (
+        host is not None and hosts is not None and not 0 <= host < hosts
     ):
-        raise UserError(f"--block_rows: {rows.block_rows} is not a power of two")
-    if (host is None) != (hosts is None) or (hosts is not None and not 0 <= host < hosts):
         raise UserError(
-            f"--host, --hosts: {host} of {hosts}; give both, the first from 0 to one below the"
-            " second"
+            f"host, hosts: {host} of {hosts}; give both, the first from 0 to one below the second"
         )
 
 
@@ -239,313 +233,250 @@ def read_counts(config: Config) -> np.ndarray | None:
     return counts_V if counts_V.shape == (config.model.vocab_size,) else None
 
 
-def plan(
-    config: Config, rows: Rows, tokenizer: TokenizerInfo, run: str, step: int, crc32: int
+def draft(
+    config: Config, rows: RowFormat, tokenizer: TokenizerInfo, run: str, step: int, crc32: int
 ) -> Manifest:
     """The manifest as far as it is known before any row is: without files and errors, and without
     ranks that an error budget will choose.
     """
     model = config.model
-    shard_rows = rows.block_rows or format.default_shard_rows(model, rows.dtype)
+    shard_rows = rows.shard_rows or format.default_shard_rows(model, rows.dtype)
     groups = format.model_groups(model, rows.dtype, shard_rows)
     if not groups and (rows.rank is not None or rows.rank_error is not None):
-        raise UserError("--rank: the model has no memory layer; leave it out")
+        raise UserError("rank: the model has no memory layer; leave it out")
     return Manifest(
         model=model,
         dtype=rows.dtype,
         shard_rows=shard_rows,
         fold_rows=min(shard_rows, format.FOLD_ROWS),
         tokenizer=tokenizer,
-        source=Source(run, step, config_hash(config), crc32),
+        source=Provenance(run, step, config_hash(config), crc32),
         scale_group=rows.scale_group,
         ranks=None if rows.rank is None else lowrank.uniform_ranks(groups, rows.rank),
         rank_error=rows.rank_error,
     )
 
 
-def _prepared(location: Location, manifest: Manifest, params: dict, progress: bool) -> list[File]:
+def _write_basis(location: Location, m: Manifest, params: dict, progress: bool) -> list[File]:
     """Writes what must be there before the first row: the basis of low-rank rows."""
-    if manifest.ranks is None and manifest.rank_error is None:
+    if m.ranks is None and m.rank_error is None:
         return []
     bases = lowrank.find_bases(
         params,
-        cfg=manifest.model,
-        groups=manifest.groups,
-        fold_rows=manifest.fold_rows,
-        ranks=manifest.ranks,
-        rank_error=manifest.rank_error,
+        cfg=m.model,
+        groups=m.groups,
+        fold_rows=m.fold_rows,
+        ranks=m.ranks,
+        rank_error=m.rank_error,
         progress=progress,
     )
-    return [
-        backbone.save_tensors(
-            location,
-            format.BASIS,
-            {f"layers.{layer}": basis_rW for layer, basis_rW in bases.items()},
-        )
-    ]
+    named = {f"layers.{layer}": basis_rW for layer, basis_rW in bases.items()}
+    return [backbone.save_tensors(location, format.BASIS, named)]
 
 
 def _with_bases(
     location: Location, manifest: Manifest, prepared: list[File]
 ) -> tuple[Manifest, fold.Bases]:
     """The manifest with its ranks, and the bases as every host reads them from the store."""
-    file = next((file for file in prepared if file.name == format.BASIS), None)
-    if file is None:
-        return manifest, load_bases(location, manifest.groups, None)
-    shapes = {name: tensor.shape for name, tensor in backbone.load_tensors(location, file).items()}
-    manifest = dataclasses.replace(
-        manifest,
-        ranks=tuple(shapes[f"layers.{layer}"][0] for layer in format.memory_layers(manifest.model)),
-    )
+    file = next(iter(prepared), None)
+    if file is not None:
+        named, layers = backbone.load_tensors(location, file), format.memory_layers(manifest.model)
+        ranks = tuple(len(named[f"layers.{layer}"]) for layer in layers)
+        manifest = dataclasses.replace(manifest, ranks=ranks)
     return manifest, load_bases(location, manifest.groups, file)
 
 
-def _write_blocks(
-    location: Location,
-    manifest: Manifest,
-    on_device: dict,
+class Writer:
+    """Writes the files of a store; :meth:`write` and :meth:`copy` are called by many threads.
+    ``tables``: see :func:`fold.learned_tables`.
+    """
+
+    def __init__(self, location: Location, manifest: Manifest, tables: dict[str, list[np.ndarray]]):
+        self.location, self.manifest, self.tables = location, manifest, tables
+        self.computed = tuple(group for group in manifest.groups if group.name not in tables)
+        self.at_once = WRITING if self.computed or location.local is None else COPYING
+        self._turn, self._free = threading.Lock(), SimpleQueue[np.ndarray]()
+        copied = [group for group in manifest.groups if group.name in tables]
+        for memory_N in fold.copy_memory(copied, self.at_once):
+            self._free.put(memory_N)
+        self._tails = {g.name: arrays.shard_tails(manifest, g) for g in manifest.groups}
+
+    def file(self, name: str, data: bytes) -> File:
+        self.location.write(name, data)
+        return File(name, len(data), crc32(data))
+
+    def copy(self, group: Group, shard: int) -> list[File]:
+        """:meth:`write` of learned rows, through a piece of memory that all shards use in turn: the
+        disk takes fresh memory more slowly.
+        """
+        memory_N, span = self._free.get(), self.manifest.span(shard)
+        try:
+            tables, fold_rows = self.tables[group.name], self.manifest.fold_rows
+            return self.write(
+                group, shard, fold.copy_shard(tables, group, *span, fold_rows, memory_N)
+            )
+        finally:
+            self._free.put(memory_N)
+
+    def write(self, group: Group, shard: int, parts: Iterable[np.ndarray]) -> list[File]:
+        """Writes one shard and its checksums; both are on the disk when it returns."""
+        m, name = self.manifest, format.shard_file(group, shard)
+        crc32_S, at, whole = np.zeros(m.shard_rows, "<u4"), 0, 0
+
+        def pieces() -> Iterator[memoryview | bytes]:
+            nonlocal at, whole
+            for part_RB in parts:
+                crc32_S[at : at + len(part_RB)] = format.bundle_crc32(part_RB)
+                at, whole = at + len(part_RB), crc32(part_RB, whole)
+                yield part_RB.data
+            tail = self._tails[group.name][shard == m.shards - 1]
+            whole = crc32(tail, whole)
+            yield tail
+
+        self.location.write_parts(name, self._in_turn(pieces()))
+        return [
+            File(name, format.shard_bytes(m, group, shard), whole),
+            self.file(format.checksum_file(group, shard), crc32_S.tobytes()),
+        ]
+
+    def _in_turn(self, pieces: Iterator) -> Iterator:
+        """The pieces, each copied and checked while no other thread does so: one is faster than the
+        disk, several wait for the interpreter's lock.
+        """
+        while True:
+            with self._turn:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+
+def _write_shards(
+    writer: Writer,
     params: dict,
     bases: fold.Bases,
     todo: list[int],
     record: target.Record,
     progress: bool,
 ) -> None:
-    """Folds and writes ``todo``: the device computes the next block while the last ones are checked
-    and written by threads, which copy learned rows themselves. on_device, params: the same
-    parameters there and on the host.
+    """Folds and writes ``todo``: the device computes the next shard while the last ones are checked
+    and written by threads, which copy learned rows themselves.
     """
-    groups, tables = manifest.groups, fold.learned_tables(params, manifest.model, manifest.groups)
-    computed = tuple(group for group in groups if group.name not in tables)
-    at_once = WRITING if computed or location.local is None else COPYING
-    total, began = sum(_block_rows(manifest, block) for block in todo), time.perf_counter()
-    pending: deque[tuple[int, list[Future], dict]] = deque()
-    written = 0
+    m, written, began = writer.manifest, 0, time.perf_counter()
+    total = sum(_rows(m, shard) for shard in todo)
+    pending: deque[tuple[int, list[Future], target.Sums]] = deque()
+
+    def keep(shard: int, writes: list[Future], sums: target.Sums) -> None:
+        record.add(shard, [file for write in writes for file in write.result()], sums)
 
     def finish(at_most: int) -> None:
-        """Waits until ``at_most`` blocks are on their way, and records what has arrived."""
+        """Waits until ``at_most`` shards are on their way, and records what has arrived."""
         nonlocal written
         while len(pending) > at_most:
-            block, writes, sums = pending.popleft()
-            record.add(block, [file for write in writes for file in write.result()], sums)
-            written += _block_rows(manifest, block)
-            line.update(
-                written,
-                f"{written * manifest.bundle_bytes / (time.perf_counter() - began) / 1e6:,.0f}"
-                " MB/s",
-            )
+            keep(*(arrived := pending.popleft()))
+            written += _rows(m, arrived[0])
+            speed = written * m.bundle_bytes / (time.perf_counter() - began) / 1e6
+            line.update(written, f"{speed:,.0f} MB/s")
 
     with (
         ProgressLine("export", total, "rows", enabled=progress) as line,
         record,
-        ThreadPoolExecutor(at_once) as pool,
+        ThreadPoolExecutor(writer.at_once) as pool,
     ):
-        tails, turn = (
-            {group.name: arrays.shard_tails(manifest, group) for group in groups},
-            threading.Lock(),
-        )
-        free = SimpleQueue()
-        for memory_N in fold.copy_memory(
-            [group for group in groups if group.name in tables], at_once
-        ):
-            free.put(memory_N)
         try:
-            for block, bundles, sums in _folded(manifest, on_device, bases, todo, computed):
-                finish(at_once - 1)
-                writes = []
-                for group in groups:
-                    what = (location, manifest, group, block, tails[group.name], turn)
-                    if group.name in tables:
-                        writes.append(pool.submit(_copy_shard, *what, tables[group.name], free))
-                    else:
-                        writes.append(pool.submit(_write_shard, *what, bundles[group.name]))
-                pending.append((block, writes, sums))
+            for shard, bundles, sums in _folded(m, params, bases, todo, writer.computed):
+                finish(writer.at_once - 1)
+                writes = [
+                    pool.submit(writer.copy, group, shard)
+                    if group.name in writer.tables
+                    else pool.submit(writer.write, group, shard, bundles[group.name])
+                    for group in m.groups
+                ]
+                pending.append((shard, writes, sums))
                 del bundles
             finish(0)
         except BaseException:
-            for block, writes, sums in pending:  # the others in flight arrive all the same
+            for shard, writes, sums in pending:  # the others in flight arrive all the same
                 if not any(write.exception() for write in writes):
-                    with contextlib.suppress(
-                        OSError, UserError
-                    ):  # the first error is the one to tell
-                        record.add(
-                            block, [file for write in writes for file in write.result()], sums
-                        )
+                    with contextlib.suppress(OSError, UserError):  # the first error is told
+                        keep(shard, writes, sums)
             raise
 
 
 def _folded(
-    manifest: Manifest,
-    on_device: dict,
-    bases: fold.Bases,
-    todo: list[int],
-    groups: tuple[Group, ...],
-) -> Iterator[tuple[int, dict[str, list[np.ndarray]], dict[int, list[float]]]]:
-    """(block, what :func:`fold.fetch_block` gives of ``groups``) of the blocks ``todo``; the device
+    m: Manifest, params: dict, bases: fold.Bases, todo: list[int], groups: tuple[Group, ...]
+) -> Iterator[tuple[int, dict[str, list[np.ndarray]], target.Sums]]:
+    """(shard, what :func:`fold.fetch_shard` gives of ``groups``) of the shards ``todo``; the device
     computes the next one meanwhile.
     """
-    ahead = None
-    for block in [*todo, None]:
-        parts = (
-            None
-            if block is None
-            else fold.start_block(
-                on_device,
-                bases,
-                *_block_range(manifest, block),
-                cfg=manifest.model,
-                layouts=fold.layouts_of(groups),
-                fold_rows=manifest.fold_rows,
-            )
-        )
-        if ahead is not None:
-            yield ahead[0], *fold.fetch_block(ahead[1], groups)
-        ahead = (block, parts)
-
-
-def _copy_shard(
-    location: Location,
-    manifest: Manifest,
-    group: Group,
-    block: int,
-    tails: tuple[bytes, bytes],
-    turn: threading.Lock,
-    tables: list[np.ndarray],
-    free: SimpleQueue[np.ndarray],
-) -> list[File]:
-    """:func:`_write_shard` of learned rows, through a piece of memory that all shards use in turn:
-    the disk takes fresh memory more slowly.
-    """
-    memory_N = free.get()
-    try:
-        parts = fold.copy_block(
-            tables, group, *_block_range(manifest, block), manifest.fold_rows, memory_N
-        )
-        return _write_shard(location, manifest, group, block, tails, turn, parts)
-    finally:
-        free.put(memory_N)
-
-
-def _write_shard(
-    location: Location,
-    manifest: Manifest,
-    group: Group,
-    block: int,
-    tails: tuple[bytes, bytes],
-    turn: threading.Lock,
-    parts: Iterable[np.ndarray],
-) -> list[File]:
-    """Writes one shard and its checksums; both are on the disk when it returns."""
-    name, crc32_S, at, whole = (
-        format.shard_file(group, block),
-        np.zeros(manifest.shard_rows, "<u4"),
-        0,
-        0,
+    layouts = fold.layouts_of(groups)
+    start = functools.partial(
+        fold.start_shard, params, bases, cfg=m.model, layouts=layouts, fold_rows=m.fold_rows
     )
-
-    def pieces() -> Iterator[memoryview]:
-        nonlocal at, whole
-        for part_RB in parts:
-            crc32_S[at : at + len(part_RB)] = format.bundle_crc32(part_RB)
-            at, whole = at + len(part_RB), crc32(part_RB, whole)
-            yield part_RB.data
-        tail = tails[block == manifest.blocks - 1]
-        whole = crc32(tail, whole)
-        yield tail
-
-    location.write_parts(name, _in_turn(pieces(), turn))
-    return [
-        File(name, format.shard_bytes(manifest, group, block), whole),
-        _write(location, format.checksum_file(group, block), crc32_S.tobytes()),
-    ]
-
-
-def _in_turn(pieces: Iterator[memoryview], turn: threading.Lock) -> Iterator[memoryview]:
-    """The pieces, each copied and checked while no other thread does so: one is faster than the
-    disk, several wait for the interpreter's lock.
-    """
-    while True:
-        with turn:
-            piece = next(pieces, None)
-        if piece is None:
-            return
-        yield piece
+    ahead: tuple[int, list[fold.Part]] | None = None
+    for shard in todo:
+        parts = start(*m.span(shard))
+        if ahead is not None:
+            yield ahead[0], *fold.fetch_shard(ahead[1], groups)
+        ahead = shard, parts
+        del parts
+    if ahead is not None:
+        yield ahead[0], *fold.fetch_shard(ahead[1], groups)
 
 
 def _write_rest(
-    location: Location,
-    manifest: Manifest,
-    params: dict,
-    tokenizer: Tokenizer,
-    counts_V: np.ndarray | None,
+    writer: Writer, params: dict, tokenizer: Tokenizer, counts_V: np.ndarray | None
 ) -> list[File]:
     """Writes everything beside the rows and the manifest, while rows are written: no record counts
     it, an export that goes on writes it again.
     """
-    made = [
-        *backbone.save(params, manifest.model, location),
-        _write(location, format.TOKENIZER, tokenizer.content),
-    ]
-    for group in manifest.groups:
-        made += [
-            _write(location, name, content)
-            for name, content in arrays.zarr_metadata(manifest, group).items()
-        ]
+    contents = {format.TOKENIZER: tokenizer.content}
+    for group in writer.manifest.groups:
+        contents |= arrays.zarr_metadata(writer.manifest, group)
     if counts_V is not None:
-        made.append(_write(location, format.COUNTS, npy_bytes(np.asarray(counts_V, np.uint64))))
-    return made
+        contents[format.COUNTS] = npy_bytes(np.asarray(counts_V, np.uint64))
+    return [
+        *backbone.save(params, writer.manifest.model, writer.location),
+        *(writer.file(name, content) for name, content in contents.items()),
+    ]
 
 
 def _publish(
-    location: Location,
-    manifest: Manifest,
-    record: target.Record,
-    blocks: dict[int, target.Block],
-    rest: list[File],
+    record: target.Record, manifest: Manifest, shards: dict[int, target.Shard], rest: list[File]
 ) -> Manifest:
     """Checks that every file is whole, and makes it a store by writing tkv.json."""
-    made = [*record.prepared, *rest, *(file for block in blocks.values() for file in block.files)]
-    found = location.sizes([file.name for file in made])
-    for file in made:
-        if found.get(file.name, -1) not in (None, file.bytes):
-            what = (
-                f"{found[file.name]} bytes instead of {file.bytes}"
-                if file.name in found
-                else "missing"
-            )
+    files = [*record.prepared, *rest, *(file for shard in shards.values() for file in shard.files)]
+    sizes = record.location.sizes([file.name for file in files])
+    for file in files:
+        size = sizes.get(file.name, -1)
+        if size not in (None, file.bytes):
+            what = "missing" if size == -1 else f"{size} bytes instead of {file.bytes}"
             raise UserError(
-                f"{location.url}/{file.name}: {what} although it was written; run the same command"
-                " again, and check the disk"
+                f"{record.location.url}/{file.name}: {what} although it was written; {AGAIN}, and"
+                " check the disk"
             )
     manifest = dataclasses.replace(
         manifest,
-        files=tuple(sorted(made, key=lambda file: file.name)),
-        errors=_errors(manifest, blocks),
+        files=tuple(sorted(files, key=lambda file: file.name)),
+        errors=_errors(manifest, shards),
     )
-    target.publish(location, manifest, record)
+    target.publish(record, to_bytes(manifest))
     return manifest
 
 
-def _write(location: Location, name: str, data: bytes) -> File:
-    location.write(name, data)
-    return File(name, len(data), crc32(data))
-
-
-def _errors(manifest: Manifest, blocks: dict[int, target.Block]) -> tuple[LayerError, ...] | None:
-    """Errors of the memory layers from the sums of all blocks, added in order of blocks whoever
+def _errors(m: Manifest, shards: dict[int, target.Shard]) -> tuple[LayerError, ...] | None:
+    """Errors of the memory layers from the sums of all shards, added in order of shards whoever
     wrote them.
     """
-    made = []
-    for layer in format.memory_layers(manifest.model):
-        sums = [block.sums[layer] for block in blocks.values() if layer in block.sums]
+    errors = []
+    for layer in format.memory_layers(m.model):
+        sums = [shard.sums[layer] for shard in shards.values() if layer in shard.sums]
         if not sums:
             return None
-        error, squares = (sum(block[i] for block in sums) for i in (0, 1))
-        made.append(
-            LayerError(
-                layer, (error / squares) ** 0.5 if squares else 0.0, max(block[2] for block in sums)
-            )
-        )
-    return tuple(made)
+        error, squares, largest = zip(*sums)
+        rms = (sum(error) / sum(squares)) ** 0.5 if sum(squares) else 0.0
+        errors.append(LayerError(layer, rms, max(largest)))
+    return tuple(errors)
 
 
 def sizes(manifest: Manifest) -> dict:
@@ -556,45 +487,44 @@ def sizes(manifest: Manifest) -> dict:
     rank, errors None where there are none (plain float32) or not yet.
     useful_rank: above it, a rank saves nothing.
     """
-    v, model = manifest.vocab_size, manifest.model
-    errors = {error.layer: error for error in manifest.errors or ()}
+    m, v = manifest, manifest.vocab_size
+    errors = {error.layer: error for error in m.errors or ()}
     layers = []
-    for group in manifest.groups:
-        for place, layer in enumerate(group.layers):
-            n, error = group.layout.numbers[place], errors.get(layer)
+    for group in m.groups:
+        for n, layer in zip(group.layout.numbers, group.layers):
+            error = errors.get(layer)
             layers.append(
                 {
                     "layer": layer,
                     "width": group.width,
                     "bytes": v * group.layout.record_bytes(n),
-                    "rank": n if group.layout.ranks else None,
+                    "rank": n if group.ranks else None,
                     "useful_rank": lowrank.useful_rank(v, group.width),
                     "relative_rms": error and error.relative_rms,
                     "max_abs": error and error.max_abs,
                 }
             )
-    basis = sum(4 * layer["width"] * layer["rank"] for layer in layers if layer["rank"])
-    plain = {
-        f"{dtype}_bytes": sum(group.bytes for group in format.model_groups(model, dtype, 1))
-        for dtype in ("float32", "bfloat16")
-    }
+
+    def plain(dtype: str) -> int:
+        return sum(group.bytes for group in format.model_groups(m.model, dtype, 1))
+
     return {
-        "dtype": manifest.dtype,
-        "scale_group": manifest.scale_group,
-        "rank_error": manifest.rank_error,
-        "table_bytes": manifest.table_bytes,
-        **plain,
-        "basis_bytes": basis,
+        "dtype": m.dtype,
+        "scale_group": m.scale_group,
+        "rank_error": m.rank_error,
+        "table_bytes": m.table_bytes,
+        "float32_bytes": plain("float32"),
+        "bfloat16_bytes": plain("bfloat16"),
+        "basis_bytes": sum(4 * g.width * rank for g in m.groups for rank in g.ranks or ()),
         "layers": sorted(layers, key=lambda layer: layer["layer"]),
     }
 
 
 def crc32_of(params: dict) -> int:
     """CRC-32 over names and bytes of all parameters, in order of their names."""
-    named = sorted(backbone.flatten(params))
     return crc32_of_parts(
         part
-        for name, array in named
+        for name, array in sorted(backbone.flatten(params), key=lambda item: item[0])
         for part in (name.encode(), np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     )
 
@@ -606,30 +536,6 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _block_range(manifest: Manifest, block: int) -> tuple[int, int]:
-    return block * manifest.shard_rows, min((block + 1) * manifest.shard_rows, manifest.vocab_size)
-
-
-def _block_rows(manifest: Manifest, block: int) -> int:
-    start, stop = _block_range(manifest, block)
+def _rows(manifest: Manifest, shard: int) -> int:
+    start, stop = manifest.span(shard)
     return stop - start
-
-
-def _check_space(location: Location, needed: int) -> None:
-    if location.local is not None and (free := shutil.disk_usage(location.local).free) < needed:
-        raise UserError(
-            f"--out: {location.url} needs {needed:,} bytes and its disk has {free:,}; free some and"
-            " run the same command again, or export --dtype=bfloat16"
-        )
-
-
-@contextlib.contextmanager
-def _clear_errors(location: Location) -> Iterator[None]:
-    """Errors of the target's folder as one line; those of its files are so already."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--out: {location.url} cannot be written ({error.strerror}); mend that and run the"
-            " same command again"
-        ) from error

@@ -1,5 +1,8 @@
 """The fold: a token memory evaluated on every address and encoded as it is stored. One call shape,
 so that equal weights give equal bits everywhere.
+
+Learned tables may lie in the host's memory and be larger than a device: a call is given the rows of
+its own addresses.
 """
 
 import functools
@@ -14,7 +17,8 @@ from flexmemory.errors import UserError
 from flexmemory.files import PAGE, allocate
 from flexmemory.models.blocks import KINDS, layer_specs
 from flexmemory.models.config import ModelConfig
-from flexmemory.models.memory import TableRows, row_stacks
+from flexmemory.models.memory import Rows, TableRows, row_stacks, take_rows
+from flexmemory.models.parameters import is_table
 from flexmemory.models.transformer import build
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import Basis, Layout, decode, encode, host_view
@@ -32,19 +36,56 @@ def layouts_of(groups: tuple[Group, ...]) -> Layouts:
     return tuple((group.name, group.layout) for group in groups)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "layouts"))
+def on_device(params: dict) -> dict:
+    """``params`` with learned tables as NumPy arrays on the host, all else on the device."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (np.asarray if is_table(path, leaf) else jax.device_put)(leaf), params
+    )
+
+
+def with_rows_of(params: dict, ids_R: np.ndarray, cfg: ModelConfig, names: Iterable[str]) -> dict:
+    """``params`` whose learned tables hold the rows of the addresses ids_R alone, [L, R, W]; those
+    that no group of ``names`` needs hold zeros.
+    """
+    used = {stack for name in names for stack, _ in row_stacks(layer_specs(cfg))[name]}
+
+    def rows(path: tuple, leaf: np.ndarray) -> np.ndarray:
+        if not is_table(path, leaf):
+            return leaf
+        if any(getattr(key, "key", None) in used for key in path):
+            return leaf[:, ids_R]
+        return np.broadcast_to(np.float32(0), (len(leaf), len(ids_R), *leaf.shape[2:]))
+
+    memory = jax.tree_util.tree_map_with_path(rows, {"memory": params["memory"]})
+    return params | memory
+
+
+def live_rows(cfg: ModelConfig, params: dict, ids_R: jax.Array) -> Rows:
+    """The rows of the addresses ids_R from what :func:`with_rows_of` gave; inside jit."""
+    model = build(cfg)(params)
+    return model.memory(None, take_rows(model.embed[...], ids_R))
+
+
 def fold_call(
-    params: dict, bases: Bases, ids_R: jax.Array, count, *, cfg: ModelConfig, layouts: Layouts
-):
+    params: dict, bases: Bases, ids_R: np.ndarray, count: int, *, cfg: ModelConfig, layouts: Layouts
+) -> tuple[dict, dict]:
     """({group: stored}, {group: figures}) of the addresses ids_R int32, of which the first
-    ``count`` are in the figures.
+    ``count`` are in the figures. Dispatches and does not wait.
 
     stored: as :func:`encoding.encode` gives it, token-major. figures, each [L]: "finite" bool, of
     the stored rows and of the sums; and, but for plain float32, where nothing is lost,
     "squared_error", "squares", "max_abs" float32: sums over rows and numbers, and the largest
     error.
     """
-    rows = build(cfg)(params).rows(ids_R)
+    params = with_rows_of(params, ids_R, cfg, [name for name, _ in layouts])
+    return _fold(params, bases, ids_R, count, cfg=cfg, layouts=layouts)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layouts"))
+def _fold(
+    params: dict, bases: Bases, ids_R: jax.Array, count: int, *, cfg: ModelConfig, layouts: Layouts
+) -> tuple[dict, dict]:
+    rows = live_rows(cfg, params, ids_R)
     real_R1 = (jnp.arange(len(ids_R)) < count)[:, None]
     stored, figures = {}, {}
     for name, layout in layouts:
@@ -54,10 +95,8 @@ def fold_call(
         figures[name] = {"finite": jnp.isfinite(again_LRW).all((1, 2))}
         if not layout.exact:
             error_LRW = jnp.where(real_R1, again_LRW - exact_LRW, 0)
-            error_L, squares_L = (
-                (error_LRW**2).sum((1, 2)),
-                (jnp.where(real_R1, exact_LRW, 0) ** 2).sum((1, 2)),
-            )
+            error_L = (error_LRW**2).sum((1, 2))
+            squares_L = (jnp.where(real_R1, exact_LRW, 0) ** 2).sum((1, 2))
             figures[name] = {
                 "finite": figures[name]["finite"] & jnp.isfinite(error_L + squares_L),
                 "squared_error": error_L,
@@ -67,7 +106,7 @@ def fold_call(
     return stored, figures
 
 
-def start_block(
+def start_shard(
     params: dict,
     bases: Bases,
     start: int,
@@ -86,15 +125,14 @@ def start_block(
     assert start % fold_rows == 0, (start, fold_rows)
     parts = []
     for at in range(start, stop, fold_rows) if layouts else ():
-        ids_R, count = (
-            np.minimum(np.arange(at, at + fold_rows), stop - 1).astype(np.int32),
-            min(stop - at, fold_rows),
-        )
-        parts.append((*fold_call(params, bases, ids_R, count, cfg=cfg, layouts=layouts), at, count))
+        count = min(stop - at, fold_rows)
+        ids_R = np.minimum(np.arange(at, at + fold_rows), stop - 1).astype(np.int32)
+        stored, figures = fold_call(params, bases, ids_R, count, cfg=cfg, layouts=layouts)
+        parts.append((stored, figures, at, count))
     return parts
 
 
-def fetch_block(
+def fetch_shard(
     parts: list[Part], groups: tuple[Group, ...]
 ) -> tuple[dict[str, list[np.ndarray]], dict[int, list[float]]]:
     """Waits for a started block: ({group: [bundles uint8 [R, B] of each call]}, {model layer:
@@ -103,12 +141,11 @@ def fetch_block(
     The sums are float64; {} where the rows are plain float32. Raises UserError naming layer and
     tokens of rows that are not finite.
     """
-    bundles, sums = {group.name: [] for group in groups}, {}
+    bundles: dict[str, list[np.ndarray]] = {group.name: [] for group in groups}
+    sums: dict[int, list[float]] = {}
     for stored, figures, at, count in parts:
         for group in groups:
-            figure = {
-                name: np.asarray(value, np.float64) for name, value in figures[group.name].items()
-            }
+            figure = {k: np.asarray(v, np.float64) for k, v in figures[group.name].items()}
             _check_finite(figure["finite"], group, at, count)
             for place, layer in enumerate(group.layers if len(figure) > 1 else ()):
                 error, squares, largest = sums.get(layer, (0.0, 0.0, 0.0))
@@ -118,9 +155,8 @@ def fetch_block(
                     max(largest, float(figure["max_abs"][place])),
                 ]
             array = np.asarray(stored[group.name])[:count]
-            bundles[group.name].append(
-                array.reshape(count, math.prod(array.shape[1:])).view(np.uint8)
-            )
+            shape = count, math.prod(array.shape[1:])
+            bundles[group.name].append(array.reshape(shape).view(np.uint8))
     return bundles, sums
 
 
@@ -129,7 +165,7 @@ def _check_finite(finite_L: np.ndarray, group: Group, at: int, count: int) -> No
         raise UserError(
             f"layer {group.layers[int(np.argmin(finite_L))]}: its rows of tokens {at} to"
             f" {at + count - 1} are not all finite in dtype {group.layout.dtype}, or their squares"
-            " are not; export an earlier checkpoint (--step), or from float16 go to bfloat16"
+            " are not; export an earlier checkpoint (step=), or from float16 go to bfloat16"
         )
 
 
@@ -137,34 +173,33 @@ def learned_tables(
     params: dict, cfg: ModelConfig, groups: tuple[Group, ...]
 ) -> dict[str, list[np.ndarray]]:
     """{group: [table float32 [V, W] of each of its layers]} of the groups whose bundles
-    :func:`copy_block` makes: views of ``params``, which lie on the host.
+    :func:`copy_shard` makes: views of ``params``, which lie on the host.
     """
-    specs, made = layer_specs(cfg), {}
+    specs, learned = layer_specs(cfg), {}
     for group in groups:
-        learned = all(KINDS[specs[layer].kind].source is TableRows for layer in group.layers)
-        if (
-            learned and group.layout.exact and cfg.compute_dtype == "float32"
-        ):  # else they are rounded
-            tables = {
+        tables = all(KINDS[specs[layer].kind].source is TableRows for layer in group.layers)
+        # else they are computed, or rounded
+        if tables and group.layout.exact and cfg.compute_dtype == "float32":
+            table_of = {
                 layer: table_VW
                 for stack, layers in row_stacks(specs)[group.name]
                 for layer, table_VW in zip(
                     layers, params["memory"]["stacks"][stack]["table"], strict=True
                 )
             }
-            made[group.name] = [tables[layer] for layer in group.layers]
-    return made
+            learned[group.name] = [table_of[layer] for layer in group.layers]
+    return learned
 
 
 def copy_memory(groups: Iterable[Group], count: int) -> np.ndarray:
-    """uint8 [count, N]: for each of ``count`` calls of :func:`copy_block` what it needs, beginning
+    """uint8 [count, N]: for each of ``count`` calls of :func:`copy_shard` what it needs, beginning
     at a page, so that a disk takes it as it lies.
     """
     size = max([COPY_BYTES, *(group.bundle_bytes for group in groups)])
     return allocate(count, -(-size // PAGE) * PAGE)
 
 
-def copy_block(
+def copy_shard(
     tables: list[np.ndarray],
     group: Group,
     start: int,
@@ -176,25 +211,20 @@ def copy_block(
     gather of learned rows computes nothing.
 
     Every array is the same ``memory_N`` again, so small that its bundles are checked and written
-    while a processor's cache holds them. Raises the UserError of :func:`fetch_block`.
+    while a processor's cache holds them. Raises the UserError of :func:`fetch_shard`.
     """
-    rows = min(fold_rows, format.floor_power(COPY_BYTES // group.bundle_bytes))
+    size = group.bundle_bytes
+    rows = min(fold_rows, format.floor_power(COPY_BYTES // size))
     for at in range(start, stop, rows):
-        bundles_RB = memory_N[: rows * group.bundle_bytes].reshape(rows, group.bundle_bytes)[
-            : stop - at
-        ]
+        bundles_RB = memory_N[: rows * size].reshape(rows, size)[: stop - at]
         bundles_RLW = host_view(group.layout, bundles_RB)
         for place, table_VW in enumerate(tables):
             bundles_RLW[:, place] = table_VW[at : at + len(bundles_RB)]
         if not np.isfinite(bundles_RLW).all():
             at -= at % fold_rows
             count = min(fold_rows, stop - at)
-            _check_finite(
-                np.stack([np.isfinite(table_VW[at : at + count]).all() for table_VW in tables]),
-                group,
-                at,
-                count,
-            )
+            finite_L = [np.isfinite(table_VW[at : at + count]).all() for table_VW in tables]
+            _check_finite(np.stack(finite_L), group, at, count)
         yield bundles_RB
 
 
@@ -205,17 +235,15 @@ def fold_table(
     cfg: ModelConfig,
     groups: tuple[Group, ...],
     fold_rows: int,
-    block_rows: int,
+    shard_rows: int,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(first address, {group: bundles uint8 [R, B]}) of successive blocks over all V, as an export
     with the same ``fold_rows`` stores them; a block at a time is in memory.
     """
-    for start in range(0, cfg.vocab_size, block_rows):
-        stop = min(start + block_rows, cfg.vocab_size)
-        parts = start_block(
-            params, bases, start, stop, cfg=cfg, layouts=layouts_of(groups), fold_rows=fold_rows
-        )
-        yield (
-            start,
-            {name: np.concatenate(made) for name, made in fetch_block(parts, groups)[0].items()},
-        )
+    start_one = functools.partial(
+        start_shard, params, bases, cfg=cfg, layouts=layouts_of(groups), fold_rows=fold_rows
+    )
+    for start in range(0, cfg.vocab_size, shard_rows):
+        stop = min(start + shard_rows, cfg.vocab_size)
+        bundles, _ = fetch_shard(start_one(start, stop), groups)
+        yield start, {name: np.concatenate(parts) for name, parts in bundles.items()}

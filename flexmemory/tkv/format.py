@@ -3,8 +3,8 @@ docs/formats.md describes the same bytes for other readers.
 
     STORE/tkv.json                  manifest, written last: a directory without it is not a store
     STORE/tkv.partial.<host>.json   only while an export is unfinished
-    STORE/rows/<group>/             zarr3, one token's rows of all layers contiguous: [V, L, W], or
-    encoded uint8 [V, B]
+    STORE/rows/<group>/             zarr3, one token's rows of all layers contiguous: [V, L, W],
+                                    or encoded uint8 [V, B]
     STORE/checksums/<group>/        zarr3 uint32 [V], CRC-32 of each token's bundle
     STORE/basis.safetensors         of low-rank rows
     STORE/counts.npy                optional, how often each id occurs in the training data
@@ -16,27 +16,25 @@ import dataclasses
 import importlib.metadata
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import row_groups
-from flexmemory.tkv.encoding import Layout
+from flexmemory.tkv.encoding import Layout, host_view
 from flexmemory.tkv.storage.crc import crc32
+from flexmemory.tkv.storage.location import File
+from flexmemory.tkv.storage.reader import INDEX_CRC_BYTES, INDEX_ENTRY_BYTES, Records
 
 VERSION = 2
-MANIFEST, TOKENIZER, BASIS, COUNTS = "tkv.json", "tokenizer.json", "basis.safetensors", "counts.npy"
-COPY_MARK = "tkv.partial.copy.json"  # of an unfinished copy
-SHARD_BYTES = (
-    32 << 20
-)  # of the widest group; 32-64 MiB: the size hardly matters once indexes are cached
+TOKENIZER, BASIS, COUNTS = "tokenizer.json", "basis.safetensors", "counts.npy"
+SHARD_BYTES = 32 << 20  # of the widest group; up to 64 MiB: it hardly matters, indexes are cached
 FOLD_ROWS = 1024  # largest number of addresses in one call of the fold
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}  # zarr's codec
 INDEX_CODECS = [LITTLE, {"name": "crc32c"}]
-INDEX_ENTRY_BYTES, INDEX_CRC_BYTES = 16, 4
 BACKBONE_NAME = re.compile(r"backbone/model-\d{5}-of-\d{5}\.safetensors")
-MEND = "copy the store again or export the run again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +42,7 @@ class Group:
     """One array of rows: the memory layers whose rows have the same width."""
 
     name: str  # "w<W>"; the array is rows/<name>, its checksums checksums/<name>
-    layers: tuple[
-        int, ...
-    ]  # model layer (0 is nearest the input) of each place on the array's layer axis
+    layers: tuple[int, ...]  # model layer (0 is nearest the input) of each place on the layer axis
     layout: Layout
     shards: int  # files of the array
     bytes: int  # of rows, all tokens, without shard indexes
@@ -57,16 +53,13 @@ class Group:
         return self.layout.width
 
     @property
+    def ranks(self) -> tuple[int, ...] | None:
+        return self.layout.ranks
+
+    @property
     def bundle_bytes(self) -> int:
         """B: one token's rows of all layers, as stored."""
         return self.layout.bundle_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class File:
-    name: str  # relative to the store
-    bytes: int
-    crc32: int  # of the whole file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +79,8 @@ class TokenizerInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """What was exported. Equal sources give equal bytes."""
+class Provenance:
+    """What was exported. Equal ones give equal bytes."""
 
     run: str  # name of the run folder, without its place on the machine
     step: int
@@ -106,7 +99,7 @@ class Manifest:
     shard_rows: int  # tokens in one shard of every group, a power of two
     fold_rows: int  # addresses in one call of the fold: a fold of the same size gives the same bits
     tokenizer: TokenizerInfo
-    source: Source
+    source: Provenance
     scale_group: int = 0
     ranks: tuple[int, ...] | None = None  # by memory layer in model order; None: full rows
     rank_error: float | None = None  # the error budget that chose the ranks
@@ -139,9 +132,13 @@ class Manifest:
         return sum(group.bytes for group in self.groups)
 
     @property
-    def blocks(self) -> int:
-        """Shards of each group: the unit of writing and of resuming."""
+    def shards(self) -> int:
+        """Of each group: the unit of writing and of resuming is one of every group."""
         return math.ceil(self.vocab_size / self.shard_rows) if self.groups else 0
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """First token of a shard, and the one after its last."""
+        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.vocab_size)
 
     def file(self, name: str) -> File | None:
         return next((file for file in self.files if file.name == name), None)
@@ -155,20 +152,14 @@ def model_groups(
     ranks: tuple[int, ...] | None = None,
 ) -> tuple[Group, ...]:
     """The groups of a store of ``model``. ``ranks``: by memory layer in model order."""
-    specs, made, v = layer_specs(model), [], model.vocab_size
+    specs, groups, v = layer_specs(model), [], model.vocab_size
     rank_of = dict(zip(memory_layers(model), ranks, strict=True)) if ranks else {}
     for name, layers in row_groups(specs).items():
-        layout = Layout(
-            len(layers),
-            specs[layers[0]].row_width,
-            dtype,
-            scale_group,
-            tuple(rank_of[i] for i in layers) if ranks else None,
-        )
-        made.append(
-            Group(name, tuple(layers), layout, math.ceil(v / shard_rows), v * layout.bundle_bytes)
-        )
-    return tuple(made)
+        own = tuple(rank_of[i] for i in layers) if ranks else None
+        layout = Layout(len(layers), specs[layers[0]].row_width, dtype, scale_group, own)
+        shards, size = math.ceil(v / shard_rows), v * layout.bundle_bytes
+        groups.append(Group(name, tuple(layers), layout, shards, size))
+    return tuple(groups)
 
 
 def memory_layers(model: ModelConfig) -> list[int]:
@@ -185,24 +176,13 @@ def model_layers(model: ModelConfig) -> list[dict]:
     rows/<group>[token, place], None without memory.
     """
     specs = layer_specs(model)
-    place = {
-        layer: (name, k)
-        for name, layers in row_groups(specs).items()
-        for k, layer in enumerate(layers)
-    }
-    made = []
+    places = {i: (g, k) for g, layers in row_groups(specs).items() for k, i in enumerate(layers)}
+    layers = []
     for i, spec in enumerate(specs):
-        group, k = place.get(i, (None, None))
-        made.append(
-            {
-                "kind": spec.kind,
-                "d_ffn": spec.d_ffn,
-                "square": spec.square,
-                "group": group,
-                "place": k,
-            }
-        )
-    return made
+        group, place = places.get(i, (None, None))
+        own = {"kind": spec.kind, "d_ffn": spec.d_ffn, "square": spec.square}
+        layers.append(own | {"group": group, "place": place})
+    return layers
 
 
 def default_shard_rows(model: ModelConfig, dtype: str) -> int:
@@ -223,49 +203,62 @@ def next_power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def partial_file(host: int) -> str:
-    return f"tkv.partial.{host}.json"
+def shard_file(group: Group, shard: int) -> str:
+    return f"rows/{group.name}/{shard_key(group, shard)}"
 
 
-def shard_file(group: Group, block: int) -> str:
-    return f"rows/{group.name}/{shard_key(group, block)}"
-
-
-def shard_key(group: Group, block: int) -> str:
+def shard_key(group: Group, shard: int) -> str:
     """Name of a shard inside its array."""
-    return f"c/{block}/0/0" if group.layout.plain else f"c/{block}/0"
+    return f"c/{shard}/0/0" if group.layout.plain else f"c/{shard}/0"
 
 
-def checksum_file(group: Group, block: int) -> str:
-    return f"checksums/{group.name}/c/{block}"
+def checksum_file(group: Group, shard: int) -> str:
+    return f"checksums/{group.name}/c/{shard}"
 
 
-def shard_bytes(manifest: Manifest, group: Group, block: int) -> int:
+def shard_bytes(manifest: Manifest, group: Group, shard: int) -> int:
     """Size of a whole shard file: its bundles, then an index with an entry for every place, used or
     not, then the index's crc32c.
     """
-    tokens = min(manifest.shard_rows, manifest.vocab_size - block * manifest.shard_rows)
-    return tokens * group.bundle_bytes + INDEX_ENTRY_BYTES * manifest.shard_rows + INDEX_CRC_BYTES
+    start, stop = manifest.span(shard)
+    index = INDEX_ENTRY_BYTES * manifest.shard_rows + INDEX_CRC_BYTES
+    return (stop - start) * group.bundle_bytes + index
+
+
+def all_shards(manifest: Manifest) -> Iterator[tuple[Group, int]]:
+    for group in manifest.groups:
+        for shard in range(group.shards):
+            yield group, shard
 
 
 def expected_files(manifest: Manifest) -> dict[str, int]:
     """Every shard of rows/ and checksums/ with its size in bytes, by name relative to the store."""
-    files = {}
-    for group in manifest.groups:
-        for block in range(group.shards):
-            files[shard_file(group, block)] = shard_bytes(manifest, group, block)
-            files[checksum_file(group, block)] = 4 * manifest.shard_rows
-    return files
+    sizes = {}
+    for group, shard in all_shards(manifest):
+        sizes[shard_file(group, shard)] = shard_bytes(manifest, group, shard)
+        sizes[checksum_file(group, shard)] = 4 * manifest.shard_rows
+    return sizes
 
 
 def fixed_names(manifest: Manifest) -> list[str]:
     """Files that every store like this has, besides the shards and the backbone."""
     arrays = [
-        f"{kind}/{group.name}/zarr.json"
-        for group in manifest.groups
-        for kind in ("rows", "checksums")
+        f"{kind}/{g.name}/zarr.json" for g in manifest.groups for kind in ("rows", "checksums")
     ]
     return [*arrays, TOKENIZER, *([BASIS] if manifest.ranks else [])]
+
+
+def records(manifest: Manifest, group: Group) -> Records:
+    """The bundles of a group, for :func:`storage.reader.open_reader`."""
+    return Records(
+        name=f"rows/{group.name}",
+        count=manifest.vocab_size,
+        per_shard=manifest.shard_rows,
+        size=group.bundle_bytes,
+        files=tuple(shard_file(group, shard) for shard in range(group.shards)),
+        spec=lambda kvstore: rows_spec(kvstore, manifest, group),
+        view=lambda bundles_RB: host_view(group.layout, bundles_RB),
+    )
 
 
 def rows_spec(kvstore: dict, manifest: Manifest, group: Group) -> dict:
@@ -273,11 +266,9 @@ def rows_spec(kvstore: dict, manifest: Manifest, group: Group) -> dict:
     Opening with it checks the stored metadata against the manifest.
     """
     layout = group.layout
-    inner, names = (
-        ((layout.layers, layout.width), ("layer", "width"))
-        if layout.plain
-        else ((layout.bundle_bytes,), ("byte",))
-    )
+    inner, names = [layout.bundle_bytes], ["byte"]
+    if layout.plain:
+        inner, names = [layout.layers, layout.width], ["layer", "width"]
     sharding = {
         "chunk_shape": [1, *inner],
         "codecs": [LITTLE if layout.plain else {"name": "bytes"}],
@@ -286,33 +277,17 @@ def rows_spec(kvstore: dict, manifest: Manifest, group: Group) -> dict:
     }
     return _spec(
         kvstore,
-        {
-            "shape": [manifest.vocab_size, *inner],
-            "data_type": layout.dtype if layout.plain else "uint8",
-            "dimension_names": ["token", *names],
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [manifest.shard_rows, *inner]},
-            },
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
+        [manifest.vocab_size, *inner],
+        [manifest.shard_rows, *inner],
+        layout.dtype if layout.plain else "uint8",
+        [{"name": "sharding_indexed", "configuration": sharding}],
+        dimension_names=["token", *names],
     )
 
 
 def checksums_spec(kvstore: dict, manifest: Manifest) -> dict:
-    return _spec(
-        kvstore,
-        {
-            "shape": [manifest.vocab_size],
-            "data_type": "uint32",
-            "dimension_names": ["token"],
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [manifest.shard_rows]},
-            },
-            "codecs": [LITTLE],
-        },
-    )
+    shape, chunk = [manifest.vocab_size], [manifest.shard_rows]
+    return _spec(kvstore, shape, chunk, "uint32", [LITTLE], dimension_names=["token"])
 
 
 def index_spec(kvstore: dict, manifest: Manifest) -> dict:
@@ -320,22 +295,20 @@ def index_spec(kvstore: dict, manifest: Manifest) -> dict:
     each bundle.
     """
     shape = [manifest.shard_rows, 2]
-    return _spec(
-        kvstore,
-        {
-            "shape": shape,
-            "data_type": "uint64",
-            "codecs": INDEX_CODECS,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
-        },
-    )
+    return _spec(kvstore, shape, shape, "uint64", INDEX_CODECS)
 
 
-def _spec(kvstore: dict, metadata: dict) -> dict:
+def _spec(
+    kvstore: dict, shape: list, chunk: list, dtype: str, codecs: list, **metadata: object
+) -> dict:
     return {
         "driver": "zarr3",
         "kvstore": kvstore,
         "metadata": {
+            "shape": shape,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "data_type": dtype,
+            "codecs": codecs,
             "fill_value": 0,
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             **metadata,
@@ -348,5 +321,5 @@ def _spec(kvstore: dict, metadata: dict) -> dict:
 
 
 def bundle_crc32(bundles_RB: np.ndarray) -> np.ndarray:
-    """CRC-32 (zlib) of each token's bundle as stored. bundles: uint8 [R, B], C order. uint32 [R]."""
+    """CRC-32 of each token's bundle as stored. bundles: uint8 [R, B], C order. uint32 [R]."""
     return np.fromiter(map(crc32, bundles_RB), np.uint32, len(bundles_RB))

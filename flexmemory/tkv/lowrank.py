@@ -10,8 +10,8 @@ import numpy as np
 
 from flexmemory.errors import UserError
 from flexmemory.models.config import ModelConfig
-from flexmemory.models.transformer import build
 from flexmemory.progress import ProgressLine
+from flexmemory.tkv.fold import live_rows, with_rows_of
 from flexmemory.tkv.format import Group
 
 CALLS = 32  # of the fold whose float32 sums stay on the device before they are added up in float64
@@ -23,20 +23,22 @@ def uniform_ranks(groups: tuple[Group, ...], rank: int | float) -> tuple[int, ..
 
     Raises UserError for a rank outside 1..W, a share outside 0..1.
     """
-    ranks = {}
+    ranks: dict[int, int] = {}
     for group in groups:
-        if isinstance(rank, float) and not 0 < rank <= 1:
-            raise UserError(
-                f"--rank: {rank} is not a share above 0 and at most 1; give such a share, or a"
-                " whole number of columns"
-            )
-        r = max(1, round(rank * group.width)) if isinstance(rank, float) else rank
+        r = rank
+        if isinstance(rank, float):
+            if not 0 < rank <= 1:
+                raise UserError(
+                    f"rank: {rank} is not a share above 0 and at most 1; give such a share, or a"
+                    " whole number of columns"
+                )
+            r = max(1, round(rank * group.width))
         if not 1 <= r <= group.width:
             raise UserError(
-                f"--rank: {r} is not between 1 and {group.width}, the width of the rows of group"
+                f"rank: {r} is not between 1 and {group.width}, the width of the rows of group"
                 f" {group.name}"
             )
-        ranks |= dict.fromkeys(group.layers, r)
+        ranks |= dict.fromkeys(group.layers, int(r))
     return tuple(ranks[layer] for layer in sorted(ranks))
 
 
@@ -69,7 +71,7 @@ def find_bases(
     for layer, gram_WW in grams(params, cfg, groups, fold_rows, progress).items():
         if not np.isfinite(gram_WW).all():
             raise UserError(
-                f"layer {layer}: its rows are not all finite; export an earlier checkpoint (--step)"
+                f"layer {layer}: its rows are not all finite; export an earlier checkpoint (step=)"
             )
         values, vectors = np.linalg.eigh(gram_WW)  # ascending
         rank = rank_of.get(layer) or _smallest_rank(values[::-1], rank_error)
@@ -77,7 +79,8 @@ def find_bases(
     return {layer: bases[layer] for layer in layers}
 
 
-def _smallest_rank(values: np.ndarray, rank_error: float) -> int:
+def _smallest_rank(values: np.ndarray, rank_error: float | None) -> int:
+    assert rank_error is not None, "neither ranks nor rank_error"
     values = np.maximum(values, 0)
     tail = np.append(np.cumsum(values[::-1])[::-1], 0.0)  # tail[r]: what rank r leaves out
     return max(1, int(np.argmax(tail <= rank_error**2 * tail[0])))
@@ -89,22 +92,19 @@ def grams(
     """{model layer: X^T X float64 [W, W]} of all V rows, from one pass over them; sums of CALLS
     calls are float32, on the device.
     """
-    zeros = {
-        group.name: jnp.zeros((len(group.layers), group.width, group.width), jnp.float32)
-        for group in groups
-    }
-    total = {group.name: np.zeros(zeros[group.name].shape) for group in groups}
+    shapes = {group.name: (len(group.layers), group.width, group.width) for group in groups}
+    total = {name: np.zeros(shape) for name, shape in shapes.items()}
     v, step = cfg.vocab_size, fold_rows * CALLS
     with ProgressLine("export: bases", v, "rows", enabled=progress) as line:
         for start in range(0, v, step):
-            stop, sums = min(start + step, v), jax.tree.map(jnp.copy, zeros)
-            for at in range(start, stop, fold_rows):
-                sums = _add_gram(
-                    sums, params, np.arange(at, at + fold_rows, dtype=np.int32), cfg=cfg
-                )
+            sums = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+            for at in range(start, min(start + step, v), fold_rows):
+                ids_R = np.arange(at, at + fold_rows, dtype=np.int32)
+                near_R = np.minimum(ids_R, v - 1)
+                sums = _add_gram(sums, with_rows_of(params, near_R, cfg, shapes), ids_R, cfg=cfg)
             for name, gram_LWW in sums.items():
                 total[name] += np.asarray(gram_LWW)
-            line.update(stop)
+            line.update(min(start + step, v))
     return {
         layer: total[group.name][place]
         for group in groups
@@ -114,10 +114,10 @@ def grams(
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="sums")
 def _add_gram(sums: dict, params: dict, ids_R: jax.Array, *, cfg: ModelConfig) -> dict:
-    rows = build(cfg)(params).rows(jnp.minimum(ids_R, cfg.vocab_size - 1))
+    rows = live_rows(cfg, params, jnp.minimum(ids_R, cfg.vocab_size - 1))
     real_R1 = (ids_R < cfg.vocab_size)[:, None]  # the last call is padded
-    made = {}
+    grams = {}
     for name, gram_LWW in sums.items():
         x_LRW = jnp.where(real_R1, rows[name].astype(jnp.float32), 0)
-        made[name] = gram_LWW + jnp.einsum("LRW,LRX->LWX", x_LRW, x_LRW, precision="highest")
-    return made
+        grams[name] = gram_LWW + jnp.einsum("LRW,LRX->LWX", x_LRW, x_LRW, precision="highest")
+    return grams

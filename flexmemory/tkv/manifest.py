@@ -10,30 +10,26 @@ from flexmemory.tkv import format
 from flexmemory.tkv.encoding import DTYPES, FLOATS
 from flexmemory.tkv.format import (
     BACKBONE_NAME,
-    COPY_MARK,
     COUNTS,
-    MANIFEST,
     TOKENIZER,
     VERSION,
-    File,
     LayerError,
     Manifest,
-    Source,
+    Provenance,
     TokenizerInfo,
 )
 from flexmemory.tkv.storage.crc import crc32
-from flexmemory.tkv.storage.location import Location
+from flexmemory.tkv.storage.location import File, Location
+from flexmemory.tkv.storage.target import COPY_MARK, MANIFEST, partial_file
 
 FORMAT = "tkv"
+GROUP_FIELDS = ("name", "layers", "width", "ranks", "bundle_bytes", "shards", "bytes")
+MEND = "export the run again"
 
 
 def to_json(manifest: Manifest) -> dict:
     """The manifest as it is written, checksum included."""
     m = manifest
-    names = ("name", "layers", "width", "bundle_bytes", "shards", "bytes")
-    groups = [
-        {name: getattr(g, name) for name in names} | {"ranks": g.layout.ranks} for g in m.groups
-    ]
     body = {
         "format": FORMAT,
         "version": VERSION,
@@ -48,7 +44,7 @@ def to_json(manifest: Manifest) -> dict:
         "shard_rows": m.shard_rows,
         "fold_rows": m.fold_rows,
         "layers": format.model_layers(m.model),
-        "groups": groups,
+        "groups": [{name: getattr(g, name) for name in GROUP_FIELDS} for g in m.groups],
         "table_bytes": m.table_bytes,
         "backbone": {"dtype": "float32"},
         "tokenizer": {"file": TOKENIZER, **dataclasses.asdict(m.tokenizer)},
@@ -60,47 +56,45 @@ def to_json(manifest: Manifest) -> dict:
     return {**body, "crc32": json_crc32(body)}
 
 
+def to_bytes(manifest: Manifest) -> bytes:
+    return (json.dumps(to_json(manifest), indent=1) + "\n").encode()
+
+
 def from_json(content: object, origin: str) -> Manifest:
     """Checks a decoded tkv.json. Raises UserError naming the field and what to do."""
-    mend = "export the run again"
+
+    def refuse(what: str, mend: str = MEND) -> UserError:
+        return UserError(f"{origin}: {what}; {mend}")
+
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"{origin}: not the manifest of a TKV store (format {_get(content, 'format')!r});"
-            f" {mend}"
-        )
+        raise refuse("not the manifest of a TKV store")
+    other = f"{MEND} or use the flexmemory that wrote it"
     if content.get("version") != VERSION:
-        raise UserError(
-            f"{origin}: version {content.get('version')!r}, this flexmemory reads {VERSION}; {mend}"
-            f" or use the flexmemory that wrote it ({content.get('flexmemory')})"
+        raise refuse(
+            f"version {content.get('version')!r}, this flexmemory reads {VERSION}",
+            f"{other} ({content.get('flexmemory')})",
         )
     body = {name: value for name, value in content.items() if name != "crc32"}
     if content.get("crc32") != json_crc32(body):
-        raise UserError(
-            f"{origin}: crc32 {content.get('crc32')!r} does not fit the content, it was changed or"
-            f" damaged; {mend}"
+        raise refuse(
+            f"crc32 {content.get('crc32')!r} does not fit the content, it was changed or damaged"
         )
     try:
         manifest = _parse(body)
-        _check(manifest, origin, mend)
+        if wrong := _wrong(manifest):
+            raise refuse(wrong)
         written = to_json(manifest)
         # a field that the config has gained since then takes its default, which must mean what was
         # done before
-        written["model"] = {
-            name: value for name, value in written["model"].items() if name in body["model"]
-        }
+        written["model"] = {k: v for k, v in written["model"].items() if k in body["model"]}
         if unknown := body.keys() - written.keys():
-            raise UserError(
-                f"{origin}: unknown field {', '.join(sorted(unknown))}; {mend} or use the"
-                " flexmemory that wrote it"
-            )
-        if wrong := [name for name in written if name != "crc32" and written[name] != body[name]]:
-            raise UserError(
-                f"{origin}: {', '.join(wrong)} not as the model, dtype and shard_rows say; {mend}"
-            )
+            raise refuse(f"unknown field {', '.join(sorted(unknown))}", other)
+        if bad := [name for name in written if name != "crc32" and written[name] != body[name]]:
+            raise refuse(f"{', '.join(bad)} not as the model, dtype and shard_rows say")
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{origin}: missing or malformed field ({error}); {mend}") from None
+        raise refuse(f"missing or malformed field ({error})") from None
     return manifest
 
 
@@ -112,50 +106,40 @@ def _parse(body: dict) -> Manifest:
         if group["ranks"]
         for layer, rank in zip(group["layers"], group["ranks"], strict=True)
     }
-    ranks = tuple(rank_of[layer] for layer in format.memory_layers(model)) if rank_of else None
+    names = ("dtype", "shard_rows", "fold_rows", "scale_group", "rank_error", "flexmemory")
     return Manifest(
         model=model,
-        dtype=body["dtype"],
-        shard_rows=body["shard_rows"],
-        fold_rows=body["fold_rows"],
         tokenizer=TokenizerInfo(**{k: v for k, v in body["tokenizer"].items() if k != "file"}),
-        source=Source(**body["source"]),
-        scale_group=body["scale_group"],
-        ranks=ranks,
-        rank_error=body["rank_error"],
+        source=Provenance(**body["source"]),
+        ranks=tuple(rank_of[i] for i in format.memory_layers(model)) if rank_of else None,
         files=tuple(File(**file) for file in body["files"]),
         errors=None if errors is None else tuple(LayerError(**error) for error in errors),
-        flexmemory=body["flexmemory"],
+        **{name: body[name] for name in names},
     )
 
 
-def _check(m: Manifest, origin: str, mend: str) -> None:
+def _wrong(m: Manifest) -> str | None:
+    """What makes no sense in the fields from which all others follow, or in the list of files."""
     if m.dtype not in DTYPES:
-        raise UserError(f"{origin}: dtype {m.dtype!r} is not one of {', '.join(DTYPES)}; {mend}")
+        return f"dtype {m.dtype!r} is not one of {', '.join(DTYPES)}"
     if m.vocab_size < 1 or m.shard_rows < 1 or m.shard_rows & (m.shard_rows - 1):
-        raise UserError(f"{origin}: shard_rows {m.shard_rows} is not a power of two; {mend}")
+        return f"shard_rows {m.shard_rows} is not a power of two"
     if m.scale_group < 0 or (m.scale_group and m.dtype in FLOATS):
-        raise UserError(
-            f"{origin}: scale_group {m.scale_group} does not go with dtype {m.dtype}; {mend}"
-        )
-    if bad := [rank for g in m.groups for rank in g.layout.ranks or () if not 1 <= rank <= g.width]:
-        raise UserError(
-            f"{origin}: groups: rank {bad[0]} is not between 1 and the rows' width; {mend}"
-        )
-    names = {file.name: file.bytes for file in m.files}
-    if list(names) != sorted(names) or len(names) != len(m.files):
-        raise UserError(f"{origin}: files: not sorted by name, or a name twice; {mend}")
-    shards, rest = format.expected_files(m), {*format.fixed_names(m), COUNTS}
-    for name in (*shards, *format.fixed_names(m)):
-        if name not in names or names[name] != shards.get(name, names[name]):
-            raise UserError(
-                f"{origin}: files: {name} is"
-                f" {'missing' if name not in names else f'{names[name]} bytes'}, not as the model,"
-                f" dtype and shard_rows say; {mend}"
-            )
-    for name in names:
-        if name not in shards and name not in rest and not BACKBONE_NAME.fullmatch(name):
-            raise UserError(f"{origin}: files: {name!r} is no file of a store; {mend}")
+        return f"scale_group {m.scale_group} does not go with dtype {m.dtype}"
+    if bad := [rank for g in m.groups for rank in g.ranks or () if not 1 <= rank <= g.width]:
+        return f"groups: rank {bad[0]} is not between 1 and the rows' width"
+    sizes = {file.name: file.bytes for file in m.files}
+    if list(sizes) != sorted(sizes) or len(sizes) != len(m.files):
+        return "files: not sorted by name, or a name twice"
+    shards, fixed = format.expected_files(m), format.fixed_names(m)
+    for name in (*shards, *fixed):
+        if name not in sizes or sizes[name] != shards.get(name, sizes[name]):
+            found = f"{sizes[name]} bytes" if name in sizes else "missing"
+            return f"files: {name} is {found}, not as the model, dtype and shard_rows say"
+    for name in sorted(sizes.keys() - shards.keys() - {*fixed, COUNTS}):
+        if not BACKBONE_NAME.fullmatch(name):
+            return f"files: {name!r} is no file of a store"
+    return None
 
 
 def read_manifest(location: Location) -> Manifest:
@@ -164,19 +148,18 @@ def read_manifest(location: Location) -> Manifest:
     """
     try:
         content = json.loads(location.read(MANIFEST))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         if what := unfinished(location):
             raise UserError(
                 f"{location.url}: an unfinished {what}, not a store; run the same `flexmemory"
                 f" {what}` again to finish it"
             ) from None
         raise UserError(
-            f"{location.url}: no TKV store here (no {MANIFEST}); write one with `flexmemory export"
-            f" --workdir=RUN --out={location.url}`"
+            f"{location.url}: no TKV store here (no {MANIFEST}); write one with `flexmemory export`"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{location.url}/{MANIFEST}: not a readable JSON file ({error}); export the run again"
+            f"{location.url}/{MANIFEST}: not a readable JSON file ({error}); {MEND}"
         ) from None
     return from_json(content, f"{location.url}/{MANIFEST}")
 
@@ -185,15 +168,24 @@ def unfinished(location: Location) -> str | None:
     """ "export" or "copy" where the mark of one that has not ended is; host 0 of an export always
     has one.
     """
-    for name, what in ((format.partial_file(0), "export"), (COPY_MARK, "copy")):
+    for name, what in ((partial_file(0), "export"), (COPY_MARK, "copy")):
         try:
             location.read(name, 0, 1)
             return what
         except FileNotFoundError:
             continue
-        except NotADirectoryError:
-            return None
     return None
+
+
+def identity(manifest: Manifest) -> dict:
+    """What must agree for shards of two exports to be the same bytes."""
+    body = to_json(manifest)
+    names = ("version", "model", "dtype", "shard_rows", "fold_rows", "tokenizer")
+    return {name: body[name] for name in (*names, "scale_group", "rank_error")} | {
+        "ranks": manifest.ranks and list(manifest.ranks) if manifest.rank_error is None else None,
+        # logging intervals, which are in the hash of the config, do not change a row
+        "source": {name: v for name, v in body["source"].items() if name != "config_hash"},
+    }
 
 
 def json_crc32(body: dict) -> int:
@@ -203,10 +195,5 @@ def json_crc32(body: dict) -> int:
 
 def config_hash(config: Config) -> str:
     """First 16 hex digits of a sha256 over the whole configuration."""
-    return hashlib.sha256(
-        json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
-    ).hexdigest()[:16]
-
-
-def _get(content, name):
-    return content.get(name) if isinstance(content, dict) else None
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

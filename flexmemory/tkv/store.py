@@ -5,7 +5,9 @@ unless checking is off.
 import dataclasses
 import functools
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -17,10 +19,10 @@ from flexmemory.files import allocate
 from flexmemory.models.config import ModelConfig
 from flexmemory.tkv import backbone, encoding, format
 from flexmemory.tkv.encoding import Basis
-from flexmemory.tkv.format import BASIS, COUNTS, MEND, TOKENIZER, File, Group, Manifest
+from flexmemory.tkv.format import BASIS, COUNTS, TOKENIZER, Group, Manifest
 from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.storage.crc import crc32
-from flexmemory.tkv.storage.location import Location, open_location
+from flexmemory.tkv.storage.location import MEND, NETWORK, File, Location, open_location
 from flexmemory.tkv.storage.reader import LocalReader, TensorStoreReader, open_reader
 
 
@@ -52,10 +54,9 @@ class Store:
         if not len(ids_U):
             return
         if ids_U[0] < 0 or ids_U[-1] >= self.manifest.vocab_size:
-            bad = ids_U[0] if ids_U[0] < 0 else ids_U[-1]
             raise UserError(
-                f"token id {bad} is outside the store's vocabulary of {self.manifest.vocab_size};"
-                " use the store's tokenizer"
+                f"token id {ids_U[0 if ids_U[0] < 0 else -1]} is outside the store's vocabulary of"
+                f" {self.manifest.vocab_size}; use the store's tokenizer"
             )
         for group in self.groups:
             self._readers[group.name].read(ids_U, out[group.name])
@@ -65,10 +66,10 @@ class Store:
     def _verify(self, group: Group, ids_U: np.ndarray, bundles_UB: np.ndarray) -> None:
         wrong = np.flatnonzero(format.bundle_crc32(bundles_UB) != self._crc32_V[group.name][ids_U])
         if len(wrong):
+            more = f", and {len(wrong) - 1} more tokens" if len(wrong) > 1 else ""
             raise UserError(
                 f"{self.location.url}/rows/{group.name}: the rows of token {ids_U[wrong[0]]} fail"
-                f" their checksum{f', and {len(wrong) - 1} more tokens' if len(wrong) > 1 else ''};"
-                f" {MEND}"
+                f" their checksum{more}; {MEND}"
             )
 
     def read_rows(self, ids_R: np.ndarray) -> dict[str, np.ndarray]:
@@ -141,15 +142,10 @@ def open_store(path: str | Path, *, check: bool = True) -> Store:
     check_sizes(location, {file.name: file.bytes for file in manifest.files})
     read_tokenizer(location, manifest)
     for group in manifest.groups:
-        _open_array(
-            location,
-            f"rows/{group.name}",
-            lambda kvstore, group=group: format.rows_spec(kvstore, manifest, group),
-        )
-    crc32_V = {
-        group.name: read_checksums(location, manifest, group) for group in manifest.groups if check
-    }
-    readers = {group.name: open_reader(location, manifest, group) for group in manifest.groups}
+        _open_array(location, f"rows/{group.name}", format.records(manifest, group).spec)
+    groups = manifest.groups
+    crc32_V = {g.name: read_checksums(location, manifest, g) for g in groups if check}
+    readers = {g.name: open_reader(location, format.records(manifest, g)) for g in groups}
     return Store(location, manifest, check, readers, crc32_V)
 
 
@@ -160,13 +156,11 @@ def decoded(group: Group, bundles_RB: np.ndarray, basis: Basis) -> np.ndarray:
     stored = encoding.host_view(group.layout, bundles_RB)
     if group.layout.plain:
         return stored
-    padded = np.zeros(
-        (format.next_power(len(stored)), group.bundle_bytes), np.uint8
-    )  # few shapes are compiled
+    shape = format.next_power(len(stored)), group.bundle_bytes  # few are compiled
+    padded = np.zeros(shape, np.uint8)
     padded[: len(stored)] = stored
-    return np.swapaxes(
-        np.asarray(encoding.jitted_decode(group.layout, padded, basis, "float32")), 0, 1
-    )[: len(stored)]
+    rows_LRW = np.asarray(encoding.jitted_decode(group.layout, padded, basis, "float32"))
+    return np.swapaxes(rows_LRW, 0, 1)[: len(stored)]
 
 
 def check_sizes(location: Location, expected: dict[str, int]) -> None:
@@ -185,19 +179,15 @@ def read_checksums(location: Location, manifest: Manifest, group: Group) -> np.n
     """uint32 [V], the CRC-32 of each token's bundle: those that the manifest knows, so no other
     store's rows pass.
     """
-    array = _open_array(
-        location,
-        f"checksums/{group.name}",
-        lambda kvstore: format.checksums_spec(kvstore, manifest),
-    )
-    crc32_V = _result(location, f"checksums/{group.name}: cannot be read", array.read())
-    files = {file.name: file for file in manifest.files}
-    whole = np.zeros(
-        (group.shards, manifest.shard_rows), "<u4"
-    )  # as in the files: unused places of the last are 0
+    name = f"checksums/{group.name}"
+    array = _open_array(location, name, lambda kvstore: format.checksums_spec(kvstore, manifest))
+    crc32_V = _result(location, f"{name}: cannot be read", array.read())
+    # as in the files: unused places of the last are 0
+    whole = np.zeros((group.shards, manifest.shard_rows), "<u4")
     whole.reshape(-1)[: len(crc32_V)] = crc32_V
-    for block in range(group.shards):
-        if crc32(whole[block]) != (file := files[format.checksum_file(group, block)]).crc32:
+    files = {file.name: file for file in manifest.files}
+    for shard in range(group.shards):
+        if crc32(whole[shard]) != (file := files[format.checksum_file(group, shard)]).crc32:
             raise backbone.damaged(location, file)
     return crc32_V
 
@@ -212,21 +202,17 @@ def load_bases(
         return {group.name: () for group in groups}
     named, bases = backbone.load_tensors(location, file), {}
     for group in groups:
-        wanted = [
-            (f"layers.{i}", (rank, group.width))
-            for i, rank in zip(group.layers, group.layout.ranks, strict=True)
-        ]
-        if bad := [
-            name for name, shape in wanted if name not in named or named[name].shape != shape
-        ]:
-            raise UserError(
-                f"{location.url}/{BASIS}: {bad[0]} is missing or not as the manifest says; {MEND}"
-            )
-        bases[group.name] = tuple(named[name] for name, _ in wanted)
+        shapes = {f"layers.{i}": (r, group.width) for i, r in zip(group.layers, group.ranks or ())}
+        for name, shape in shapes.items():
+            if name not in named or named[name].shape != shape:
+                raise UserError(
+                    f"{location.url}/{BASIS}: {name} is missing or not as the manifest says; {MEND}"
+                )
+        bases[group.name] = tuple(named[name] for name in shapes)
     return bases
 
 
-def _open_array(location: Location, name: str, spec) -> ts.TensorStore:
+def _open_array(location: Location, name: str, spec: Callable[[dict], dict]) -> ts.TensorStore:
     return _result(
         location,
         f"{name}/zarr.json: missing or not as the manifest says",
@@ -234,15 +220,13 @@ def _open_array(location: Location, name: str, spec) -> ts.TensorStore:
     )
 
 
-def _result(location: Location, wrong: str, future: ts.Future):
+def _result(location: Location, wrong: str, future: ts.Future) -> Any:
     """``wrong``: the name, and what a failure means."""
     try:
         return location.wait(future)
     except TimeoutError as error:
-        raise UserError(
-            f"{location.url}/{wrong.partition(':')[0]}: cannot be read ({error}); check the network"
-            " and the server, then run the same command again"
-        ) from None
+        name = wrong.partition(":")[0]
+        raise UserError(f"{location.url}/{name}: cannot be read ({error}); {NETWORK}") from None
     except RuntimeError as error:
         raise UserError(f"{location.url}/{wrong} ({error}); {MEND}") from None
 
@@ -255,7 +239,7 @@ def _read_checked(location: Location, file: File) -> bytes:
 
 
 def read_tokenizer(location: Location, manifest: Manifest) -> Tokenizer:
-    """The tokenizer of a store. Raises UserError when it is missing or another than the manifest's."""
+    """The tokenizer of a store. Raises UserError when it is missing or not the manifest's."""
     name = f"{location.url}/{TOKENIZER}"
     try:
         data = location.read(TOKENIZER)

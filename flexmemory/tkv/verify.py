@@ -1,7 +1,6 @@
-"""Verify: does a store hold what the run's weights fold to, and does the model run from disk as it
-does from the weights?
-"""
+"""Does a store hold the bytes that its manifest promises?"""
 
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from flexmemory.tkv import format
 from flexmemory.tkv.format import Group, Manifest
 from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.storage.crc import crc32
-from flexmemory.tkv.storage.location import Location, open_location
+from flexmemory.tkv.storage.location import File, Location, open_location
 from flexmemory.tkv.store import read_tokenizer
 
-READ_BYTES, READERS = 16 << 20, 4
+PART_BYTES, READERS = 8 << 20, 4
 
 
 def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
@@ -29,87 +28,99 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
     location = open_location(path)
     manifest = read_manifest(location)
     shards = {
-        format.shard_file(group, block): (group, block)
-        for group in manifest.groups
-        for block in range(group.shards)
+        format.shard_file(group, shard): (group, shard)
+        for group, shard in format.all_shards(manifest)
     }
-    known = {file.name: (file.bytes, file.crc32) for file in manifest.files}
-    total, damaged, done = sum(size for size, _ in known.values()), [], 0
+    files = {file.name: file for file in manifest.files}
+    total, bundles, done = sum(file.bytes for file in manifest.files), 0, 0
 
-    def check(name: str) -> tuple[str | None, int]:
+    def check(file: File) -> tuple[str | None, int]:
         """(what is wrong, bundles read)"""
-        size, wanted = known[name]
         try:
-            if name in shards:
-                return _check_shard(
-                    location,
-                    manifest,
-                    *shards[name],
-                    wanted,
-                    *known[format.checksum_file(*shards[name])],
-                )
-            found, crc = location.sizes([name]).get(name, 0), 0
-            for start in range(0, size if found in (None, size) else 0, READ_BYTES):
-                crc = crc32(location.read(name, start, min(start + READ_BYTES, size)), crc)
-            return _wrong(size if found is None else found, size, crc, wanted), 0
+            size = location.sizes([file.name]).get(file.name)
+            if size not in (None, file.bytes):
+                return wrong(file, size, 0), 0
+            if file.name in shards:
+                sums = files[format.checksum_file(*shards[file.name])]
+                return _check_shard(location, manifest, file, sums, *shards[file.name])
+            parts = parts_of(location, file)
+            try:
+                while True:
+                    next(parts)
+            except StopIteration as end:
+                return end.value, 0
         except OSError as error:
             return f"cannot be read ({error.strerror or 'missing'})", 0
         except UserError as error:  # a remote location's own words
             return str(error), 0
 
-    bundles = 0
+    damaged = {}
     with (
         ProgressLine("verify", total / 1e6, "MB", enabled=progress) as line,
         ThreadPoolExecutor(READERS) as pool,
     ):
-        for name, (what, read) in zip(known, pool.map(check, known), strict=True):
-            bundles, done = bundles + read, done + known[name][0]
+        for file, (what, read) in zip(manifest.files, pool.map(check, manifest.files)):
+            bundles, done = bundles + read, done + file.bytes
             if what:
-                damaged.append({"name": name, "what": what})
+                damaged[file.name] = what
             line.update(done / 1e6)
-    if not any(entry["name"] == format.TOKENIZER for entry in damaged):
+    if format.TOKENIZER not in damaged:
         try:
             read_tokenizer(location, manifest)
         except UserError as error:
-            damaged.append({"name": format.TOKENIZER, "what": str(error)})
+            damaged[format.TOKENIZER] = str(error)
     return {
-        "files": len(known),
+        "files": len(manifest.files),
         "bytes": total,
         "bundles": bundles,
-        "damaged": damaged,
+        "damaged": [{"name": name, "what": what} for name, what in damaged.items()],
         "ok": not damaged,
     }
 
 
+def parts_of(
+    location: Location, file: File, count: Callable[[int], None] | None = None
+) -> Generator[bytes, None, str | None]:
+    """Reads a file part by part; ``count`` is told the bytes of each. Returns what is wrong with
+    the whole.
+    """
+    size, crc, last = 0, 0, False
+    while not last:
+        last = file.bytes - size <= PART_BYTES
+        # the last to the end, wherever that is
+        part = location.read(file.name, size, None if last else size + PART_BYTES)
+        size, crc = size + len(part), crc32(part, crc)
+        if count:
+            count(len(part))
+        yield part
+    return wrong(file, size, crc)
+
+
+def wrong(file: File, size: int, crc: int) -> str | None:
+    """How the size and CRC-32 of a file's bytes differ from the manifest's, or None."""
+    if size != file.bytes:
+        return f"{size} bytes, {file.bytes} expected"
+    return None if crc == file.crc32 else "its checksum is wrong"
+
+
 def _check_shard(
-    location: Location,
-    manifest: Manifest,
-    group: Group,
-    block: int,
-    wanted: int,
-    sums_bytes: int,
-    sums_wanted: int,
+    location: Location, manifest: Manifest, file: File, sums_file: File, group: Group, shard: int
 ) -> tuple[str | None, int]:
-    data = location.read(format.shard_file(group, block))
-    if wrong := _wrong(len(data), format.shard_bytes(manifest, group, block), crc32(data), wanted):
-        return wrong, 0
-    start = block * manifest.shard_rows
-    rows = min(manifest.shard_rows, manifest.vocab_size - start)
-    bundles_RB = np.frombuffer(data, np.uint8, rows * group.bundle_bytes).reshape(
-        rows, group.bundle_bytes
-    )
-    sums = location.read(format.checksum_file(group, block))
-    if _wrong(len(sums), sums_bytes, crc32(sums), sums_wanted):
+    data = location.read(file.name)
+    if what := wrong(file, len(data), crc32(data)):
+        return what, 0
+    sums = location.read(sums_file.name)
+    if wrong(sums_file, len(sums), crc32(sums)):
         return None, 0  # damaged itself, and named as such
-    bad = np.flatnonzero(format.bundle_crc32(bundles_RB) != np.frombuffer(sums, "<u4", rows))
-    return (
+    start, stop = manifest.span(shard)
+    shape = stop - start, group.bundle_bytes
+    bundles_RB = np.frombuffer(data, np.uint8, shape[0] * shape[1]).reshape(shape)
+    bad = np.flatnonzero(
+        format.bundle_crc32(bundles_RB) != np.frombuffer(sums, "<u4", len(bundles_RB))
+    )
+    what = (
         f"{len(bad)} bundles, the first of token {start + bad[0]}, fail their checksum"
         if len(bad)
         else None
-    ), rows
-
-
-def _wrong(size: int, wanted_size: int, crc: int, wanted_crc: int) -> str | None:
-    if size != wanted_size:
-        return f"{size} bytes, {wanted_size} expected"
-    return None if crc == wanted_crc else "its checksum is wrong"
+    )
+    return what, len(bundles_RB)

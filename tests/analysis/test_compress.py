@@ -9,7 +9,7 @@ import pytest
 from flexmemory.analysis import compress
 from flexmemory.analysis.trained import scores
 from flexmemory.evals.rows import live_rows, stored_rows
-from flexmemory.tkv.export import Rows, export_params
+from flexmemory.tkv.export import RowFormat, export_params
 from flexmemory.tkv.lowrank import find_bases
 from flexmemory.tkv.store import open_store
 
@@ -19,7 +19,7 @@ PATTERN = "memoryllm stem dense flex"
 @pytest.fixture(scope="module")
 def bases(trained_of):
     trained = trained_of(PATTERN)
-    plan = compress._manifest(trained, Rows())
+    plan = compress._manifest(trained, RowFormat())
     return find_bases(
         trained.params,
         cfg=plan.model,
@@ -33,11 +33,11 @@ def bases(trained_of):
 @pytest.mark.parametrize(
     "rows",
     [
-        Rows(),
-        Rows(dtype="bfloat16"),
-        Rows(dtype="int8", scale_group=32),
-        Rows(dtype="int4"),
-        Rows(rank=0.7),
+        RowFormat(),
+        RowFormat(dtype="bfloat16"),
+        RowFormat(dtype="int8", scale_group=32),
+        RowFormat(dtype="int4"),
+        RowFormat(rank=0.7),
     ],
     ids=str,
 )

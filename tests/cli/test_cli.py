@@ -214,7 +214,7 @@ def loss_of_the_fold(run_folder, out) -> float:
         cfg=cfg.model,
         groups=manifest.groups,
         fold_rows=manifest.fold_rows,
-        block_rows=manifest.shard_rows,
+        shard_rows=manifest.shard_rows,
     )
     table_VB = np.concatenate([bundles[group.name] for _, bundles in blocks])
 

@@ -29,6 +29,7 @@ from tkv.making import tree_bytes
 from flexmemory import files
 from flexmemory.errors import UserError
 from flexmemory.files import allocate
+from flexmemory.tkv import format
 from flexmemory.tkv.copy import copy
 from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.storage import target
@@ -39,7 +40,7 @@ from flexmemory.tkv.store import open_store
 from . import toy
 from .flips import everything
 
-SHARDS = {"block_rows": 64}  # five of each group
+SHARDS = {"shard_rows": 64}  # five of each group
 
 
 def act(action: str, source: Path, out: Path) -> None:
@@ -204,7 +205,9 @@ def ramfs(source: Path, folder: Path) -> dict:
     for group in manifest.groups:
         want, got = (allocate(manifest.vocab_size, group.bundle_bytes) for _ in range(2))
         for place, method, out in ((source, "buffered", want), (folder / "s", "uring", got)):
-            reader = open_reader(open_location(place), manifest, group, method=method)
+            reader = open_reader(
+                open_location(place), format.records(manifest, group), method=method
+            )
             reader.read(np.arange(manifest.vocab_size), out)
             stats.append(reader.stats())
             reader.close()

@@ -17,6 +17,7 @@ import pytest
 from tkv.making import tree_bytes
 
 from flexmemory.errors import UserError
+from flexmemory.tkv import format
 from flexmemory.tkv.storage import reader
 from flexmemory.tkv.store import open_store
 
@@ -142,7 +143,7 @@ def test_signals_in_the_middle_of_reads(whole, monkeypatch):
             for group in opened.groups:
                 opened._readers[group.name].close()
                 opened._readers[group.name] = reader.open_reader(
-                    opened.location, opened.manifest, group, method=method
+                    opened.location, format.records(opened.manifest, group), method=method
                 )
             for _ in range(20):
                 got = {

@@ -30,5 +30,5 @@ def export_to(out, weights: dict | None = None, **options) -> dict:
         out,
         model()[0],
         model()[1] if weights is None else weights,
-        **dict(block_rows=128, counts_V=np.arange(257)) | options,
+        **dict(shard_rows=128, counts_V=np.arange(257)) | options,
     )

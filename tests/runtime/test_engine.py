@@ -26,7 +26,7 @@ OPTIONS = dict(max_batch=4, chunk=16)
 @pytest.fixture(scope="module")
 def resident(mixed, tokenizer):
     cfg, weights = mixed
-    return Engine.from_params(cfg.model, weights, tokenizer, block_rows=SHARD, **OPTIONS)
+    return Engine.from_params(cfg.model, weights, tokenizer, shard_rows=SHARD, **OPTIONS)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_folded_from_disk_equals_live_weights(dtype, compute, tokenizer, tmp_pat
     cfg = config("dense flex stem", compute_dtype=compute)
     make_store(tmp_path / "s", cfg, weights := params(cfg), dtype=dtype)
     live = Engine.from_params(
-        cfg.model, weights, tokenizer, dtype=dtype, block_rows=SHARD, **OPTIONS
+        cfg.model, weights, tokenizer, dtype=dtype, shard_rows=SHARD, **OPTIONS
     )
     same_bits(
         forced(live, PROMPTS, monkeypatch, 6),
@@ -259,7 +259,7 @@ def test_sampling_is_a_function_of_the_seed(resident, offloaded):
 def test_stop_at_eos_and_ids_above_the_tokenizers(mixed, tokenizer):
     cfg, weights = mixed
     weights = dict(weights, head=weights["head"] * 0)
-    engine = Engine.from_params(cfg.model, weights, tokenizer, block_rows=SHARD, **OPTIONS)
+    engine = Engine.from_params(cfg.model, weights, tokenizer, shard_rows=SHARD, **OPTIONS)
     weights["head"][:, 258] = 100 * np.sign(
         np.arange(32) - 15
     )  # an id that the tokenizer does not have
@@ -269,7 +269,7 @@ def test_stop_at_eos_and_ids_above_the_tokenizers(mixed, tokenizer):
     head = weights["head"]
     for sign in (1, -1):
         engine = Engine.from_params(
-            cfg.model, dict(weights, head=head * sign), tokenizer, block_rows=SHARD, **OPTIONS
+            cfg.model, dict(weights, head=head * sign), tokenizer, shard_rows=SHARD, **OPTIONS
         )
         made = engine.generate(["abc"], 4)[0]
         if made.ids == [256]:

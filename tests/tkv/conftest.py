@@ -53,7 +53,7 @@ def opened():
     made = []
 
     def opened(table, method="auto"):
-        made.append(open_reader(table[0], Table(), table[1], method=method))
+        made.append(open_reader(table[0], format.records(Table(), table[1]), method=method))
         return made[-1]
 
     yield opened

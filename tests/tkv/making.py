@@ -60,7 +60,7 @@ def make_store(out: Path, cfg: Config, weights: dict, **options) -> dict:
         out,
         run="run",
         step=3,
-        **(dict(block_rows=SHARD, progress=False) | options),
+        **(dict(shard_rows=SHARD, progress=False) | options),
     )
 
 
@@ -104,7 +104,7 @@ def main() -> None:
             run="frozen",
             step=0,
             counts_V=np.arange(257),
-            block_rows=128,
+            shard_rows=128,
             progress=False,
             **rows,
         )

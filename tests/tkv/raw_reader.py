@@ -63,7 +63,7 @@ def decode(found: bytes, store: Path, manifest: dict, group: dict) -> np.ndarray
 
 
 def bundle(store: Path, manifest: dict, group: dict, token: int) -> np.ndarray:
-    """rows_LW float32 of one token, by the offset formula; the index and the checksum are compared."""
+    """rows_LW float32 of one token, by the offset formula; index and checksum are compared."""
     s, size = manifest["shard_rows"], group["bundle_bytes"]
     shard, place = divmod(token, s)
     plain = manifest["dtype"] in FLOATS and not group.get("ranks")
@@ -90,7 +90,7 @@ def crc32c(data: bytes) -> int:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """safetensors: uint64 length of a JSON header, the header, then the bytes that it points into."""
+    """safetensors: uint64 length of a JSON header, the header, the bytes that it points into."""
     data, tensors = path.read_bytes(), {}
     start = 8 + int.from_bytes(data[:8], "little")
     for name, entry in json.loads(data[8:start]).items():

@@ -1,4 +1,4 @@
-"""Tables of random bundles, written by hand as a store's shards are, for the tests of the readers."""
+"""Tables of random bundles, written by hand as a store's shards are, for tests of the readers."""
 
 import dataclasses
 import os

@@ -10,9 +10,10 @@ import pytest
 from flexmemory.cli import copy as command
 from flexmemory.errors import UserError
 from flexmemory.tkv import copy as copying
+from flexmemory.tkv import verify
 from flexmemory.tkv.copy import copy
-from flexmemory.tkv.format import COPY_MARK
 from flexmemory.tkv.storage.location import LocalLocation
+from flexmemory.tkv.storage.target import COPY_MARK
 from flexmemory.tkv.store import open_store
 
 from .making import make_store, tree_bytes
@@ -34,7 +35,7 @@ def out(tmp_path):
 @pytest.fixture
 def other_store(mixed, tmp_path):
     cfg, params = mixed
-    make_store(tmp_path / "other", cfg, params, dtype="bfloat16", block_rows=128)
+    make_store(tmp_path / "other", cfg, params, dtype="bfloat16", shard_rows=128)
     return tmp_path / "other"
 
 
@@ -84,7 +85,7 @@ def test_copy_is_equal(store, out):
 
 def test_parts_of_large_files(source, out, monkeypatch):
     for size in (1000, 4096):  # the second divides some files' sizes
-        monkeypatch.setattr(copying, "PART_BYTES", size)
+        monkeypatch.setattr(verify, "PART_BYTES", size)
         run(source, out / str(size), deep=True)
         assert tree_bytes(out / str(size)) == tree_bytes(source)
 
@@ -173,7 +174,7 @@ def test_another_store_at_the_destination(source, other_store, out):
     before = tree_bytes(out)
     with pytest.raises(
         UserError,
-        match="holds another store; give --overwrite to replace it, or another destination",
+        match="holds another store; give overwrite=True to replace it, or another destination",
     ):
         run(source, out)
     assert tree_bytes(out) == before
@@ -223,7 +224,7 @@ def test_overwriting_is_interrupted(mixed, source, out, tmp_path):
 
 
 def replaced_only_with_overwrite(source, out, what):
-    with pytest.raises(UserError, match=f"holds {what}; give --overwrite"):
+    with pytest.raises(UserError, match=f"holds {what}; give overwrite=True"):
         run(source, out)
     run(source, out, overwrite=True)
     assert tree_bytes(out) == tree_bytes(source)

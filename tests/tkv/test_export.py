@@ -5,6 +5,7 @@ on one host or several.
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from flexmemory.bench.export import measure
 from flexmemory.errors import UserError
 from flexmemory.tkv import export as export_module
 from flexmemory.tkv import fold, format
-from flexmemory.tkv.export import Rows, check_options, read_counts
+from flexmemory.tkv.export import RowFormat, Writer, check_options, read_counts
 from flexmemory.tkv.storage import target
 from flexmemory.tkv.storage.location import LocalLocation, open_location
 from flexmemory.tkv.store import open_store
@@ -47,7 +48,7 @@ SCRIPT = textwrap.dedent("""
         format.bundle_crc32 = die  # the rows of one group are being written
     elif point == "third block":
         add = target.Record.add
-        target.Record.add = lambda record, block, *a: die() if block == 2 else add(record, block, *a)
+        target.Record.add = lambda record, k, *a: die() if k == 2 else add(record, k, *a)
     elif point == "backbone":
         backbone.save = die
     elif point == "before the rename":
@@ -106,7 +107,7 @@ def test_killed_export_is_no_store_and_is_finished_by_the_same_call(point, done,
         open_store(out)
     else:
         record = json.loads((out / "tkv.partial.0.json").read_text())
-        assert len(record["blocks"]) == done and record["ready"] == (point != "bases")
+        assert len(record["shards"]) == done and record["ready"] == (point != "bases")
         with pytest.raises(UserError, match="unfinished export.*again to finish"):
             open_store(out)
     made = make_store(out, *small[:2], **SMALL)
@@ -166,10 +167,8 @@ def test_a_host_writes_its_own_blocks_and_any_number_of_hosts_goes_on(small, tmp
     """Host 1 of 2 finishes and host 0 dies; then one host alone does what is missing."""
     monkeypatch.setattr(target, "POLL_SECONDS", 0.01)
     written, stop = [], RuntimeError("stopped")
-    write_shard = export_module._write_shard
-    monkeypatch.setattr(
-        export_module, "_write_shard", lambda *a: (written.append(a[3]), write_shard(*a))[1]
-    )
+    write = Writer.write
+    monkeypatch.setattr(Writer, "write", lambda *a: (written.append(a[2]), write(*a))[1])
     first = {}
     other = threading.Thread(
         target=lambda: first.update(
@@ -185,7 +184,7 @@ def test_a_host_writes_its_own_blocks_and_any_number_of_hosts_goes_on(small, tmp
     assert sorted(written) == sorted([0, 1, 2, 3, 4] * 2)  # two groups
     assert first["resumed_rows"] == 0 and not first["complete_before"]
     assert {
-        name: set(json.loads((tmp_path / "s" / name).read_text())["blocks"])
+        name: set(json.loads((tmp_path / "s" / name).read_text())["shards"])
         for name in ("tkv.partial.0.json", "tkv.partial.1.json")
     } == {"tkv.partial.0.json": {"0", "2", "4"}, "tkv.partial.1.json": {"1", "3"}}
     (tmp_path / "s" / "rows/w32/c/1/0").unlink()  # and a block has lost a file
@@ -232,14 +231,14 @@ def test_another_source_needs_overwrite(mixed, tmp_path):
     make_store(tmp_path / "s", cfg, weights)
     for options in (
         dict(dtype="bfloat16"),
-        dict(block_rows=32),
+        dict(shard_rows=32),
         dict(rank=0.5),
         dict(rank_error=0.5),
         dict(dtype="int8", scale_group=4),
     ):
-        with pytest.raises(UserError, match="another run, step or dtype; give --overwrite"):
+        with pytest.raises(UserError, match="another run, step or dtype; give overwrite=True"):
             make_store(tmp_path / "s", cfg, weights, **options)
-    with pytest.raises(UserError, match="give --overwrite"):
+    with pytest.raises(UserError, match="give overwrite=True"):
         make_store(tmp_path / "s", cfg, params(cfg, seed=1))
 
 
@@ -263,7 +262,7 @@ def test_unfinished_export_of_another_source_needs_overwrite(
         patch.setattr(export_module, "_publish", _raise(RuntimeError("stopped")))
         with pytest.raises(RuntimeError):
             make_store(tmp_path / "s", cfg, params(cfg, seed=1))
-    with pytest.raises(UserError, match="unfinished export of another run.*--overwrite"):
+    with pytest.raises(UserError, match="unfinished export of another run.*overwrite=True"):
         make_store(tmp_path / "s", cfg, weights)
     make_store(tmp_path / "s", cfg, weights, overwrite=True)
     assert tree_bytes(tmp_path / "s") == tree_bytes(mixed_store)
@@ -293,12 +292,12 @@ def test_overwrite_spares_foreign_files(mixed, tmp_path):
 
 
 def test_too_little_space_is_said_before_the_work(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
         UserError,
         match=(
-            r"needs \d\d\d,\d\d\d bytes and its disk has 1,000; free some and run the same command"
-            r" again"
+            r"^out: .*: \d\d\d,\d\d\d bytes are to be written and the disk has 1,000 free;"
+            r" free some and run the same command again"
         ),
     ):
         make_store(tmp_path / "s", *mixed)
@@ -370,21 +369,21 @@ def test_records_are_not_written_for_every_block(mixed, tmp_path, monkeypatch):
         "write_parts",
         lambda self, name, parts: (writes.append(name), write_parts(self, name, parts)),
     )
-    make_store(tmp_path / "s", *mixed, block_rows=1)
+    make_store(tmp_path / "s", *mixed, shard_rows=1)
     assert len([name for name in writes if "/c/" in name and name.startswith("rows/")]) == 2 * VOCAB
     assert len([name for name in writes if name.startswith("tkv.partial")]) < VOCAB / 4
     assert writes[-1] == "tkv.json"
 
 
 def test_bad_options():
-    with pytest.raises(UserError, match="--dtype: 'int3'"):
-        check_options(Rows(dtype="int3"))
+    with pytest.raises(UserError, match="^dtype: 'int3'"):
+        check_options(RowFormat(dtype="int3"))
     for rows in (0, 3, -4):
-        with pytest.raises(UserError, match=f"--block_rows: {rows}"):
-            check_options(Rows(block_rows=rows))
+        with pytest.raises(UserError, match=f"^shard_rows: {rows}"):
+            check_options(RowFormat(shard_rows=rows))
     for host, hosts in ((0, None), (None, 2), (2, 2), (-1, 2)):
-        with pytest.raises(UserError, match="--host, --hosts"):
-            check_options(Rows(), host, hosts)
+        with pytest.raises(UserError, match="^host, hosts"):
+            check_options(RowFormat(), host, hosts)
 
 
 def test_vocabulary_below_the_tokenizers(tmp_path):
@@ -399,43 +398,43 @@ def test_memory_is_some_blocks_whatever_the_vocabulary(mixed, tmp_path, monkeypa
     written.
     """
     started, written, most = [], [], []
-    start_block, write_shard = fold.start_block, export_module._write_shard
+    start_shard, write_shard = fold.start_shard, Writer.write
 
     def start(params, bases, start, stop, **options):
         started.append(stop - start)
         most.append(len(started) - len(written) // 2)
-        return start_block(params, bases, start, stop, **options)
+        return start_shard(params, bases, start, stop, **options)
 
     def write(*args):
         time.sleep(0.01)  # the disk is slower than the fold
         made = write_shard(*args)
-        written.append(args[3])
+        written.append(args[2])
         return made
 
-    monkeypatch.setattr(fold, "start_block", start)
-    monkeypatch.setattr(export_module, "_write_shard", write)
-    make_store(tmp_path / "s", *mixed, block_rows=16)
+    monkeypatch.setattr(fold, "start_shard", start)
+    monkeypatch.setattr(Writer, "write", write)
+    make_store(tmp_path / "s", *mixed, shard_rows=16)
     assert started == [16] * 16 + [4] and len(written) == 2 * 17
     assert 1 < max(most) <= export_module.WRITING + 2
 
 
 def test_blocks_that_arrive_after_another_has_failed_are_recorded(tmp_path, monkeypatch):
     cfg = config("stem stem-gate")
-    weights, write_shard = params(cfg), export_module._write_shard
+    weights, write_shard = params(cfg), Writer.write
 
     def write(*args):
-        if args[3] == 1:
+        if args[2] == 1:
             raise UserError("no")
         time.sleep(0.1)
         return write_shard(*args)
 
-    monkeypatch.setattr(export_module, "_write_shard", write)
+    monkeypatch.setattr(Writer, "write", write)
     with pytest.raises(UserError, match="^no$"):
-        make_store(tmp_path / "s", cfg, weights, block_rows=64)
-    known = json.loads((tmp_path / "s" / format.partial_file(0)).read_text())
-    assert set(known["blocks"]) == {"0", "2", "3", "4"}
+        make_store(tmp_path / "s", cfg, weights, shard_rows=64)
+    known = json.loads((tmp_path / "s" / target.partial_file(0)).read_text())
+    assert set(known["shards"]) == {"0", "2", "3", "4"}
     monkeypatch.undo()
-    assert make_store(tmp_path / "s", cfg, weights, block_rows=64)["resumed_rows"] == VOCAB - 64
+    assert make_store(tmp_path / "s", cfg, weights, shard_rows=64)["resumed_rows"] == VOCAB - 64
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@ them those of the libraries.
 """
 
 import contextlib
+import gc
+import math
 import os
+import re
 import threading
 import time
-from queue import SimpleQueue
 
+import jax
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -18,13 +21,15 @@ from flexmemory.errors import UserError
 from flexmemory.files import PAGE
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.memory import TableRows
+from flexmemory.run_folder import load_params
 from flexmemory.tkv import arrays, backbone, fold, format
 from flexmemory.tkv import export as export_module
 from flexmemory.tkv.encoding import Layout
-from flexmemory.tkv.export import Rows
+from flexmemory.tkv.export import RowFormat, Writer, export
 from flexmemory.tkv.format import TokenizerInfo
 from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.storage.location import open_location
+from flexmemory.train.loop import train
 
 from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes
 
@@ -56,12 +61,12 @@ def test_copied_bundles_are_those_of_the_fold(pattern, copy_bytes, monkeypatch):
     (group,) = (group for group in groups if group.name in tables)
     bases, (memory_N,) = {group.name: () for group in groups}, fold.copy_memory(groups, 1)
     for start, want in fold.fold_table(
-        weights, bases, cfg=cfg.model, groups=groups, fold_rows=FOLD_ROWS, block_rows=SHARD
+        weights, bases, cfg=cfg.model, groups=groups, fold_rows=FOLD_ROWS, shard_rows=SHARD
     ):
         stop = min(start + SHARD, VOCAB)
         copied = [
             bundles_RB.copy()
-            for bundles_RB in fold.copy_block(
+            for bundles_RB in fold.copy_shard(
                 tables[group.name], group, start, stop, FOLD_ROWS, memory_N
             )
         ]
@@ -104,9 +109,9 @@ def test_a_copied_row_that_is_not_finite_is_named_as_the_fold_names_it(
         dict(cfg=cfg.model, layouts=fold.layouts_of(groups), fold_rows=FOLD_ROWS),
     )
     with pytest.raises(UserError) as folded:
-        fold.fetch_block(fold.start_block(weights, bases, 64, 128, **call), groups)
+        fold.fetch_shard(fold.start_shard(weights, bases, 64, 128, **call), groups)
     with pytest.raises(UserError) as copied:
-        list(fold.copy_block(tables, groups[0], 64, 128, FOLD_ROWS, *fold.copy_memory(groups, 1)))
+        list(fold.copy_shard(tables, groups[0], 64, 128, FOLD_ROWS, *fold.copy_memory(groups, 1)))
     assert str(copied.value) == str(
         folded.value
     ) and "layer 1: its rows of tokens 64 to 95 are not all finite" in str(copied.value)
@@ -154,36 +159,33 @@ def test_a_piece_of_memory_is_one_shards_until_it_is_written_or_has_failed(fails
     cfg = config("stem stem-gate")
     weights, manifest = (
         params(cfg),
-        export_module.plan(cfg, Rows(block_rows=SHARD), TokenizerInfo("", 0, 1), "", 0, 0),
+        export_module.draft(cfg, RowFormat(shard_rows=SHARD), TokenizerInfo("", 0, 1), "", 0, 0),
     )
     (group,) = manifest.groups
-    tables, free = (
-        fold.learned_tables(weights, cfg.model, manifest.groups)[group.name],
-        SimpleQueue(),
-    )
-    (memory_N,) = fold.copy_memory(manifest.groups, 1)
-    free.put(memory_N)
+    tables = fold.learned_tables(weights, cfg.model, manifest.groups)
+    monkeypatch.setattr(export_module, "COPYING", 1)
+    writer = Writer(open_location("nowhere"), manifest, tables)
+    memory_N = writer._free.get()
+    writer._free.put(memory_N)
 
     def write(*args):
         *_, parts = args
-        assert all(np.shares_memory(part, memory_N) and free.empty() for part in parts)
+        assert all(np.shares_memory(part, memory_N) and writer._free.empty() for part in parts)
         if fails:
             raise OSError(28, "No space left on device")
         return ["file"]
 
-    monkeypatch.setattr(export_module, "_write_shard", write)
+    monkeypatch.setattr(writer, "write", write)
     with pytest.raises(OSError, match="No space left") if fails else contextlib.nullcontext():
-        assert export_module._copy_shard(
-            None, manifest, group, 1, (b"", b""), threading.Lock(), tables, free
-        ) == ["file"]
-    assert free.qsize() == 1
+        assert writer.copy(group, 1) == ["file"]
+    assert writer._free.qsize() == 1
 
 
-def test_learned_rows_of_many_blocks_at_once(tmp_path, monkeypatch):
+def test_learned_rows_of_many_shards_at_once(tmp_path, monkeypatch):
     """Pieces that go to the disk from where they lie, while other threads fill theirs."""
     cfg = config("stem stem-gate")
     weights = params(cfg)
-    make_store(tmp_path / "usual", cfg, weights, block_rows=64)
+    make_store(tmp_path / "usual", cfg, weights, shard_rows=64)
     write, running, most = os.write, set(), []
 
     def slowly(descriptor, data):
@@ -196,5 +198,59 @@ def test_learned_rows_of_many_blocks_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(fold, "COPY_BYTES", 3 * PAGE)  # 32 bundles
     monkeypatch.setattr(files, "PIECE_BYTES", 2 * PAGE)
     monkeypatch.setattr(os, "write", slowly)
-    make_store(tmp_path / "slowly", cfg, weights, block_rows=64)
+    make_store(tmp_path / "slowly", cfg, weights, shard_rows=64)
     assert 3 <= max(most) and tree_bytes(tmp_path / "slowly") == tree_bytes(tmp_path / "usual")
+
+
+@pytest.fixture(scope="module")
+def stem_run(tiny_config, tmp_path_factory):
+    """A run of one step; learned rows have width 40."""
+    cfg = tiny_config("memoryllm stem*3 stem-gate", **{"train.steps": 1, "model.d_ff": 40})
+    train(cfg, path := tmp_path_factory.mktemp("stem") / "run", progress=False)
+    return path
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        dict(dtype="float32"),
+        dict(dtype="bfloat16", rank=0.5),
+        dict(dtype="int4", scale_group=7),
+    ],
+    ids=str,
+)
+def test_no_learned_table_lies_on_a_device(rows, stem_run, tmp_path, monkeypatch, caplog):
+    """From the checkpoint to the store: neither an array of JAX nor an argument of a program is as
+    large as a table, so one that is larger than the device is exported. A checkpoint's parameters
+    of the same model, on the device, give the same bytes.
+    """
+    config, params, _ = load_params(stem_run)
+    tables = [
+        stack["table"].size for stack in params["memory"]["stacks"].values() if "table" in stack
+    ]
+    largest = config.model.vocab_size * 40  # of one layer
+    assert sum(tables) == 4 * largest and SHARD * 4 * 40 < largest
+    counts_V = export_module.read_counts(config)
+    make_store(tmp_path / "device", config, params, counts_V=counts_V, **rows)
+    del params
+    gc.collect()
+    before, seen = {id(array) for array in jax.live_arrays()}, []
+    write = Writer.write
+
+    def watch(*args):
+        seen.extend(array.shape for array in jax.live_arrays() if id(array) not in before)
+        return write(*args)
+
+    monkeypatch.setattr(Writer, "write", watch)
+    jax.clear_caches()  # so that every program is compiled, and logs the shapes of its arguments
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        export(stem_run, tmp_path / "host", progress=False, shard_rows=SHARD, **rows)
+    shapes = re.findall(r"float32\[([\d,]+)\]", caplog.text)
+    seen += [tuple(map(int, shape.split(","))) for shape in shapes]
+    own = [shape for shape in seen if shape[-1:] == (40,)]  # as wide as rows of a table
+    assert max(map(math.prod, own), default=0) < largest
+    assert shapes or rows == dict(dtype="float32")
+    bytes_of = [tree_bytes(tmp_path / name) for name in ("device", "host")]
+    assert bytes_of[0].keys() == bytes_of[1].keys()
+    for name in bytes_of[0].keys() - {"tkv.json", "tokenizer.json"}:  # the run has its own
+        assert bytes_of[0][name] == bytes_of[1][name], name

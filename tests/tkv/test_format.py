@@ -315,7 +315,7 @@ def test_the_frozen_stores_are_what_an_export_writes_today(tmp_path):
     """
     for name, rows in FROZEN.items():
         make_store(
-            tmp_path / name, *frozen_weights(), block_rows=128, counts_V=np.arange(257), **rows
+            tmp_path / name, *frozen_weights(), shard_rows=128, counts_V=np.arange(257), **rows
         )
         found, frozen = (
             tree_bytes(tmp_path / name),

@@ -6,7 +6,7 @@ import pytest
 from flexmemory.errors import UserError
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import Layout
-from flexmemory.tkv.export import Rows, check_options
+from flexmemory.tkv.export import RowFormat, check_options
 from flexmemory.tkv.lowrank import find_bases, uniform_ranks, useful_rank
 from flexmemory.tkv.store import open_store
 
@@ -95,14 +95,14 @@ def test_ranks_that_make_no_sense(mixed):
         (0.0, "0.0 is not a share"),
         (1.5, "1.5 is not a share"),
     ):
-        with pytest.raises(UserError, match=f"--rank: {message}"):
+        with pytest.raises(UserError, match=f"^rank: {message}"):
             uniform_ranks(groups, rank)
     assert uniform_ranks((format.Group("w48", (3,), Layout(1, 48, "int4"), 1, 0),), 0.01) == (1,)
     for rows, message in (
-        (Rows(rank=3, rank_error=0.1), "both choose"),
-        (Rows(rank_error=1.0), "--rank_error: 1.0"),
-        (Rows(scale_group=4), "--scale_group"),
-        (Rows(dtype="int8", scale_group=-1), "--scale_group: -1"),
+        (RowFormat(rank=3, rank_error=0.1), "both choose"),
+        (RowFormat(rank_error=1.0), "^rank_error: 1.0"),
+        (RowFormat(scale_group=4), "^scale_group"),
+        (RowFormat(dtype="int8", scale_group=-1), "^scale_group: -1"),
     ):
         with pytest.raises(UserError, match=message):
             check_options(rows)
@@ -110,5 +110,5 @@ def test_ranks_that_make_no_sense(mixed):
 
 def test_rank_of_a_model_without_memory(tmp_path):
     cfg = config("dense")
-    with pytest.raises(UserError, match="--rank: the model has no memory layer"):
+    with pytest.raises(UserError, match="^rank: the model has no memory layer"):
         make_store(tmp_path / "s", cfg, params(cfg), rank=0.5)

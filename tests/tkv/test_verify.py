@@ -42,11 +42,11 @@ def workdir(small, tmp_path, monkeypatch):
     (path / "config.json").write_text(to_json(cfg))
     byte_tokenizer().save(path)
 
-    def load_params(workdir, step=None):
+    def load_params(workdir, step=None, **_):
         assert workdir == path and step in (None, 3)
         return cfg, weights, 3
 
-    for module in ("run_folder", "runtime.verify"):
+    for module in ("run_folder", "runtime.verify", "tkv.export"):
         monkeypatch.setattr(f"flexmemory.{module}.load_params", load_params)
     return path
 
@@ -87,9 +87,9 @@ def test_other_weights_do_not_verify(small, tmp_path):
 
 def test_commands_end_to_end(workdir, tmp_path, capsys):
     out = str(tmp_path / "tkv")
-    assert export_cli.run([f"--workdir={workdir}", f"--out={out}", "--block_rows=64"]) == 0
+    assert export_cli.run([f"--workdir={workdir}", f"--out={out}", "--shard_rows=64"]) == 0
     assert "rows/s" in capsys.readouterr().out
-    assert export_cli.run([f"--workdir={workdir}", f"--out={out}", "--block_rows=64"]) == 0
+    assert export_cli.run([f"--workdir={workdir}", f"--out={out}", "--shard_rows=64"]) == 0
     assert "already complete" in capsys.readouterr().out
     assert open_store(out).manifest.source.run == "run"
 
@@ -125,10 +125,10 @@ def test_commands_end_to_end(workdir, tmp_path, capsys):
 
 def test_commands_on_bad_input(workdir, tmp_path):
     for option, message in (
-        ("--dtype=int3", "--dtype: 'int3' is not one of"),
+        ("--dtype=int3", "dtype: 'int3' is not one of"),
         ("--rank=half", "--rank: 'half' is not a number"),
-        ("--host=1", "--host, --hosts: 1 of None"),
-        ("--scale_group=8", "--scale_group: 8 needs --dtype=int8 or int4"),
+        ("--host=1", "host, hosts: 1 of None"),
+        ("--scale_group=8", "scale_group: 8 needs dtype=int8 or int4"),
     ):
         with pytest.raises(UserError, match=message):
             export_cli.run([f"--workdir={workdir}", f"--out={tmp_path}/x", option])

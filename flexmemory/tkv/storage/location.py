@@ -1,7 +1,7 @@
 """Where a store lies: a directory, s3://, gs://, or http(s):// (read only). Names of files are
 relative, with "/".
 
-Both kinds of location have the same methods. A write appears whole or not at all and is durable
+All have the same methods. A write appears whole or not at all and is durable
 when it returns. Whatever goes wrong is a UserError of one line; an absent file is a
 FileNotFoundError of :meth:`read`.
 """
@@ -11,8 +11,9 @@ import dataclasses
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import tensorstore as ts
@@ -20,16 +21,20 @@ import tensorstore as ts
 from flexmemory import files
 from flexmemory.errors import UserError
 
-REMOTE = {
-    "s3": "s3",
-    "gs": "gcs",
-    "http": "http",
-    "https": "http",
-}  # URL scheme to TensorStore driver
+REMOTE = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http"}  # scheme: TensorStore's driver
+MEND = "copy the store again or export the run again"
+NETWORK = "check the network and the server, then run the same command again"
 
 
 class DamagedFile(UserError):
     """A file that does not hold what it should: here, one that ends too early."""
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    name: str  # relative to the store
+    bytes: int
+    crc32: int  # of the whole file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +46,12 @@ class Patience:
     retries: int = 6
     first_delay_s: float = 0.2  # doubled for every further retry
     longest_delay_s: float = 5.0
-    timeout_s: float = (
-        300.0  # of one call, its retries included: a server that says nothing is given up
-    )
+    timeout_s: float = 300.0  # of one call with its retries: a silent server is given up
 
     @property
     def resource(self) -> dict:
-        return {
-            "max_retries": self.retries,
-            "initial_delay": f"{self.first_delay_s}s",
-            "max_delay": f"{self.longest_delay_s}s",
-        }
+        delays = {"initial_delay": self.first_delay_s, "max_delay": self.longest_delay_s}
+        return {"max_retries": self.retries} | {name: f"{s}s" for name, s in delays.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +69,19 @@ class LocalLocation:
         where the file ends before ``stop``.
         """
         path = self.local / checked(name)
-        try:
-            with open(path, "rb", buffering=0) as file:
+        with _local_errors(path, "read"):
+            try:
+                file = open(path, "rb", buffering=0)
+            except NotADirectoryError:
+                raise _missing(path) from None
+            with file:
                 size = os.fstat(file.fileno()).st_size
                 end = size if stop is None else stop
                 if start < end and end > size:
-                    raise DamagedFile(
-                        f"{path}: {size} bytes, {end} expected; copy the store again or export the"
-                        " run again"
-                    )
+                    raise DamagedFile(f"{path}: {size} bytes, {end} expected; {MEND}")
                 parts, position = [], start
-                while position < end:
-                    parts.append(
-                        os.pread(file.fileno(), end - position, position)
-                    )  # at most 2 GiB at a time
+                while position < end:  # the system reads at most 2 GiB at a time
+                    parts.append(os.pread(file.fileno(), end - position, position))
                     if not parts[-1]:
                         raise DamagedFile(
                             f"{path}: ends after {position} bytes, it had {size}; run the same"
@@ -90,12 +89,8 @@ class LocalLocation:
                         )
                     position += len(parts[-1])
                 return b"".join(parts)
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
-        except OSError as error:
-            raise _local_error(path, "read", error) from error
 
-    def write(self, name: str, data) -> None:
+    def write(self, name: str, data: Any) -> None:
         """data: bytes or anything with their buffer."""
         self.write_parts(name, [data])
 
@@ -104,68 +99,53 @@ class LocalLocation:
         left.
         """
         path = self.local / checked(name)
-        try:
+        with _local_errors(path, "written"):
             make_directory(path.parent)
             files.write_parts(path, parts)
-        except OSError as error:
-            raise _local_error(path, "written", error) from error
 
     def delete(self, name: str) -> None:
         """No error when there is no such file. Directories that become empty go too: as in an
         object store they are parts of names.
         """
         path = self.local / checked(name)
-        try:
+        with _local_errors(path, "deleted"), contextlib.suppress(*ABSENT):
             path.unlink()
             files.sync_directory(path.parent)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            raise _local_error(path, "deleted", error) from error
         with contextlib.suppress(OSError):  # not empty, or never there
             for folder in path.parents[: len(Path(name).parts) - 1]:
                 folder.rmdir()
 
     def names(self, prefix: str = "") -> list[str]:
         """Sorted names of all files that begin with ``prefix``."""
-        folder = self.local / prefix.rpartition("/")[0]
-        found = []
-        try:
+        folder, names = self.local / prefix.rpartition("/")[0], []
+        with _local_errors(folder, "listed"), contextlib.suppress(*ABSENT):
             for place, folders, here in os.walk(folder, onerror=_raise):
                 inside = "".join(f"{part}/" for part in Path(place).relative_to(self.local).parts)
-                found += [inside + name for name in here]
+                names += [inside + name for name in here if (inside + name).startswith(prefix)]
                 folders[:] = [
                     name
                     for name in folders
                     if prefix.startswith(inside + name) or (inside + name).startswith(prefix)
                 ]
-        except (FileNotFoundError, NotADirectoryError):
-            pass  # nothing there, or removed meanwhile
-        except OSError as error:
-            raise _local_error(folder, "listed", error) from error
-        return sorted(name for name in found if name.startswith(prefix))
+        return sorted(names)
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
         """Bytes of each of the files that are there."""
-        found = {}
+        sizes: dict[str, int | None] = {}
         for name in names:
             path = self.local / checked(name)
-            try:
+            with _local_errors(path, "read"), contextlib.suppress(*ABSENT):
                 status = path.stat()
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError as error:
-                raise _local_error(path, "read", error) from error
-            if stat.S_ISREG(status.st_mode):
-                found[name] = status.st_size
-        return found
+                if stat.S_ISREG(status.st_mode):
+                    sizes[name] = status.st_size
+        return sizes
 
     def spec(self, name: str = "") -> dict:
         """TensorStore's kvstore JSON of the folder ``name``."""
         folder = self.local / checked(name) if name else self.local
         return {"driver": "file", "path": f"{folder.absolute()}/"}
 
-    def wait(self, future: ts.Future):
+    def wait(self, future: ts.Future | ts.WriteFutures) -> Any:
         """The result of one of TensorStore's futures about this location. Raises RuntimeError with
         TensorStore's message in one line.
         """
@@ -174,36 +154,35 @@ class LocalLocation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RemoteLocation:
+    """An object store, or a web server, which is read only. Methods as of a local location."""
+
     url: str  # without "/" at the end
     base: dict  # kvstore JSON of the whole location; its path is empty or ends with "/"
     timeout_s: float
     kvstore: ts.KvStore
-    writable: bool  # http is not
+    writable: bool
     generations: dict[str, bytes]  # of the objects that this process has claimed
     local = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """As of a local location."""
         if stop is not None and stop <= start:
             return b""
-        what = slice(start, stop) if start or stop is not None else None
-        result = self._wait(name, "read", self.kvstore.read(checked(name), byte_range=what))
+        result = self._read(name, slice(start, stop) if start or stop is not None else None)
         if result.state == "missing":
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}")
+            raise _missing(f"{self.url}/{name}")
         return result.value
 
-    def write(self, name: str, data) -> None:
-        self._check_writable(name)
-        self._wait(name, "written", self.kvstore.write(checked(name), bytes(data)))
+    def write(self, name: str, data: Any) -> None:
+        self._write(name, bytes(data))
 
     def write_parts(self, name: str, parts: Iterable) -> None:
-        """As of a local location, but the whole is in memory at once: so an object is sent."""
+        """The whole is in memory at once: so an object is sent."""
         content = bytearray()
         for part in parts:
             content.extend(part)
         self.write(name, content)
 
-    def claim(self, name: str, data) -> bool:
+    def claim(self, name: str, data: bytes) -> bool:
         """Writes ``name`` unless another process has written it since this one first claimed it;
         False when that happened.
 
@@ -215,12 +194,8 @@ class RemoteLocation:
         self._check_writable(name)
         before = self.generations.get(name)
         if before is None:
-            before = self._wait(
-                name, "read", self.kvstore.read(checked(name), byte_range=slice(0, 0))
-            ).stamp.generation
-        after = self._wait(
-            name, "written", self.kvstore.write(checked(name), bytes(data), if_equal=before)
-        ).generation
+            before = self._read(name, slice(0, 0)).stamp.generation
+        after = self._write(name, data, if_equal=before).generation
         if not after:  # TensorStore's "unknown": the condition did not hold, or there is no bucket
             if name not in self.sizes([name]):
                 raise UserError(
@@ -231,19 +206,17 @@ class RemoteLocation:
         return True
 
     def delete(self, name: str) -> None:
-        self._check_writable(name)
-        self._wait(name, "deleted", self.kvstore.write(checked(name), None))
+        self._write(name, None, action="deleted")
 
     def names(self, prefix: str = "") -> list[str]:
-        """As of a local location. Raises UserError over http, which cannot list."""
+        """Raises UserError over http, which cannot list."""
         if not self.writable:
             raise UserError(
                 f"{self.url}: http cannot list files; use the s3:// or gs:// URL or a local path"
             )
-        first = prefix.encode()
-        keys = (
-            ts.KvStore.KeyRange(first, first[:-1] + bytes([first[-1] + 1])) if first else None
-        )  # UTF-8 never ends in 255
+        first, keys = prefix.encode(), None
+        if first:  # UTF-8 never ends in 255
+            keys = ts.KvStore.KeyRange(first, first[:-1] + bytes([first[-1] + 1]))
         return sorted(key.decode() for key in self._wait(prefix, "listed", self.kvstore.list(keys)))
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
@@ -251,21 +224,15 @@ class RemoteLocation:
         no right to list, and http cannot.
         """
         asked = {name: self.kvstore.read(checked(name), byte_range=slice(0, 0)) for name in names}
-        return {
-            name: None
-            for name, future in asked.items()
-            if self._wait(name, "read", future).state != "missing"
-        }
+        found = {name: self._wait(name, "read", future) for name, future in asked.items()}
+        return {name: None for name, result in found.items() if result.state != "missing"}
 
     def spec(self, name: str = "") -> dict:
-        """TensorStore's kvstore JSON of the folder ``name``, retries included."""
-        return {
-            **self.base,
-            "path": self.base.get("path", "") + (f"{checked(name)}/" if name else ""),
-        }
+        path = self.base.get("path", "") + (f"{checked(name)}/" if name else "")
+        return {**self.base, "path": path}
 
-    def wait(self, future: ts.Future):
-        """As of a local location. Raises TimeoutError as well, once the patience is over."""
+    def wait(self, future: ts.Future | ts.WriteFutures) -> Any:
+        """Raises TimeoutError as well, once the patience is over."""
         return _result(future, self.timeout_s)
 
     def _check_writable(self, name: str) -> None:
@@ -275,7 +242,14 @@ class RemoteLocation:
                 " gs://"
             )
 
-    def _wait(self, name: str, action: str, future):
+    def _read(self, name: str, span: slice | None) -> Any:
+        return self._wait(name, "read", self.kvstore.read(checked(name), byte_range=span))
+
+    def _write(self, name: str, data: bytes | None, action: str = "written", **options: Any) -> Any:
+        self._check_writable(name)
+        return self._wait(name, action, self.kvstore.write(checked(name), data, **options))
+
+    def _wait(self, name: str, action: str, future: ts.Future) -> Any:
         try:
             return self.wait(future)
         except (TimeoutError, RuntimeError) as error:
@@ -283,6 +257,7 @@ class RemoteLocation:
 
 
 Location = LocalLocation | RemoteLocation
+ABSENT = FileNotFoundError, NotADirectoryError
 
 
 def open_location(text: str | Path, *, patience: Patience | None = None) -> Location:
@@ -333,12 +308,8 @@ def open_location(text: str | Path, *, patience: Patience | None = None) -> Loca
 
 def checked(name: str) -> str:
     """The name itself. Raises UserError for one that would leave the location."""
-    if (
-        not name
-        or name.startswith("/")
-        or any(part in ("", ".", "..") for part in name.split("/"))
-        or "\0" in name
-    ):
+    parts = name.split("/")
+    if "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise UserError(
             f"file name {name!r}: must be relative and stay inside the store; the store is damaged,"
             " copy it again"
@@ -353,11 +324,10 @@ def _s3_environment() -> dict:
         found["endpoint"] = endpoint.rstrip("/")
     if region := get("AWS_REGION") or get("AWS_DEFAULT_REGION"):
         found["aws_region"] = region
-    if get(
-        "AWS_ACCESS_KEY_ID"
-    ):  # first in TensorStore's chain too, which would complain of missing profile files on stderr
-        found["aws_credentials"] = {"type": "environment"}
-    return found
+    # first in TensorStore's chain too, which would complain of missing profile files on stderr
+    return found | (
+        {"aws_credentials": {"type": "environment"}} if get("AWS_ACCESS_KEY_ID") else {}
+    )
 
 
 def make_directory(path: Path) -> None:
@@ -372,35 +342,41 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _local_error(path: Path, action: str, error: OSError) -> UserError:
-    if files.is_disk_full(error):
-        mend = "free some space and run the same command again"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        mend = "check the permissions of the file and its directory"
-    else:
-        mend = "check the disk and run the same command again"
-    return UserError(f"{path}: cannot be {action} ({error.strerror or error}); {mend}")
+def _missing(path: object) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+@contextlib.contextmanager
+def _local_errors(path: Path, action: str) -> Iterator[None]:
+    """Errors of the system as a UserError, but for a missing file that was to be read."""
+    try:
+        yield
+    except OSError as error:
+        if action == "read" and isinstance(error, FileNotFoundError):
+            raise
+        if files.is_disk_full(error):
+            mend = "free some space and run the same command again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            mend = "check the permissions of the file and its directory"
+        else:
+            mend = "check the disk and run the same command again"
+        raise UserError(
+            f"{path}: cannot be {action} ({error.strerror or error}); {mend}"
+        ) from error
 
 
 def _remote_error(url: str, action: str, reason: str) -> UserError:
-    if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
-        return UserError(
-            f"{url}: cannot be {action}, permission denied ({reason}); check the credentials and"
-            " what they allow"
-        )
     if reason.startswith("OUT_OF_RANGE"):
-        return DamagedFile(
-            f"{url}: shorter than expected ({reason}); copy the store again or export the run again"
-        )
-    if reason.startswith("NOT_FOUND") or "NoSuchBucket" in reason:
-        return UserError(f"{url}: cannot be {action} ({reason}); check that the bucket exists")
-    return UserError(
-        f"{url}: cannot be {action} ({reason}); check the network and the server, then run the same"
-        " command again"
-    )
+        return DamagedFile(f"{url}: shorter than expected ({reason}); {MEND}")
+    if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+        why, mend = f"permission denied ({reason})", "check the credentials and what they allow"
+        return UserError(f"{url}: cannot be {action}, {why}; {mend}")
+    bucket = reason.startswith("NOT_FOUND") or "NoSuchBucket" in reason
+    mend = "check that the bucket exists" if bucket else NETWORK
+    return UserError(f"{url}: cannot be {action} ({reason}); {mend}")
 
 
-def _result(future: ts.Future, timeout_s: float | None):
+def _result(future: ts.Future | ts.WriteFutures, timeout_s: float | None) -> Any:
     try:
         return future.result(timeout=timeout_s)
     except TimeoutError:

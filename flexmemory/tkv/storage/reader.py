@@ -1,10 +1,9 @@
-"""Reading the bundles of one group: local shard files as fast as the disk gives them, anything else
-through TensorStore.
+"""Reading records of one size that an array's shards hold: local files as fast as the disk gives
+them, anything else through TensorStore. A store's record is a bundle, one token's rows.
 
 A local batch goes one of these ways (`flexmemory bench read` says what each is worth):
 
-    page cache   preadv of each bundle that the page cache holds; nothing else comes near a memory
-    copy
+    page cache   preadv of each bundle that the page cache holds: next to a memory copy
     preadv       one O_DIRECT preadv, for a single bundle: no hand-over to wait for
     uring        all O_DIRECT reads at once through io_uring
     threads      the same from 16 threads, where the kernel refuses io_uring
@@ -12,6 +11,8 @@ A local batch goes one of these ways (`flexmemory bench read` says what each is 
     tensorstore  where the shards are laid out in another order
 """
 
+import contextlib
+import dataclasses
 import errno
 import math
 import mmap
@@ -19,18 +20,17 @@ import os
 import resource
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from flexmemory.errors import UserError
 from flexmemory.files import PAGE, allocate
-from flexmemory.tkv import format
-from flexmemory.tkv.encoding import host_view
-from flexmemory.tkv.format import Group, Manifest
-from flexmemory.tkv.storage.location import Location
+from flexmemory.tkv.storage.location import MEND, LocalLocation, Location
 from flexmemory.tkv.storage.uring import CacheStat, Ring
 
 METHODS = ("auto", "uring", "threads", "buffered", "tensorstore")
@@ -40,17 +40,40 @@ PROBES = 4  # bundles of a batch that are looked up in the page cache to judge t
 # bundles, reached by doubling from 1: a question of 5 us before each single read of 100 us would
 # cost more than a late answer
 PROBE_EVERY = 8
-CHUNK_CACHE_BYTES = (
-    16 << 20
-    # TensorStore's, beside the shard indexes: the pool keeps both, and an evicted index costs a
-    # read per call
-)
+# TensorStore's, beside the shard indexes: the pool keeps both, and an evicted index costs a read
+# per call
+CHUNK_CACHE_BYTES = 16 << 20
+INDEX_ENTRY_BYTES, INDEX_CRC_BYTES = 16, 4  # of a zarr shard's index, which ends its file
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """What a reader knows of an array: ``count`` records of ``size`` bytes, ``per_shard`` to a file
+    of ``files``, in order.
+    """
+
+    name: str  # relative to the store
+    count: int
+    per_shard: int
+    size: int
+    files: tuple[str, ...]
+    spec: Callable[[dict], dict]  # of TensorStore, for the array in a kvstore
+    view: Callable[[np.ndarray], np.ndarray]  # bytes [R, size] as that array has them
+
+
+def shard_index(used: int, places: int, size: int) -> np.ndarray:
+    """uint64 [places, 2], (offset, length) of each record in a shard whose first ``used`` places
+    are taken.
+    """
+    index_S2 = np.full((places, 2), 2**64 - 1, np.uint64)
+    index_S2[:used, 0], index_S2[:used, 1] = np.arange(used) * size, size
+    return index_S2
 
 
 def open_reader(
-    location: Location, manifest: Manifest, group: Group, *, method: str = "auto"
+    location: Location, records: Records, *, method: str = "auto"
 ) -> "LocalReader | TensorStoreReader":
-    """A reader of ``group``. ``method``: one of METHODS; "auto" chooses per batch, the others are
+    """A reader of ``records``. ``method``: one of METHODS; "auto" chooses per batch, the others are
     for measuring and for trouble.
 
     Raises UserError for a missing shard, an unknown method, and "uring" where the kernel refuses
@@ -59,26 +82,26 @@ def open_reader(
     if method not in METHODS:
         raise UserError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     if location.local is None or method == "tensorstore" or not sys.platform.startswith("linux"):
-        return TensorStoreReader(location, manifest, group)
-    return LocalReader(location, manifest, group, method)
+        return TensorStoreReader(location, records)
+    return LocalReader(location, records, method)
 
 
 class TensorStoreReader:
-    """Bundles of one group through TensorStore: remote stores, and shards that another zarr
-    implementation laid out.
+    """Records through TensorStore: remote stores, and shards that another zarr implementation laid
+    out.
     """
 
-    def __init__(self, location: Location, manifest: Manifest, group: Group):
-        self._location, self._group = location, group
+    def __init__(self, location: Location, records: Records):
+        self._location, self._records = location, records
         self._reads = self._bundles = 0
-        index_bytes = group.shards * manifest.shard_rows * format.INDEX_ENTRY_BYTES
+        index_bytes = len(records.files) * records.per_shard * INDEX_ENTRY_BYTES
         context = ts.Context(
             {
                 "cache_pool": {"total_bytes_limit": CHUNK_CACHE_BYTES + 2 * index_bytes},
                 "file_io_concurrency": {"limit": 32},
             }
         )
-        spec = format.rows_spec(location.spec(f"rows/{group.name}"), manifest, group)
+        spec = records.spec(location.spec(records.name))
         self._array = self._result(ts.open(spec, open=True, read=True, context=context))
 
     def read(self, ids_U: np.ndarray, out_UB: np.ndarray) -> None:
@@ -88,14 +111,11 @@ class TensorStoreReader:
         # a remote read that is given up may still write: not to memory that the caller goes on
         # using
         target_UB = out_UB if self._location.timeout_s is None else np.empty_like(out_UB)
-        rows_U = host_view(self._group.layout, target_UB)
+        rows_U = self._records.view(target_UB)
         # a plain index takes TensorStore less time than an array of one
-        here, there = (
-            (rows_U, self._array[ids_U])
-            if len(ids_U) > 1
-            else (rows_U[0], self._array[int(ids_U[0])])
-        )
-        self._result(ts.array(here, copy=False).write(there))
+        one = len(ids_U) == 1
+        here, there = (rows_U[0], int(ids_U[0])) if one else (rows_U, ids_U)
+        self._result(ts.array(here, copy=False).write(self._array[there]))
         if target_UB is not out_UB:
             out_UB[:] = target_UB
         self._reads += 1
@@ -103,29 +123,21 @@ class TensorStoreReader:
 
     def stats(self) -> dict:
         """As :meth:`LocalReader.stats`."""
-        count, size = self._bundles, self._group.bundle_bytes
-        return {
-            "method": "tensorstore",
-            "reads": self._reads,
-            "bundles": count,
-            "bytes": count * size,
-            "tensorstore": count,
-        }
+        count = self._bundles
+        sums = {"reads": self._reads, "bundles": count, "bytes": count * self._records.size}
+        return {"method": "tensorstore", **sums, "tensorstore": count}
 
     def close(self) -> None:
         self._array = None
 
-    def _result(self, future: ts.Future):
+    def _result(self, future: ts.Future | ts.WriteFutures) -> Any:
         try:
             return self._location.wait(future)
         except (TimeoutError, RuntimeError) as error:
-            mend = (
-                format.MEND
-                if self._location.local is not None
-                else f"check the network and the server, or {format.MEND}"
-            )
+            local = self._location.local is not None
+            mend = MEND if local else f"check the network and the server, or {MEND}"
             raise UserError(
-                f"{self._location.url}/rows/{self._group.name}: cannot be read ({error}); {mend}"
+                f"{self._location.url}/{self._records.name}: cannot be read ({error}); {mend}"
             ) from error
 
 
@@ -134,36 +146,33 @@ class _OtherLayout(Exception):
 
 
 class LocalReader:
-    """Bundles of one group from shard files: token t is in file t div S at (t mod S) * B. Shards
-    laid out otherwise go to TensorStore.
+    """Records from shard files: t is in file t div S at (t mod S) * B. Shards laid out otherwise go
+    to TensorStore.
     """
 
-    def __init__(self, location: Location, manifest: Manifest, group: Group, method: str):
-        self._origin = location, manifest, group
-        self._vocab_size, self._shard_rows, self._bundle = (
-            manifest.vocab_size,
-            manifest.shard_rows,
-            group.bundle_bytes,
-        )
-        self._paths = [location.local / format.shard_file(group, k) for k in range(group.shards)]
+    def __init__(self, location: LocalLocation, records: Records, method: str):
+        self._origin = location, records
+        self._count, self._shard_rows = records.count, records.per_shard
+        self._bundle = records.size
+        self._paths = [location.local / name for name in records.files]
         self._identities = [self._call(k, os.stat, path) for k, path in enumerate(self._paths)]
         self._buffered: dict[int, int] = {}  # shard -> descriptor, opened when first needed
         self._direct: dict[int, int] = {}  # the same with O_DIRECT
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(
-            ("reads", "bundles", "bytes", "page cache", "preadv", "uring", "threads", "read ahead"),
-            0,
-        )
+        ways = ("page cache", "preadv", "uring", "threads", "read ahead")
+        self._counts = dict.fromkeys(("reads", "bundles", "bytes", *ways), 0)
         self._probe, self._o_direct = method in ("auto", "buffered"), method != "buffered"
-        self._warm, self._unprobed = (
-            False,
-            PROBE_EVERY,
-        )  # the page cache held all of the last batch; bundles read since it was last asked
-        self._probe_every = (
-            1  # so many, where it did not: one miss in a warm file is forgotten at once
-        )
-        self._nowait, self._cachestat = os.RWF_NOWAIT, CacheStat()
-        self._ring = self._pool = self._staging = self._fallback = None
+        self._warm = False  # the page cache held all of the last batch
+        self._unprobed = PROBE_EVERY  # bundles read since the page cache was last asked
+        self._probe_every = 1  # so many, where it did not hold all: one miss is forgotten at once
+        self._nowait = os.RWF_NOWAIT
+        self._ring: Ring | None = None
+        self._cachestat: CacheStat | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._staging: np.ndarray | None = None
+        self._fallback: TensorStoreReader | None = None
+        with contextlib.suppress(OSError):
+            self._cachestat = CacheStat()
         if method in ("auto", "uring"):
             try:
                 self._ring = Ring()
@@ -180,21 +189,18 @@ class LocalReader:
         Raises UserError naming the file when a shard is missing, cut short, replaced or unreadable;
         out is then undefined.
         """
-        if (
-            out_UB.shape != (len(ids_U), self._bundle)
-            or out_UB.itemsize != 1
-            or not out_UB.flags.carray
-        ):
+        shape = (len(ids_U), self._bundle)
+        if out_UB.shape != shape or out_UB.itemsize != 1 or not out_UB.flags.carray:
             raise ValueError(
-                f"out must be a writable C-contiguous uint8 [{len(ids_U)}, {self._bundle}], got"
-                f" {out_UB.dtype} {out_UB.shape}"
+                f"out must be a writable C-contiguous uint8 {shape}, got {out_UB.dtype}"
+                f" {out_UB.shape}"
             )
         tokens = ids_U.tolist()
         if not tokens:
             return
-        if tokens[0] < 0 or tokens[-1] >= self._vocab_size:
+        if tokens[0] < 0 or tokens[-1] >= self._count:
             raise ValueError(
-                f"ids must be within 0..{self._vocab_size - 1}, got {tokens[0]}..{tokens[-1]}"
+                f"ids must be within 0..{self._count - 1}, got {tokens[0]}..{tokens[-1]}"
             )
         with self._lock:
             if self._fallback is None:
@@ -225,31 +231,25 @@ class LocalReader:
             if self._pool:
                 self._pool.shutdown()
 
-    def __del__(
-        self,
-    ):  # a store that was dropped without closing must not keep hundreds of descriptors
-        try:
+    def __del__(self) -> None:
+        # a store that was dropped without closing must not keep hundreds of descriptors
+        with contextlib.suppress(Exception):  # half made, or the interpreter is going
             self.close()
-        except Exception:  # half made, or the interpreter is going
-            pass
 
     # A single cached bundle is a copy of microseconds: what runs for one token is kept short.
 
     def _read(self, tokens: list[int], out_UB: np.ndarray) -> None:
-        missed = range(len(tokens))
+        missed: Sequence[int] = range(len(tokens))
         self._unprobed += len(tokens)
-        if self._probe and (
-            self._warm or self._unprobed >= self._probe_every or not self._o_direct
-        ):
+        due = self._warm or self._unprobed >= self._probe_every or not self._o_direct
+        if self._probe and due:
             missed = self._from_cache(tokens, out_UB)
         if missed and self._o_direct:
             try:
                 missed = self._from_disk(missed, tokens, out_UB)
             except OSError as error:
-                if error.errno in (
-                    errno.EINVAL,
-                    errno.EOPNOTSUPP,
-                ):  # no O_DIRECT here; other errors may pass, or have their file named below
+                # no O_DIRECT here; other errors may pass, or have their file named below
+                if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                     self._o_direct, self._probe = False, True
         if missed:
             self._read_ahead(missed, tokens, out_UB)
@@ -262,17 +262,11 @@ class LocalReader:
 
     def _from_cache(self, tokens: list[int], out_UB: np.ndarray) -> list[int]:
         """Copies the bundles that the page cache holds; returns the indexes of the others."""
-        likely = (
-            range(len(tokens)) if self._warm and self._nowait else self._cached(tokens)
-        )  # a wrong guess costs little, once
-        missed, rows, size, nowait, buffered, preadv = (
-            [],
-            self._shard_rows,
-            self._bundle,
-            self._nowait,
-            self._buffered,
-            os.preadv,
-        )
+        sure = self._warm and self._nowait  # a wrong guess costs little, once
+        likely = range(len(tokens)) if sure else self._cached(tokens)
+        missed: list[int] = []
+        rows, size, nowait = self._shard_rows, self._bundle, self._nowait
+        buffered, preadv = self._buffered, os.preadv
         for i in likely:
             shard, place = divmod(tokens[i], rows)
             try:
@@ -280,22 +274,19 @@ class LocalReader:
                     continue
             except KeyError:  # not open yet
                 pass
-            except (
-                OSError
-            ) as error:  # EAGAIN where it is not cached; errors of the disk will come again
+            except OSError as error:  # EAGAIN: not cached; errors of the disk will come again
                 if error.errno == errno.EOPNOTSUPP:
                     self._nowait = 0
             missed.append(i)
         self._counts["page cache"] += len(likely) - len(missed)
         if len(likely) < len(tokens):
             missed = sorted({*range(len(tokens))} - {*likely} | {*missed})
-        self._probe_every = (
-            min(2 * self._probe_every, PROBE_EVERY) if missed and not self._warm else 1
-        )
+        cold = missed and not self._warm
+        self._probe_every = min(2 * self._probe_every, PROBE_EVERY) if cold else 1
         self._warm, self._unprobed = not missed, 0
         return missed
 
-    def _cached(self, tokens: list[int]) -> list[int]:
+    def _cached(self, tokens: list[int]) -> Sequence[int]:
         """Indexes of the bundles that the page cache seems to hold: a few are looked up, and all
         only where these disagree.
         """
@@ -309,54 +300,42 @@ class LocalReader:
         shard, place = divmod(token, self._shard_rows)
         fd, offset, size = self._open(shard), place * self._bundle, self._bundle
         if self._cachestat:
+            pages = (offset + size - 1) // mmap.PAGESIZE - offset // mmap.PAGESIZE + 1
             try:
-                return (
-                    self._cachestat.pages(fd, offset, size)
-                    == (offset + size - 1) // mmap.PAGESIZE - offset // mmap.PAGESIZE + 1
-                )
+                return self._cachestat.pages(fd, offset, size) == pages
             except OSError:  # an older kernel, or another user's file
                 self._cachestat = None
+        if not self._nowait:
+            return False
         try:  # one byte without waiting; a miss makes the kernel read its page, and no more
-            return (
-                self._nowait != 0
-                and os.preadv(fd, (bytearray(1),), offset + size // 2, self._nowait) == 1
-            )
+            return os.preadv(fd, (bytearray(1),), offset + size // 2, self._nowait) == 1
         except OSError:
             return False
 
-    def _read_ahead(self, which: list[int], tokens: list[int], out_UB: np.ndarray) -> None:
+    def _read_ahead(self, which: Sequence[int], tokens: list[int], out_UB: np.ndarray) -> None:
         """Through the page cache, which takes any alignment. Names the file that fails."""
-        places = [divmod(tokens[i], self._shard_rows) for i in which]
+        size, places = self._bundle, [divmod(tokens[i], self._shard_rows) for i in which]
         for shard, place in places:
-            os.posix_fadvise(
-                self._open(shard), place * self._bundle, self._bundle, os.POSIX_FADV_WILLNEED
-            )
+            os.posix_fadvise(self._open(shard), place * size, size, os.POSIX_FADV_WILLNEED)
         for i, (shard, place) in zip(which, places):
-            got = self._call(
-                shard, _preadv, self._open(shard), out_UB[i], place * self._bundle, self._bundle, 1
-            )
-            if got < self._bundle:
+            what = self._open(shard), out_UB[i], place * size, size, 1
+            if self._call(shard, _preadv, *what) < size:
                 raise UserError(
-                    f"{self._paths[shard]}: ends inside the bundle of token {tokens[i]};"
-                    f" {format.MEND}"
+                    f"{self._paths[shard]}: ends inside the bundle of token {tokens[i]}; {MEND}"
                 )
         self._counts["read ahead"] += len(which)
 
     # the disk
 
-    def _from_disk(self, which: list[int], tokens: list[int], out_UB: np.ndarray) -> list[int]:
-        """O_DIRECT reads; returns the indexes of bundles that did not come whole. Raises OSError."""
+    def _from_disk(self, which: Sequence[int], tokens: list[int], out_UB: np.ndarray) -> list[int]:
+        """O_DIRECT reads; returns the indexes of bundles that are not whole. Raises OSError."""
         size = self._bundle
         if len(which) == 1 and size % PAGE == 0:
             shard, place = divmod(tokens[which[0]], self._shard_rows)
             self._counts["preadv"] += 1
+            what = self._open_direct(shard), out_UB[which[0]], place * size, size, PAGE
             try:
-                return (
-                    []
-                    if _preadv(self._open_direct(shard), out_UB[which[0]], place * size, size, PAGE)
-                    == size
-                    else list(which)
-                )
+                return [] if _preadv(*what) == size else list(which)
             except OSError as error:  # asking for the address takes as long as a tenth of the read
                 if error.errno != errno.EINVAL or out_UB.ctypes.data % PAGE == 0:
                     raise
@@ -369,44 +348,42 @@ class LocalReader:
         if self._staging is None:
             span = (size // PAGE + 2) * PAGE  # the most that pages around a bundle can take
             self._staging = allocate(max(1, STAGING_BYTES // span), span)
-        unread, lead_N, wave = [], offsets_N % PAGE, len(self._staging)
-        for n in range(0, len(which), wave):
-            lead_M, rows_M = lead_N[n : n + wave], which_N[n : n + wave]
-            got_M = self._transfer(
-                fds_N[n : n + wave],
-                offsets_N[n : n + wave] - lead_M,
-                self._staging,
-                np.arange(len(rows_M)),
-                lead_M + size,
-            )
-            for m, (row, lead, got) in enumerate(
-                zip(rows_M.tolist(), lead_M.tolist(), got_M.tolist())
-            ):
+        unread, lead_N = [], offsets_N % PAGE
+        for n in range(0, len(which), len(self._staging)):
+            part = slice(n, n + len(self._staging))
+            lead_M, rows_M = lead_N[part], which_N[part].tolist()
+            starts_M, places_M = offsets_N[part] - lead_M, np.arange(len(rows_M))
+            got_M = self._transfer(fds_N[part], starts_M, self._staging, places_M, lead_M + size)
+            for m, (row, lead) in enumerate(zip(rows_M, lead_M.tolist())):
                 out_UB[row] = self._staging[m, lead : lead + size]
-                if got < lead + size:
+                if got_M[m] < lead + size:
                     unread.append(row)
         return unread
 
-    def _transfer(self, fds_N, offsets_N, target: np.ndarray, rows_N, wanted_N) -> np.ndarray:
+    def _transfer(
+        self,
+        fds_N: np.ndarray,
+        offsets_N: np.ndarray,
+        target: np.ndarray,
+        rows_N: np.ndarray,
+        wanted_N: np.ndarray,
+    ) -> np.ndarray:
         """Reads wanted bytes, rounded up to pages, at aligned offsets into rows of ``target``;
         returns the bytes got, int64 [N].
         """
         lengths_N = -(-wanted_N // PAGE) * PAGE
 
         def one_by_one(part: slice) -> list[int]:
-            requests = zip(
-                *(array[part].tolist() for array in (fds_N, offsets_N, rows_N, lengths_N, wanted_N))
-            )
+            arrays = (fds_N, rows_N, lengths_N, offsets_N, wanted_N)
             return [
                 _preadv(fd, target[row, :length], offset, wanted, PAGE)
-                for fd, offset, row, length, wanted in requests
+                for fd, row, length, offset, wanted in zip(*(a[part].tolist() for a in arrays))
             ]
 
         if self._ring:
             self._counts["uring"] += len(fds_N)
-            return self._ring.read(
-                fds_N, offsets_N, target.ctypes.data + rows_N * target.shape[1], lengths_N, wanted_N
-            )
+            addresses_N = target.ctypes.data + rows_N * target.shape[1]
+            return self._ring.read(fds_N, offsets_N, addresses_N, lengths_N, wanted_N)
         self._counts["threads"] += len(fds_N)
         self._pool = self._pool or ThreadPoolExecutor(THREADS)
         cuts = np.linspace(0, len(fds_N), min(THREADS, len(fds_N)) + 1).astype(int).tolist()
@@ -451,34 +428,22 @@ class LocalReader:
         return fd
 
     def _check_index(self, fd: int, shard: int) -> None:
-        os.posix_fadvise(
-            fd, 0, 0, os.POSIX_FADV_RANDOM
-        )  # else each bundle brings its neighbours into the page cache
-        tokens, entry = (
-            min(self._shard_rows, self._vocab_size - shard * self._shard_rows),
-            format.INDEX_ENTRY_BYTES,
-        )
-        expected_S2 = np.full((self._shard_rows, 2), 2**64 - 1, np.uint64)
-        expected_S2[:tokens, 0], expected_S2[:tokens, 1] = (
-            np.arange(tokens) * self._bundle,
-            self._bundle,
-        )
-        start = self._identities[shard].st_size - self._shard_rows * entry - format.INDEX_CRC_BYTES
-        if (
-            start != tokens * self._bundle
-            or os.pread(fd, self._shard_rows * entry, start) != expected_S2.tobytes()
-        ):
+        # else each bundle brings its neighbours into the page cache
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        used = min(self._shard_rows, self._count - shard * self._shard_rows)
+        expected = shard_index(used, self._shard_rows, self._bundle).tobytes()
+        start = self._identities[shard].st_size - len(expected) - INDEX_CRC_BYTES
+        if start != used * self._bundle or os.pread(fd, len(expected), start) != expected:
             raise _OtherLayout
 
-    def _call(self, shard: int, function, *args):
+    def _call(self, shard: int, function: Callable, *args: Any) -> Any:
         """``function(*args)``, its OSError as a UserError that names the shard's file."""
         try:
             return function(*args)
         except OSError as error:
-            mend = {
-                errno.EACCES: "let this user read it",
-                errno.EMFILE: "allow more open files (ulimit -n)",
-            }.get(error.errno, format.MEND)
+            more = "allow more open files (ulimit -n)"
+            mends = {errno.EACCES: "let this user read it", errno.EMFILE: more}
+            mend = mends.get(error.errno or 0, MEND)
             raise UserError(
                 f"{self._paths[shard]}: cannot be read ({error.strerror}); {mend}"
             ) from error
@@ -494,9 +459,8 @@ def _open_file(path: Path, flags: int) -> int:
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[
-        1
-    ]  # a large table has more shards than the soft limit lets us open
+    # a large table has more shards than the soft limit lets us open
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return os.open(path, flags)
 

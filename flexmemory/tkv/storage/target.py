@@ -2,8 +2,8 @@
 store.
 
 Host 0 marks it with its record (``ready`` false), clears what was there, writes what must come
-before the rows, and sets ``ready``. The other hosts wait for that. Every record lists blocks whose
-files are on the disk; a block in any host's record is done.
+before the rows, and sets ``ready``. The other hosts wait for that. Every record lists shards whose
+files are on the disk; a shard in any host's record is done.
 """
 
 import contextlib
@@ -13,99 +13,106 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from flexmemory import files
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
-from flexmemory.tkv import format
-from flexmemory.tkv.format import MANIFEST, File, Manifest
-from flexmemory.tkv.manifest import read_manifest, to_json
-from flexmemory.tkv.storage.location import Location, make_directory
+from flexmemory.tkv.storage.location import File, Location, make_directory
 
-CONTENTS = ("rows", "checksums", "backbone", format.TOKENIZER, format.BASIS, format.COUNTS)
+MANIFEST = "tkv.json"  # written last: a directory without it is no store
+COPY_MARK = "tkv.partial.copy.json"  # of an unfinished copy
 PARTIAL, LOCK = "tkv.partial.", ".lock."  # and the number of the host
-# a kill loses the blocks of the last seconds, and a long list is not written for every block
+CONTENTS = (  # what else a store has at its top
+    "rows",
+    "checksums",
+    "backbone",
+    "tokenizer.json",
+    "basis.safetensors",
+    "counts.npy",
+)
+# a kill loses the shards of the last seconds, and a long list is not written for every shard
 RECORD_SECONDS = 2.0
 POLL_SECONDS = 0.5  # between looks at what other hosts have done
+OTHER = "another run, step or dtype"
+
+Sums = dict[int, list[float]]  # model layer -> [squared error, squares, largest error]
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Shard:
+    """One shard of every group, written. sums: {} for plain float32, where nothing is lost."""
+
     files: list[File]
-    sums: dict[
-        int, list[float]
-    ]  # model layer -> squared error, squares, largest error; {} for plain float32
+    sums: Sums
 
 
+@dataclasses.dataclass
 class Record:
     """tkv.partial.<host>.json. ``with record:`` writes at the end what is not yet written."""
 
-    def __init__(
-        self,
-        location: Location,
-        host: int,
-        identity: dict,
-        prepared: list[File] = (),
-        blocks: dict[int, Block] = (),
-    ):
-        self.location, self.host, self.identity = location, host, identity
-        self.prepared, self.blocks = list(prepared), dict(blocks)
-        self._written = time.monotonic()
+    location: Location
+    host: int
+    identity: dict  # what must agree for shards of two exports to be the same bytes
+    prepared: list[File] = dataclasses.field(default_factory=list)
+    shards: dict[int, Shard] = dataclasses.field(default_factory=dict)
+    ready: bool = True
+    _written: float = dataclasses.field(default_factory=time.monotonic)
 
-    def add(self, block: int, files: list[File], sums: dict[int, list[float]]) -> None:
-        """Counts a block whose files are on the disk."""
-        self.blocks[block] = Block(files, sums)
+    def add(self, number: int, files: list[File], sums: Sums) -> None:
+        """Counts a shard whose files are on the disk."""
+        self.shards[number] = Shard(files, sums)
         if time.monotonic() - self._written > RECORD_SECONDS:
             self.write()
 
-    def write(self, ready: bool = True) -> None:
-        blocks = {
-            str(k): {
-                "files": [dataclasses.astuple(file) for file in block.files],
-                "sums": block.sums,
-            }
-            for k, block in self.blocks.items()
-        }
+    def write(self) -> None:
         content = {
             "identity": self.identity,
-            "ready": ready,
-            "prepared": [dataclasses.astuple(file) for file in self.prepared],
-            "blocks": blocks,
+            "ready": self.ready,
+            "prepared": [dataclasses.asdict(file) for file in self.prepared],
+            "shards": {str(k): dataclasses.asdict(shard) for k, shard in self.shards.items()},
         }
-        name, data = format.partial_file(self.host), json.dumps(content).encode()
+        name, data = partial_file(self.host), json.dumps(content).encode()
         if self.location.local is not None:
             self.location.write(name, data)
         elif not self.location.claim(name, data):
             raise UserError(
-                f"--out: {self.location.url}: another process has begun to export there; wait for"
-                " it or give another place"
+                f"out: {self.location.url}: another process has begun to export there; wait for it"
+                " or give another place"
             )
         self._written = time.monotonic()
+
+    @classmethod
+    def read(cls, location: Location, host: int) -> "Record | None":
+        name = partial_file(host)
+        try:
+            content = json.loads(location.read(name))
+            shards = {
+                int(k): Shard(
+                    [File(**file) for file in shard["files"]],
+                    {int(layer): sums for layer, sums in shard["sums"].items()},
+                )
+                for k, shard in content["shards"].items()
+            }
+            prepared = [File(**file) for file in content["prepared"]]
+            return cls(location, host, content["identity"], prepared, shards, content["ready"])
+        except FileNotFoundError:
+            return None
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{location.url}/{name}: not readable ({error!r}); delete it and run the same"
+                " command again"
+            ) from None
 
     def __enter__(self) -> "Record":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        with contextlib.suppress(
-            *(() if kind is None else (OSError, UserError))
-        ):  # the first error is the one to tell
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        # the first error is the one to tell
+        with contextlib.suppress(*(() if kind is None else (OSError, UserError))):
             self.write()
-
-
-def identity_of(manifest: Manifest) -> dict:
-    """What must agree for blocks of two exports to be the same bytes."""
-    body = to_json(manifest)
-    source = {
-        name: value for name, value in body["source"].items() if name != "config_hash"
-    }  # logging intervals do not change a row
-    names = ("version", "model", "dtype", "shard_rows", "fold_rows", "tokenizer")
-    more = {
-        "scale_group": manifest.scale_group,
-        "rank_error": manifest.rank_error,
-        "ranks": manifest.ranks and list(manifest.ranks) if manifest.rank_error is None else None,
-    }
-    return {name: body[name] for name in names} | more | {"source": source}
 
 
 @contextlib.contextmanager
@@ -117,21 +124,20 @@ def held(location: Location, host: int) -> Iterator[None]:
         yield
         return
     if location.local.exists() and not location.local.is_dir():
-        raise UserError(f"--out: {location.url} is a file; give a directory")
+        raise UserError(f"out: {location.url} is a file; give a directory")
     make_directory(location.local)
     path = location.local / f"{LOCK}{host}"
     while True:
         lock = open(path, "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (
-                os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino
-            ):  # else the one before has just removed it
+            # another file's where the process before has just removed its own
+            if os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino:
                 break
         except BlockingIOError:
             lock.close()
             raise UserError(
-                f"--out: {location.url}: another process writes there; wait for it or give another"
+                f"out: {location.url}: another process writes there; wait for it or give another"
                 " directory"
             ) from None
         except FileNotFoundError:
@@ -146,117 +152,139 @@ def held(location: Location, host: int) -> Iterator[None]:
 
 def prepare(
     location: Location,
-    manifest: Manifest,
+    identity: dict,
     host: int,
-    overwrite: bool,
+    *,
+    known: Callable[[], dict],
     write_first: Callable[[], list[File]],
-    progress: bool,
-) -> tuple[Record, dict[int, Block]] | None:
-    """This host's record and all blocks done so far, of any host; or None when the target is this
+    overwrite: bool = False,
+    progress: bool = True,
+) -> tuple[Record, dict[int, Shard]] | None:
+    """This host's record and all shards done so far, of any host; or None when the target is this
     store already.
 
-    write_first: writes what rows need and returns it; host 0 calls it once, on a cleared target.
+    known: gives the identity of the store that is there. write_first: writes what rows need and
+    returns it; host 0 calls it once, on a cleared target.
     """
-    identity = identity_of(manifest)
     if _exists(location, MANIFEST) and not overwrite:
-        if identity_of(read_manifest(location)) == identity:
-            if host == 0:
-                sweep(location)
-            return None
-        raise UserError(
-            f"--out: {location.url} holds a store of another run, step or dtype; give --overwrite"
-            " to replace it, or another directory"
-        )
+        if known() != identity:
+            raise UserError(
+                f"out: {location.url} holds a store of {OTHER}; give overwrite=True to replace it,"
+                " or another directory"
+            )
+        if host == 0:
+            sweep(location)
+        return None
     if host > 0:
         return _join(location, identity, host, overwrite, progress)
-    known = _read(location, 0)
-    if known is None:
+    record = Record.read(location, 0)
+    if record is None:
         if not _exists(location, MANIFEST) and (foreign := _foreign(location)):
             raise UserError(
-                f"--out: {location.url} is not empty and no TKV store (it has {foreign}); give a"
-                " new or empty directory"
+                f"out: {location.url} is not empty and no TKV store (it has {foreign}); give a new"
+                " or empty directory"
             )
-    elif known["identity"] != identity and not overwrite:
+    elif record.identity != identity and not overwrite:
         raise UserError(
-            f"--out: {location.url} holds an unfinished export of another run, step or dtype; give"
-            " --overwrite to start again, or another directory"
+            f"out: {location.url} holds an unfinished export of {OTHER}; give overwrite=True to"
+            " start again, or another directory"
         )
-    elif known["identity"] == identity and known["ready"] and not _exists(location, MANIFEST):
-        return _resumed(location, identity, 0, known["prepared"])
-    record = Record(location, 0, identity)
-    record.write(
-        ready=False
-    )  # before clearing: a kill in between leaves an unfinished export, not foreign files
-    _clear(location)
-    record.prepared = write_first()
+    elif _joinable(location, record, identity):
+        return _resumed(location, identity, 0, record.prepared)
+    # before clearing: a kill in between leaves an unfinished export, not foreign files
+    record = Record(location, 0, identity, ready=False)
+    record.write()
+    clear(location, [name for name in location.names() if name != partial_file(0)])
+    record.prepared, record.ready = write_first(), True
     record.write()
     return record, {}
 
 
 def _join(
     location: Location, identity: dict, host: int, overwrite: bool, progress: bool
-) -> tuple[Record, dict[int, Block]]:
+) -> tuple[Record, dict[int, Shard]]:
     """Waits until host 0 has prepared the target for this export."""
     with ProgressLine(f"export: host {host} waits for host 0", 0, "s", enabled=progress) as line:
         began = time.monotonic()
         while True:
-            known = _read(location, 0)
-            if (
-                known
-                and known["identity"] == identity
-                and known["ready"]
-                and not _exists(location, MANIFEST)
-            ):
-                return _resumed(location, identity, host, known["prepared"])
-            if known and known["identity"] != identity and not overwrite:
+            record = Record.read(location, 0)
+            if record and _joinable(location, record, identity):
+                return _resumed(location, identity, host, record.prepared)
+            if record and record.identity != identity and not overwrite:
                 raise UserError(
-                    f"--out: {location.url}: host 0 exports another run, step or dtype there; give"
-                    " every host the same options"
+                    f"out: {location.url}: host 0 exports {OTHER} there; give every host the same"
+                    " options"
                 )
             line.update(time.monotonic() - began)
             time.sleep(POLL_SECONDS)
 
 
+def _joinable(location: Location, record: Record, identity: dict) -> bool:
+    return record.identity == identity and record.ready and not _exists(location, MANIFEST)
+
+
 def _resumed(
     location: Location, identity: dict, host: int, prepared: list[File]
-) -> tuple[Record, dict[int, Block]]:
-    """The record of an interrupted export, without blocks that have lost a file."""
-    done, mine = _blocks(location, identity), _read(location, host)
-    found = location.sizes([file.name for block in done.values() for file in block.files])
+) -> tuple[Record, dict[int, Shard]]:
+    """The record of an interrupted export, without shards that have lost a file."""
+    done, own = shards_done(location, identity), Record.read(location, host)
+    sizes = location.sizes([file.name for shard in done.values() for file in shard.files])
     done = {
-        k: block
-        for k, block in done.items()
-        if all(found.get(file.name, -1) in (None, file.bytes) for file in block.files)
+        k: shard
+        for k, shard in done.items()
+        if all(sizes.get(file.name, -1) in (None, file.bytes) for file in shard.files)
     }
-    own = mine["blocks"] if mine and mine["identity"] == identity else {}
-    return (
-        Record(
-            location, host, identity, prepared, {k: block for k, block in own.items() if k in done}
-        ),
-        done,
-    )
+    shards = own.shards if own and own.identity == identity else {}
+    kept = {k: shard for k, shard in shards.items() if k in done}
+    return Record(location, host, identity, prepared, kept), done
 
 
-def wait_for_hosts(
-    location: Location, manifest: Manifest, record: Record, progress: bool
-) -> dict[int, Block]:
-    """All blocks, once every host has recorded its own."""
-    with ProgressLine(
-        "export: waiting for other hosts", manifest.blocks, "blocks", enabled=progress
-    ) as line:
+def wait_for_hosts(record: Record, count: int, progress: bool) -> dict[int, Shard]:
+    """All ``count`` shards, once every host has recorded its own."""
+    label = "export: waiting for other hosts"
+    with ProgressLine(label, count, "shards", enabled=progress) as line:
         while True:
-            done = _blocks(location, record.identity) | record.blocks
-            if len(done) == manifest.blocks:
+            done = shards_done(record.location, record.identity) | record.shards
+            if len(done) == count:
                 return dict(sorted(done.items()))
             line.update(len(done))
             time.sleep(POLL_SECONDS)
 
 
-def publish(location: Location, manifest: Manifest, record: Record) -> None:
+def publish(record: Record, manifest: bytes) -> None:
     """Makes the target a store, if it is still this export's."""
     record.write()
-    location.write(MANIFEST, (json.dumps(to_json(manifest), indent=1) + "\n").encode())
-    sweep(location)
+    record.location.write(MANIFEST, manifest)
+    sweep(record.location)
+
+
+def shards_done(location: Location, identity: dict) -> dict[int, Shard]:
+    """The shards in the records of all hosts."""
+    done: dict[int, Shard] = {}
+    for name in location.names(PARTIAL):
+        host = name.removeprefix(PARTIAL).removesuffix(".json")
+        record = Record.read(location, int(host)) if host.isdecimal() else None
+        if record and record.identity == identity:
+            done |= record.shards
+    return done
+
+
+def check_space(location: Location, needed: int, mend: str, where: str | None = None) -> None:
+    """Raises UserError where a local target's disk has less than ``needed`` bytes free."""
+    if location.local is not None and (free := shutil.disk_usage(location.local).free) < needed:
+        raise UserError(
+            f"{where or location.url}: {needed:,} bytes are to be written and the disk has"
+            f" {free:,} free; {mend}"
+        )
+
+
+@contextlib.contextmanager
+def one_line_errors(where: str, mend: str) -> Iterator[None]:
+    """Errors of the target's folder as one line; those of its files are so already."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{where}: cannot be written ({error.strerror}); {mend}") from error
 
 
 def bytes_there(location: Location) -> int:
@@ -265,89 +293,48 @@ def bytes_there(location: Location) -> int:
     """
     if location.local is None:
         return 0
-    return sum(
-        size or 0
-        for size in location.sizes(
-            [name for name in location.names() if name.split("/")[0] in CONTENTS]
-        ).values()
-    )
+    contents = [name for name in location.names() if is_content(name)]
+    return sum(size or 0 for size in location.sizes(contents).values())
 
 
 def sweep(location: Location) -> None:
-    """Removes what an export, finished or killed, has left beside a store."""
+    """Removes what an export or copy, finished or killed, has left beside a store."""
     for name in location.names():
         if _is_private(name):
             location.delete(name)
 
 
-def _is_private(name: str) -> bool:
-    return name.startswith(PARTIAL) or name.endswith(files.SCRATCH)
-
-
-def _clear(location: Location) -> None:
-    """Removes the contents of a store or an unfinished export, and nothing else. The manifest goes
-    first: what is left is no store.
+def clear(location: Location, names: Iterable[str]) -> None:
+    """Removes those of ``names`` that are a store's or an unfinished export's, and nothing else.
+    The manifest goes first: what is left is no store.
     """
     location.delete(MANIFEST)
-    for name in location.names():
-        private = _is_private(name) and name != format.partial_file(0)
-        if private or name.split("/")[0] in CONTENTS:
+    for name in names:
+        if _is_private(name) or is_content(name):
             location.delete(name)
     if location.local is not None:  # empty directories, whose names another layout gives to files
         for name in CONTENTS:
             shutil.rmtree(location.local / name, ignore_errors=True)
 
 
+def partial_file(host: int) -> str:
+    return f"{PARTIAL}{host}.json"
+
+
+def is_content(name: str) -> bool:
+    return name.split("/")[0] in CONTENTS
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith(PARTIAL) or name.endswith(files.SCRATCH)
+
+
 def _foreign(location: Location) -> str | None:
     """Something that is there and is no part of an export."""
-    names = (
-        (path.name for path in location.local.iterdir())
-        if location.local is not None
-        else location.names()
-    )
-    return next(
-        (name for name in names if not name.startswith(LOCK) and not _is_private(name)), None
-    )
+    local = location.local
+    names = location.names() if local is None else [path.name for path in local.iterdir()]
+    return next((n for n in names if not n.startswith(LOCK) and not _is_private(n)), None)
 
 
 def _exists(location: Location, name: str) -> bool:
     return name in location.sizes([name])
-
-
-def _blocks(location: Location, identity: dict) -> dict[int, Block]:
-    """The blocks in the records of all hosts."""
-    done = {}
-    for name in location.names(PARTIAL):
-        host = name.removeprefix(PARTIAL).removesuffix(".json")
-        known = _read(location, int(host)) if host.isdecimal() else None
-        if known and known["identity"] == identity:
-            done |= known["blocks"]
-    return done
-
-
-def _read(location: Location, host: int) -> dict | None:
-    name = format.partial_file(host)
-    try:
-        content = json.loads(location.read(name))
-        blocks = {
-            int(k): Block(
-                [File(*file) for file in block["files"]],
-                {int(layer): sums for layer, sums in block["sums"].items()},
-            )
-            for k, block in content["blocks"].items()
-        }
-        return {
-            "identity": content["identity"],
-            "ready": bool(content["ready"]),
-            "prepared": [File(*file) for file in content["prepared"]],
-            "blocks": blocks,
-        }
-    except FileNotFoundError:
-        return None
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{location.url}/{name}: not readable ({error!r}); delete it and run the same command"
-            " again"
-        ) from None

@@ -9,67 +9,34 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
 ENTRIES = 256  # requests in flight: disks want 64 or more
-_SETUP, _ENTER, _CACHESTAT = (
-    425,
-    426,
-    451,
-)  # the same numbers on every machine that Linux runs JAX on
+MACHINES = ("x86_64", "aarch64")  # on both, system calls have these numbers
+_SETUP, _ENTER, _CACHESTAT = 425, 426, 451
 _GETEVENTS, _READ, _SINGLE_MMAP, _SQES = 1, 22, 1, 0x10000000
 _BLOCK = 4096  # a read that stopped short goes on from a multiple of this, as O_DIRECT demands
 _AGAIN = (errno.EAGAIN, errno.EINTR, errno.EBUSY)
 
-_PARAMS = np.dtype(
-    [
-        ("sq_entries", "u4"),
-        ("cq_entries", "u4"),
-        ("flags", "u4"),
-        ("thread_cpu", "u4"),
-        ("thread_idle", "u4"),
-        ("features", "u4"),
-        ("wq_fd", "u4"),
-        ("reserved", "u4", 3),
-        (
-            "sq",
-            [
-                ("head", "u4"),
-                ("tail", "u4"),
-                ("mask", "u4"),
-                ("entries", "u4"),
-                ("flags", "u4"),
-                ("dropped", "u4"),
-                ("array", "u4"),
-                ("reserved", "u4"),
-                ("address", "u8"),
-            ],
-        ),
-        (
-            "cq",
-            [
-                ("head", "u4"),
-                ("tail", "u4"),
-                ("mask", "u4"),
-                ("entries", "u4"),
-                ("overflow", "u4"),
-                ("cqes", "u4"),
-                ("flags", "u4"),
-                ("reserved", "u4"),
-                ("address", "u8"),
-            ],
-        ),
-    ]
-)
+# struct io_uring_params is 30 words; of it: entries and features, then offsets of the parts of both
+# queues in their common map
+_PARAMS_WORDS, _SQ_ENTRIES, _CQ_ENTRIES, _FEATURES = 30, 0, 1, 5
+_SQ_HEAD, _SQ_TAIL, _SQ_ARRAY, _CQ_HEAD, _CQES = 10, 11, 16, 20, 25
 
 
-def linux_call():
-    """libc's ``syscall`` with six long arguments. Raises OSError (ENOSYS) elsewhere than on Linux."""
+def linux_call() -> Callable:
+    """libc's ``syscall`` with six long arguments. Raises OSError (ENOSYS) where its numbers are
+    others: not on Linux, or on another machine than MACHINES.
+    """
     if not sys.platform.startswith("linux"):
         raise OSError(errno.ENOSYS, "not Linux")
+    if platform.machine() not in MACHINES:
+        raise OSError(errno.ENOSYS, f"no system calls known for {platform.machine()}")
     call = ctypes.CDLL(None, use_errno=True).syscall
     call.argtypes = [ctypes.c_long] * 7
     call.restype = ctypes.c_long
@@ -81,7 +48,7 @@ class CacheStat:
     and later, for the file's owner).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._call = linux_call()
         self._range, self._found = (ctypes.c_uint64 * 2)(), (ctypes.c_uint64 * 5)()
         self._addresses = ctypes.addressof(self._range), ctypes.addressof(self._found)
@@ -104,44 +71,39 @@ class Ring:
 
     def __init__(self, entries: int = ENTRIES):
         self._call = linux_call()
-        params = np.zeros(1, _PARAMS)
-        self._fd = self._call(_SETUP, entries, params.ctypes.data, 0, 0, 0, 0)
+        words = np.zeros(_PARAMS_WORDS, np.uint32)
+        self._fd = self._call(_SETUP, entries, words.ctypes.data, 0, 0, 0, 0)
         if self._fd < 0:
             code = ctypes.get_errno()
             raise OSError(code, f"io_uring refused ({os.strerror(code)})")
-        p = params[0]
-        if not p["features"] & _SINGLE_MMAP:
+        params = words.tolist()
+        if not params[_FEATURES] & _SINGLE_MMAP:
             os.close(self._fd)
             raise OSError(errno.ENOSYS, "io_uring of Linux 5.4 or later is needed")
-        sq, cq, self._entries = p["sq"], p["cq"], int(p["sq_entries"])
-        size = max(
-            int(sq["array"]) + 4 * self._entries, int(cq["cqes"]) + 16 * int(p["cq_entries"])
-        )
-        self._maps = (
-            mmap.mmap(self._fd, size),
-            mmap.mmap(self._fd, 64 * self._entries, offset=_SQES),
-        )
-        rings, requests = self._maps
-        np.frombuffer(rings, np.uint32, self._entries, sq["array"])[:] = np.arange(
-            self._entries
-        )  # place k always holds request k
+        self._entries = params[_SQ_ENTRIES]
+        ends = params[_SQ_ARRAY] + 4 * self._entries, params[_CQES] + 16 * params[_CQ_ENTRIES]
+        rings = mmap.mmap(self._fd, max(ends))
+        requests = mmap.mmap(self._fd, 64 * self._entries, offset=_SQES)
+        self._maps = rings, requests
+        places = np.frombuffer(rings, np.uint32, self._entries, params[_SQ_ARRAY])
+        places[:] = np.arange(self._entries)  # place k always holds request k
         self._sq_head, self._sq_tail, self._cq_head = (
-            np.frombuffer(rings, np.uint32, 1, at) for at in (sq["head"], sq["tail"], cq["head"])
+            np.frombuffer(rings, np.uint32, 1, params[at]) for at in (_SQ_HEAD, _SQ_TAIL, _CQ_HEAD)
         )
         self._sqes = np.frombuffer(requests, np.int64).reshape(self._entries, 8)
-        self._cqes = np.frombuffer(rings, np.int64, 2 * p["cq_entries"], cq["cqes"]).reshape(-1, 2)
+        results = np.frombuffer(rings, np.int64, 2 * params[_CQ_ENTRIES], params[_CQES])
+        self._cqes = results.reshape(-1, 2)
         self._lock = threading.Lock()
 
     def close(self) -> None:
         with self._lock:
-            self._sq_head = self._sq_tail = self._cq_head = self._sqes = self._cqes = (
-                None  # views keep the maps open
-            )
+            if self._fd < 0:
+                return
+            # views keep the maps open
+            del self._sq_head, self._sq_tail, self._cq_head, self._sqes, self._cqes
             for shared in self._maps:
                 shared.close()
-            self._maps = ()
-            if self._fd >= 0:
-                os.close(self._fd)
+            os.close(self._fd)
             self._fd = -1
 
     def read(
@@ -162,13 +124,9 @@ class Ring:
         count = len(fds_N)
         got_N, done_N = np.zeros((2, count), np.int64)  # done: where the last attempt started
         requests = np.empty((count, 5), np.int64)  # the five words of a request that are not 0
-        requests[:, 0] = fds_N << 32 | _READ
-        requests[:, 1], requests[:, 2], requests[:, 3], requests[:, 4] = (
-            offsets_N,
-            addresses_N,
-            lengths_N,
-            np.arange(count),
-        )
+        words = (fds_N << 32 | _READ, offsets_N, addresses_N, lengths_N, np.arange(count))
+        for k, word_N in enumerate(words):
+            requests[:, k] = word_N
         waiting = requests
         with self._lock:
             self._settle()
@@ -218,9 +176,7 @@ class Ring:
         requests = requests[: self._entries - place]
         self._sqes[place : place + len(requests), :5] = requests
         self._sq_tail[0] = (head + len(requests)) % 2**32
-        self._enter(
-            len(requests), 0
-        )  # a system call of this thread: the kernel sees the stores above
+        self._enter(len(requests), 0)  # a system call of this thread: the kernel sees the stores
         return (int(self._sq_head[0]) - head) % 2**32
 
     def _reap(self, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,10 @@ from moto.server import ThreadedMotoServer
 from flexmemory.errors import UserError
 from flexmemory.tkv import copy as copying
 from flexmemory.tkv import export as export_module
-from flexmemory.tkv import fold
+from flexmemory.tkv import fold, verify
 from flexmemory.tkv.copy import copy
-from flexmemory.tkv.format import COPY_MARK
 from flexmemory.tkv.storage.location import DamagedFile, Patience, RemoteLocation, open_location
+from flexmemory.tkv.storage.target import COPY_MARK
 from flexmemory.tkv.store import open_store
 from flexmemory.tkv.verify import verify_deep
 
@@ -204,7 +204,7 @@ def test_s3_without_a_bucket(bucket):
 
 
 def test_copy_to_s3_and_back(mixed_store, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(copying, "PART_BYTES", 4096)
+    monkeypatch.setattr(verify, "PART_BYTES", 4096)
     monkeypatch.setattr(copying, "LARGE_BYTES", 4096)  # both ways of sending
     made = copy(mixed_store, f"{bucket}/store", progress=False)
     assert made["copied_files"] == made["files"] - 1
@@ -345,8 +345,8 @@ def test_learned_rows_for_s3_are_few_shards_in_memory(bucket, tmp_path, monkeypa
         "copy_memory",
         lambda groups, count: counts.append(count) or copy_memory(groups, count),
     )
-    make_store(f"{bucket}/store", cfg, weights := params(cfg), block_rows=16)
-    make_store(tmp_path / "local", cfg, weights, block_rows=16)
+    make_store(f"{bucket}/store", cfg, weights := params(cfg), shard_rows=16)
+    make_store(tmp_path / "local", cfg, weights, shard_rows=16)
     assert counts == [export_module.WRITING, export_module.COPYING]
     location = open_location(f"{bucket}/store")
     assert {name: location.read(name) for name in location.names()} == tree_bytes(
