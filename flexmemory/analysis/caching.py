@@ -11,7 +11,7 @@ from flexmemory.data.pipeline import eval_batches
 from flexmemory.data.shards import read_train_counts
 from flexmemory.models.accounting import DTYPE_BYTES
 from flexmemory.runtime.cache import SlotCache
-from flexmemory.runtime.plan import hit_rates
+from flexmemory.runtime.budget import Text, hit_rate
 
 SHARES = (0.01, 0.02, 0.05, 0.10, 0.25, 0.50)  # of V, slots of the cache
 POLICIES = ("lru", "lfu", "static")
@@ -20,13 +20,13 @@ LONGEST = 16_384  # tokens at most: one costs some 20 microseconds in every cach
 
 def hit_curves(trained: Trained) -> dict:
     """Hit rates of runtime/cache.py's policies over the validation tokens, beside a bound and what
-    runtime/plan.py expects.
+    runtime/budget.py measures on tokens drawn from the counts.
 
     All caches start empty, so a row's first use is a miss for all of them. static keeps the most
     frequent tokens of the training data alone and lfu starts from their counts. The bound is
     clairvoyant (Belady's MIN): it evicts the row that is used again last, and lets a missed row go
     by where that is the row itself, as static and lfu may too; so no policy can have more hits.
-    "expected": of the plan, after the start, with independent tokens.
+    "expected": with independent tokens, as ``flexmemory generate --plan`` says.
 
     {"tokens", "different", "cold": share of first uses, "row_bytes": of one token in the compute
     dtype, "points": [{"share": of V, "slots", "bytes", "clairvoyant", "lru", "lfu", "static",
@@ -35,7 +35,7 @@ def hit_curves(trained: Trained) -> dict:
     if not trained.memory_layers:
         return not_applicable("no memory layer, so no rows to cache")
     counts_V, vocab = read_train_counts(trained.cfg.data.path), trained.val.vocab_size
-    tokens, points = decoded_tokens(trained), []
+    tokens, drawn, points = decoded_tokens(trained), Text.draw(counts_V, batch=1), []
     row_bytes = (
         sum(trained.specs[layer].row_width for layer in trained.memory_layers)
         * DTYPE_BYTES[trained.cfg.model.compute_dtype]
@@ -53,7 +53,7 @@ def hit_curves(trained: Trained) -> dict:
                     for policy in POLICIES
                 },
                 "expected": {
-                    policy: hit_rates(counts_V, slots, 0, policy)[0] for policy in POLICIES
+                    policy: hit_rate(drawn, counts_V, slots, policy) for policy in POLICIES
                 },
             }
         )

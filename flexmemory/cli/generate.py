@@ -135,7 +135,7 @@ def run(argv: list[str]) -> int:
     began = time.perf_counter()
     store = open_store(args.tkv, check=not args.no_check)
     if args.plan:
-        return show_plan(store, args)
+        return show_budgets(store, args)
     table = store.manifest.table_bytes
     budgets = Budgets(
         ram=None if args.ram_budget == "all" else parse_bytes("ram_budget", args.ram_budget, table),
@@ -193,14 +193,14 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def show_plan(store, args) -> int:
+def show_budgets(store, args) -> int:
     """Prints what budgets would do, and proposes some."""
     import numpy as np
 
     from flexmemory.bench.machine import drop_cache
     from flexmemory.files import allocate
     from flexmemory.models.blocks import layer_specs
-    from flexmemory.runtime import plan
+    from flexmemory.runtime import budget
     from flexmemory.runtime.forward import first_memory_layer
     from flexmemory.tkv.format import shard_file
 
@@ -228,9 +228,9 @@ def show_plan(store, args) -> int:
                 for k in range(group.shards)
             ]
         )
-    latency = plan.measure_latency(read, store.manifest.vocab_size, np.random.default_rng(0))
+    latency = budget.measure_latency(read, store.manifest.vocab_size, np.random.default_rng(0))
     overlap = args.step_ms * first_memory_layer(store.model) / len(layer_specs(store.model))
-    made = plan.plan(
+    result = budget.try_budgets(
         counts_V,
         store.manifest.bundle_bytes,
         batch=args.max_batch,
@@ -239,11 +239,12 @@ def show_plan(store, args) -> int:
         overlap_ms=overlap,
         hot_available=parse_bytes("hot_budget", args.hot_budget, store.manifest.table_bytes),
         policy=args.ram_policy,
-        window=args.window if args.ram_policy == "window" else 0,
+        hot_policy=args.hot_policy,
+        window=args.window if "window" in (args.ram_policy, args.hot_policy) else 0,
     )
-    print(plan.table(made))
+    print(budget.table(result))
     if args.stats:
-        print(json.dumps(made), file=sys.stderr)
+        print(json.dumps(result), file=sys.stderr)
     return 0
 
 

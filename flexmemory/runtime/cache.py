@@ -319,3 +319,28 @@ class SlotCache:
             lowest = np.argpartition(scores, count)[:count]
             open_, scores = open_[lowest], scores[lowest]
         return open_[np.argsort(scores)]
+
+
+def tier_caches(
+    addresses: int,
+    slots: tuple[int, int],
+    policies: tuple[str, str],
+    counts_V: np.ndarray | None,
+    window: int = 0,
+) -> tuple[SlotCache, SlotCache]:
+    """The caches (hot, RAM) of a served model. Where both are static, RAM keeps the next most
+    frequent rows. ``window``: of a policy ``window``.
+    """
+
+    def cache(slots: int, policy: str, counts_V: np.ndarray | None) -> SlotCache:
+        if not slots and policy == "static":
+            policy = "lru"  # an empty tier keeps nothing by any policy, and needs no counts
+        counts_V = counts_V if policy in ("static", "lfu") else None
+        steps = window if policy == "window" else 0
+        return SlotCache(slots, addresses, policy, counts_V=counts_V, window=steps)
+
+    hot = cache(slots[0], policies[0], counts_V)
+    if hot.policy == policies[1] == "static" and counts_V is not None:
+        counts_V = counts_V.copy()
+        counts_V[hot.preload_ids()] = 0
+    return hot, cache(slots[1], policies[1], counts_V)
