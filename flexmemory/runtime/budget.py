@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flexmemory.errors import UserError, nearest
-from flexmemory.runtime.cache import POLICIES, SlotCache, tier_caches
+from flexmemory.errors import UserError
+from flexmemory.runtime.cache import SlotCache, tier_caches
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.25, 0.50, 1.0)
 WAIT_SHARE = 0.05  # of a step, the longest wait of a good budget
@@ -92,7 +92,7 @@ def read_us(latency_us: dict[int, float], reads: np.ndarray) -> np.ndarray:
     them, the last line beyond.
     """
     points = np.asarray(sorted(latency_us))
-    times = np.asarray([latency_us[n] for n in points], np.float64)
+    times = np.asarray([us for _, us in sorted(latency_us.items())], np.float64)
     slope = times[-1] / points[-1]
     if len(points) > 1:
         slope = max(0.0, (times[-1] - times[-2]) / (points[-1] - points[-2]))
@@ -146,24 +146,12 @@ def try_budgets(
         ram_available = ram if ram_available is None else ram_available
         hot_available = hot if hot_available is None else hot_available
     vocab = len(counts_V)
-    for name in (policy, hot_policy):
-        if name not in POLICIES:
-            raise UserError(f"policy: {name!r}, {nearest(name, POLICIES)}")
-    if (window < 1) if "window" in (policy, hot_policy) else window:
-        raise UserError(
-            f"window: {window} with policy {policy!r}; give 1 or more steps with 'window' and none"
-            " otherwise"
-        )
-    for name, value, least in (
-        ("batch", batch, 1),
-        ("bundle_bytes", bundle_bytes, 1),
-        ("counts", vocab, 1),
-        ("ram_available", ram_available, 0),
-        ("hot_available", hot_available, 0),
-        ("overlap_ms", overlap_ms, 0),
-    ):
-        if not value >= least:
-            raise UserError(f"{name}: {value} must be at least {least}")
+    counts = dict(batch=batch, bundle_bytes=bundle_bytes, counts_V=vocab)
+    sizes = dict(ram_available=ram_available, hot_available=hot_available)
+    for least, values in ((1, counts), (0, sizes | {"overlap_ms": overlap_ms})):
+        for name, value in values.items():
+            if not value >= least:
+                raise UserError(f"{name}: {value} must be at least {least}")
     if not step_ms > 0:
         raise UserError(f"step_ms: {step_ms} must be above 0")
     times = latency_us.values()
@@ -233,16 +221,10 @@ def try_budgets(
     }
 
 
-COLUMNS = {  # heading: width
-    "of table": 9,
-    "hot hits": 9,
-    "RAM hits": 9,
-    "read/step": 10,
-    "read/token": 11,
-    "read ms": 8,
-    "wait ms": 8,
-    "wait": 7,
-}
+HEADINGS = (
+    f"{'RAM':>10} {'of table':>9} {'hot hits':>9} {'RAM hits':>9} {'read/step':>10}"
+    f" {'read/token':>11} {'read ms':>8} {'wait ms':>8} {'wait':>7}"
+)
 
 
 def table(result: dict) -> str:
@@ -253,7 +235,7 @@ def table(result: dict) -> str:
         f" different tokens a step of {result['step_ms']:g} ms, {result['overlap_ms']:g} ms of it"
         f" beside the read; hot rows {_size(result['hot_bytes'])}, RAM"
         f" {_size(result['ram_available'])} free",
-        f"{'RAM':>10} " + " ".join(f"{head:>{width}}" for head, width in COLUMNS.items()),
+        HEADINGS,
     ]
     lines += map(_line, result["budgets"])
     lines.append(

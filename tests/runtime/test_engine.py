@@ -26,7 +26,7 @@ OPTIONS = dict(max_batch=4, chunk=16)
 @pytest.fixture(scope="module")
 def resident(mixed, tokenizer):
     cfg, weights = mixed
-    return Engine.from_params(cfg.model, weights, tokenizer, block_rows=SHARD, **OPTIONS)
+    return Engine.from_params(cfg.model, weights, tokenizer, shard_rows=SHARD, **OPTIONS)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_folded_from_disk_equals_live_weights(dtype, compute, tokenizer, tmp_pat
     cfg = config("dense flex stem", compute_dtype=compute)
     make_store(tmp_path / "s", cfg, weights := params(cfg), dtype=dtype)
     live = Engine.from_params(
-        cfg.model, weights, tokenizer, dtype=dtype, block_rows=SHARD, **OPTIONS
+        cfg.model, weights, tokenizer, dtype=dtype, shard_rows=SHARD, **OPTIONS
     )
     same_bits(
         forced(live, PROMPTS, monkeypatch, 6),
@@ -259,7 +259,7 @@ def test_sampling_is_a_function_of_the_seed(resident, offloaded):
 def test_stop_at_eos_and_ids_above_the_tokenizers(mixed, tokenizer):
     cfg, weights = mixed
     weights = dict(weights, head=weights["head"] * 0)
-    engine = Engine.from_params(cfg.model, weights, tokenizer, block_rows=SHARD, **OPTIONS)
+    engine = Engine.from_params(cfg.model, weights, tokenizer, shard_rows=SHARD, **OPTIONS)
     weights["head"][:, 258] = 100 * np.sign(
         np.arange(32) - 15
     )  # an id that the tokenizer does not have
@@ -269,7 +269,7 @@ def test_stop_at_eos_and_ids_above_the_tokenizers(mixed, tokenizer):
     head = weights["head"]
     for sign in (1, -1):
         engine = Engine.from_params(
-            cfg.model, dict(weights, head=head * sign), tokenizer, block_rows=SHARD, **OPTIONS
+            cfg.model, dict(weights, head=head * sign), tokenizer, shard_rows=SHARD, **OPTIONS
         )
         made = engine.generate(["abc"], 4)[0]
         if made.ids == [256]:
@@ -302,14 +302,14 @@ def test_empty_prompt_starts_from_the_end_of_document(resident):
         ),
         (lambda e: e.generate([[-1]], 4), "token id -1 is outside"),
         (lambda e: e.logits([[0, VOCAB]]), "outside the vocabulary"),
-        (lambda e: e.generate(["a"], 0), "--max_tokens: 0"),
-        (lambda e: e.generate(["a"], 1, temperature=-1), "--temperature: -1"),
-        (lambda e: e.generate(["a"], 1, temperature=float("nan")), "--temperature: nan"),
-        (lambda e: e.generate(["a"], 1, top_p=0), "--top_p: 0"),
-        (lambda e: e.generate(["a"], 1, seed=-1), "--seed: -1"),
+        (lambda e: e.generate(["a"], 0), "max_tokens: 0"),
+        (lambda e: e.generate(["a"], 1, temperature=-1), "temperature: -1"),
+        (lambda e: e.generate(["a"], 1, temperature=float("nan")), "temperature: nan"),
+        (lambda e: e.generate(["a"], 1, top_p=0), "top_p: 0"),
+        (lambda e: e.generate(["a"], 1, seed=-1), "seed: -1"),
         (lambda e: e.generate("abc", 1), "a list of prompts"),
-        (lambda e: e.generate(["a"], 1, stop=["x", ""]), "--stop: .*none of them empty"),
-        (lambda e: e.run([Request("a", stop="END")]), "--stop: 'END'; give a list"),
+        (lambda e: e.generate(["a"], 1, stop=["x", ""]), "stop: .*none of them empty"),
+        (lambda e: e.run([Request("a", stop="END")]), "stop: 'END'; give a list"),
     ],
 )
 def test_bad_input(call, message, resident):
@@ -374,14 +374,17 @@ def test_one_stop_text_is_one_text(resident):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"max_batch": 0}, "--max_batch: 0 must be 1 or more"),
-        ({"chunk": 0}, "--chunk: 0 must be 1"),
-        ({"max_length": -1}, "--max_length: -1"),
-        ({"read_ahead": -1}, "--read_ahead: -1 must be 0 or more"),
-        ({"budgets": Budgets(ram=None, hot=9)}, "--hot_budget: 9 bytes beside --ram_budget=all"),
+        ({"max_batch": 0}, "max_batch: 0 must be 1 or more"),
+        ({"chunk": 0}, "chunk: 0 must be 1"),
+        ({"max_length": -1}, "max_length: -1"),
+        ({"read_ahead": -1}, "read_ahead: -1 must be 0 or more"),
+        (
+            {"budgets": Budgets(ram=None, hot=9)},
+            "hot: 9 bytes beside ram=None",
+        ),
         (
             {"budgets": Budgets(ram=None), "read_ahead": 2},
-            "--read_ahead: 2 with the whole table on the device",
+            "read_ahead: 2 with the whole table on the device",
         ),
     ],
 )
@@ -416,7 +419,7 @@ def test_a_longer_request_gets_a_longer_cache(mixed, resident, tokenizer):
         engine.generate(["abc"], 8, stop_at_eos=False) == short
     )  # what an earlier request left in the cache is never seen
     with pytest.raises(
-        UserError, match="--max_length: 64 is below 113, the tokens of the longest request"
+        UserError, match="max_length: 64 is below 113, the tokens of the longest request"
     ):
         Engine.of(
             cfg.model, weights, resident.source, tokenizer, max_length=64, **OPTIONS
