@@ -208,7 +208,7 @@ def test_two_engines_on_one_store_in_threads(stores, texts):
 GENERATE = """
 import functools, sys
 from flexmemory.cli import main
-from flexmemory.tkv import location
+from flexmemory.tkv.storage import location
 main.start_process = lambda: None
 location.Patience = functools.partial(location.Patience, timeout_s=4.0)
 sys.exit(main.main())
