@@ -11,12 +11,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from flexmemory import files
-from flexmemory.bench.machine import facts
+from flexmemory.bench.machine import facts, timed
 from flexmemory.config import Config
 from flexmemory.data import tokenizer as tokenizers
 from flexmemory.models.config import ModelConfig
@@ -40,15 +41,10 @@ def measure(scratch: Path, scale: str, *, rounds: int = 7) -> dict:
     """Exports the models of ``scale`` with random weights under ``scratch``, which lies on the disk
     to measure.
     """
-    return {
-        "bench": "export",
-        "scale": scale,
-        "machine": facts(scratch),
-        "models": {
-            name: measure_model(scratch, *shape, rounds=rounds)
-            for name, shape in SCALES[scale].items()
-        },
+    models = {
+        name: measure_model(scratch, *shape, rounds=rounds) for name, shape in SCALES[scale].items()
     }
+    return {"bench": "export", "scale": scale, "machine": facts(scratch), "models": models}
 
 
 def measure_model(
@@ -67,55 +63,52 @@ def measure_model(
     faster of the two writes; "share" is the time of the slower of fold and disk over the export's,
     1.0 would be perfect overlap.
     """
-    config = Config(
-        model=ModelConfig(pattern=pattern, vocab_size=v, d_model=d, n_heads=8, d_ff=d_ff)
-    )
+    model = ModelConfig(pattern=pattern, vocab_size=v, d_model=d, n_heads=8, d_ff=d_ff)
     tokenizer = tokenizers.build("byte", lambda: iter(()))
-    params = init_params(config.model, 0)
-    shard_rows = format.default_shard_rows(config.model, dtype)
-    groups = format.model_groups(config.model, dtype, shard_rows)
+    params = init_params(model, 0)
+    shard_rows = format.default_shard_rows(model, dtype)
+    groups = format.model_groups(model, dtype, shard_rows)
     table_bytes = sum(group.bytes for group in groups)
-    call = dict(
-        cfg=config.model,
-        layouts=fold.layouts_of(groups),
-        fold_rows=min(shard_rows, format.FOLD_ROWS),
-    )
-    bases = {group.name: () for group in groups}
-    seconds = {"fold": [], "write": [], "direct": [], "export": []}
+    bases: fold.Bases = {group.name: () for group in groups}
+
+    def fold_shard(start: int) -> list:
+        return fold.start_shard(
+            params,
+            bases,
+            start,
+            min(start + shard_rows, v),
+            cfg=model,
+            layouts=fold.layouts_of(groups),
+            fold_rows=min(shard_rows, format.FOLD_ROWS),
+        )
+
+    def fold_all() -> None:
+        for start in range(0, v, shard_rows):
+            jax.block_until_ready(fold_shard(start))
+
+    def export(out: Path) -> None:
+        options: dict[str, Any] = dict(run="bench", step=0, dtype=dtype, progress=False)
+        export_params(Config(model=model), params, tokenizer, out, **options)
+
+    seconds: dict[str, list[float]] = {"fold": [], "write": [], "direct": [], "export": []}
+    writes = {"write": 0, "direct": files.DIRECT} if files.DIRECT else {"write": 0}
     loads = []
-    with tempfile.TemporaryDirectory(dir=scratch) as place:
-        jax.block_until_ready(
-            fold.start_shard(params, bases, 0, min(shard_rows, v), **call)
-        )  # compiles
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        file, out = Path(folder) / "file", Path(folder) / "store"
+        jax.block_until_ready(fold_shard(0))  # compiles
         for _ in range(rounds):
             loads.append(os.getloadavg()[0])
-            seconds["fold"].append(_timed(lambda: _fold(params, bases, v, shard_rows, call)))
-            for method, flag in (
-                ("write", 0),
-                *((("direct", files.DIRECT),) if files.DIRECT else ()),
-            ):
+            seconds["fold"].append(timed(fold_all))
+            for method, flag in writes.items():
                 with contextlib.suppress(_Refused):
-                    seconds[method].append(_write(Path(place) / "file", table_bytes, flag))
-                os.remove(Path(place) / "file")
+                    seconds[method].append(_write(file, table_bytes, flag))
+                os.remove(file)
                 os.sync()
-            out = Path(place) / "store"
-            seconds["export"].append(
-                _timed(
-                    lambda: export_params(
-                        config,
-                        params,
-                        tokenizer,
-                        out,
-                        run="bench",
-                        step=0,
-                        dtype=dtype,
-                        progress=False,
-                    )
-                )
-            )
+            seconds["export"].append(timed(lambda: export(out)))
             shutil.rmtree(out)
             os.sync()
-    median = {name: statistics.median(found) if found else None for name, found in seconds.items()}
+    median = {name: statistics.median(times) for name, times in seconds.items() if times}
+    disk = min(median["write"], median.get("direct", median["write"]))
     return {
         "dtype": dtype,
         "pattern": pattern,
@@ -126,27 +119,11 @@ def measure_model(
         "shard_rows": shard_rows,
         "load": loads,
         "seconds": seconds,
-        "median_seconds": median,
+        "median_seconds": {name: median.get(name) for name in seconds},
         "export_mb_per_s": table_bytes / median["export"] / 1e6,
         "write_mb_per_s": table_bytes / median["write"] / 1e6,
-        "share": (
-            max(median["fold"], min(median["write"], median["direct"] or median["write"]))
-            / median["export"]
-        ),
+        "share": max(median["fold"], disk) / median["export"],
     }
-
-
-def _timed(work) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def _fold(params: dict, bases: dict, v: int, shard_rows: int, call: dict) -> None:
-    for start in range(0, v, shard_rows):
-        jax.block_until_ready(
-            fold.start_shard(params, bases, start, min(start + shard_rows, v), **call)
-        )
 
 
 class _Refused(Exception):

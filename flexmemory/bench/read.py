@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -27,27 +28,20 @@ from flexmemory.tkv import format
 from flexmemory.tkv.encoding import Layout
 from flexmemory.tkv.format import Group, Manifest
 from flexmemory.tkv.storage.location import Location, open_location
-from flexmemory.tkv.storage.reader import open_reader
+from flexmemory.tkv.storage.reader import LocalReader, TensorStoreReader, open_reader
 from flexmemory.tkv.storage.uring import CacheStat, Ring
 
 SIZES = (1, 8, 64, 512)  # ids per call
-RAM_BYTES = (
-    1 << 30
-)  # of the table's beginning that is kept in memory: the truth, and the source of memory copies
+# of the table's beginning that is kept in memory: the truth, and the source of memory copies
+RAM_BYTES = 1 << 30
 DEPTHS, THREADS = (16, 64, 256), (16, 32)  # of the raw reads that give the disk's ceiling
+WAYS = ("page cache", "preadv", "uring", "threads", "read ahead", "tensorstore")  # reader.stats()
+# ids whose reads are timed MORE times as often, as microseconds vary most; so are steps in RAM
+FEW, MORE = 8, 10
 
-WAYS = (
-    "page cache",
-    "preadv",
-    "uring",
-    "threads",
-    "read ahead",
-    "tensorstore",
-)  # of reader.stats()
-
-Timed = Callable[
-    [np.ndarray], Callable[[], object]
-]  # of sorted ids; does all that need not be timed and returns the rest
+Reader = LocalReader | TensorStoreReader
+# takes sorted ids, does all that need not be timed, and returns the rest
+Timed = Callable[[np.ndarray], Callable[[], object]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +52,32 @@ class Table:
     shard_rows: int
 
 
-SCALES = {
-    "cpu": Table(32768, 1024),
-    "gpu": Table(32768, 1024),
-    "smoke": Table(512, 64),
-}  # of bundles of 32 KiB: 1 GiB, 16 MiB
+# of bundles of 32 KiB: 1 GiB, 16 MiB
+SCALES = {"cpu": Table(32768, 1024), "gpu": Table(32768, 1024), "smoke": Table(512, 64)}
 LAYOUT = Layout(32, 512, "bfloat16")
-FEW = 8  # ids whose reads are timed more often, as microseconds vary most; so are all steps in RAM
-MORE = 10  # times as often
+HOW = {
+    "ids": (
+        "uniform, ascending, none twice in a round; methods take turns; share = the ceiling's"
+        " median over the method's"
+    ),
+    "cold": (
+        "posix_fadvise(DONTNEED) on every shard file before each timed call; its ceiling is the"
+        " best O_DIRECT method for that size"
+    ),
+    "warm": (
+        "every shard file and the table in memory read once before each size; its ceiling is"
+        " np.take from that table"
+    ),
+    "ram": (
+        "a step's rows from the RAM tier (look-up, copy, hand-over) over np.take of the same number"
+        " of bundles from the tier's memory, which is read once before each size"
+    ),
+    "rounds": f"{MORE} times as many from RAM and of up to {FEW} ids",
+    "cache": (
+        "cachestat of the wanted bundles before each timed call: pages found, of pages wanted; null"
+        " where the kernel does not tell"
+    ),
+}
 
 
 def measure(scratch: Path, scale: str, *, sizes: tuple[int, ...] = SIZES, rounds: int = 40) -> dict:
@@ -73,28 +85,19 @@ def measure(scratch: Path, scale: str, *, sizes: tuple[int, ...] = SIZES, rounds
     ``scratch``. ``scale``: one of SCALES.
     """
     table = SCALES[scale]
-    group = Group(
-        "w512",
-        tuple(range(LAYOUT.layers)),
-        LAYOUT,
-        table.vocab_size // table.shard_rows,
-        table.vocab_size * LAYOUT.bundle_bytes,
-    )
+    vocab, step = table.vocab_size, table.shard_rows
+    layers = tuple(range(LAYOUT.layers))
+    group = Group("w512", layers, LAYOUT, vocab // step, vocab * LAYOUT.bundle_bytes)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         location = open_location(folder)
-        array = ts.open(
-            {**format.rows_spec(location.spec("rows/w512"), table, group), "create": True}
-        ).result()
-        numbers = np.random.default_rng(0).standard_normal(
-            (table.shard_rows, LAYOUT.layers, LAYOUT.width), np.float32
-        )
-        for start in range(0, table.vocab_size, table.shard_rows):
-            numbers[:, 0, 0] = np.arange(
-                start, start + table.shard_rows
-            )  # no two bundles are equal
-            array[start : start + table.shard_rows].write(
-                numbers.astype(array.dtype.numpy_dtype)
-            ).result()
+        spec = format.rows_spec(location.spec("rows/w512"), table, group)  # type: ignore[arg-type]
+        array = ts.open({**spec, "create": True}).result()
+        shape = (step, LAYOUT.layers, LAYOUT.width)
+        numbers = np.random.default_rng(0).standard_normal(shape, np.float32)
+        for start in range(0, vocab, step):
+            numbers[:, 0, 0] = np.arange(start, start + step)  # no two bundles are equal
+            part = numbers.astype(array.dtype.numpy_dtype)
+            array[start : start + step].write(part).result()
         return measure_group(location, table, group, sizes=sizes, rounds=rounds)
 
 
@@ -119,57 +122,31 @@ def measure_group(
         )
     rows = min(manifest.vocab_size, RAM_BYTES // group.bundle_bytes)
     if max(sizes) > rows:
-        raise UserError(f"--sizes: {max(sizes)} ids, the table has {rows}; give smaller ones")
-    files = _Files(
-        [location.local / format.shard_file(group, k) for k in range(group.shards)],
-        manifest.shard_rows,
-        group.bundle_bytes,
-    )
-    readers = {
-        name: open_reader(location, format.records(manifest, group), method=name)
-        for name in ("auto", "tensorstore")
-    }
+        raise UserError(f"sizes: {max(sizes)} ids, the table has {rows}; give smaller ones")
+    paths = [location.local / format.shard_file(group, k) for k in range(group.shards)]
     buffer, load = allocate(max(sizes), group.bundle_bytes), os.getloadavg()[0]
-    try:
-        ram_VB = files.head(rows)
+    with contextlib.ExitStack() as stack:
+        files = _Files(paths, manifest.shard_rows, group.bundle_bytes)
+        stack.callback(files.close)
+        readers = {}
+        for name in ("auto", "tensorstore"):
+            readers[name] = open_reader(location, format.records(manifest, group), method=name)  # type: ignore[arg-type]
+            stack.callback(readers[name].close)
         through = {name: _through(reader, buffer) for name, reader in readers.items()}
+        ram_VB = files.head(rows)
         raw = {size: files.raw_reads(buffer, size) for size in sizes}
         deal, deal_warm = _dealer(manifest.vocab_size, seed=0), _dealer(rows, seed=1)
         for name, method in {**raw[max(sizes)], **through}.items():
             _check_bytes(name, method, buffer, ram_VB, deal_warm(max(sizes)))
-        cold, warm, auto = {}, {}, readers["auto"]
+        phase = functools.partial(_phase, through, readers["auto"], files, rounds)
+        cold, warm = {}, {}
         for size in sizes:
-            cold[size] = _phase(
-                raw[size],
-                through,
-                auto,
-                lambda size=size: deal(size),
-                _rounds(rounds, size),
-                files,
-                files.drop,
-            )
+            cold[size] = phase(size, raw[size], deal, files.drop)
         for size in sizes:
             files.warm()
-            ram_VB[
-                :,
-                ::PAGE,
-                # memory left idle can be slow at its next touch, in virtual machines above all: not
-                # what a ceiling should show
-            ].max()
-            warm[size] = _phase(
-                {"memcpy": _memory_copy(ram_VB, buffer)},
-                through,
-                auto,
-                lambda size=size: deal_warm(size),
-                _rounds(rounds, size),
-                files,
-                None,
-            )
+            _touch(ram_VB)
+            warm[size] = phase(size, {"memcpy": _memory_copy(ram_VB, buffer)}, deal_warm)
         ram = _ram_tier(readers["auto"], group, ram_VB, buffer, sizes, rounds)
-    finally:
-        files.close()
-        for reader in readers.values():
-            reader.close()
     return {
         "bench": "read",
         "table": {
@@ -182,30 +159,7 @@ def measure_group(
         "machine": facts(location.local),
         "rounds": rounds,
         "load": [load, os.getloadavg()[0]],
-        "how": {
-            "ids": (
-                "uniform, ascending, none twice in a round; methods take turns; share = the"
-                " ceiling's median over the method's"
-            ),
-            "cold": (
-                "posix_fadvise(DONTNEED) on every shard file before each timed call; its ceiling is"
-                " the best O_DIRECT method for that size"
-            ),
-            "warm": (
-                "every shard file and the table in memory read once before each size; its ceiling"
-                " is np.take from that table"
-            ),
-            "ram": (
-                "a step's rows from the RAM tier (look-up, copy, hand-over) over np.take of the"
-                " same number of bundles from the tier's memory, which is read once before each"
-                " size"
-            ),
-            "rounds": f"{MORE} times as many from RAM and of up to {FEW} ids",
-            "cache": (
-                "cachestat of the wanted bundles before each timed call: pages found, of pages"
-                " wanted; null where the kernel does not tell"
-            ),
-        },
+        "how": HOW,
         "sizes": {
             str(size): {"cold": cold[size], "warm": warm[size], "ram": ram[size]} for size in sizes
         },
@@ -229,15 +183,16 @@ class _Files:
             ring.close()
         self._pool.shutdown()
 
+    def _at(self, token: int) -> tuple[int, int]:
+        """(number of the shard file, offset in it)"""
+        return token // self._shard_rows, token % self._shard_rows * self._bundle
+
     def head(self, rows: int) -> np.ndarray:
         """The first bundles, uint8 [rows, B]."""
         ram_VB = allocate(rows, self._bundle)
         for token in range(rows):
-            os.preadv(
-                self._buffered[token // self._shard_rows],
-                (ram_VB[token],),
-                token % self._shard_rows * self._bundle,
-            )
+            file, offset = self._at(token)
+            os.preadv(self._buffered[file], (ram_VB[token],), offset)
         return ram_VB
 
     def drop(self) -> None:
@@ -254,15 +209,12 @@ class _Files:
         """(pages of these bundles that the page cache holds, all their pages). Raises OSError where
         the kernel does not tell.
         """
-        places = [
-            (self._buffered[token // self._shard_rows], token % self._shard_rows * self._bundle)
-            for token in ids_U.tolist()
-        ]
-        found = sum(self._cachestat.pages(fd, offset, self._bundle) for fd, offset in places)
-        return found, sum(
-            (offset + self._bundle - 1) // mmap.PAGESIZE - offset // mmap.PAGESIZE + 1
-            for _, offset in places
-        )
+        held = wanted = 0
+        for file, offset in map(self._at, ids_U.tolist()):
+            held += self._cachestat.pages(self._buffered[file], offset, self._bundle)
+            last = (offset + self._bundle - 1) // mmap.PAGESIZE
+            wanted += last - offset // mmap.PAGESIZE + 1
+        return held, wanted
 
     def raw_reads(self, buffer: np.ndarray, size: int) -> dict[str, Timed]:
         """O_DIRECT reads of ``size`` bundles in every way that may be the fastest, all arguments
@@ -274,72 +226,54 @@ class _Files:
                 " measure another store"
             )
 
-        def places(ids_U):
-            return [
-                (
-                    self._direct[t // self._shard_rows],
-                    (buffer[i],),
-                    t % self._shard_rows * self._bundle,
-                )
-                for i, t in enumerate(ids_U.tolist())
-            ]
+        def requests(ids_U: np.ndarray) -> list[tuple]:
+            places = map(self._at, ids_U.tolist())
+            return [(self._direct[k], (buffer[i],), at) for i, (k, at) in enumerate(places)]
 
-        def in_turn(requests):
-            for request in requests:
-                os.preadv(*request)
+        def in_turn(parts: list[tuple]) -> None:
+            for part in parts:
+                os.preadv(*part)
 
-        def threads(count):
-            def prepare(ids_U):
-                requests = places(ids_U)
-                parts = [requests[k::count] for k in range(min(count, size))]
-                return lambda: wait([self._pool.submit(in_turn, part) for part in parts])
+        def one_thread(ids_U: np.ndarray) -> Callable[[], object]:
+            return functools.partial(in_turn, requests(ids_U))
 
-            return prepare
+        def threads(count: int, ids_U: np.ndarray) -> Callable[[], object]:
+            reads = requests(ids_U)
+            parts = [reads[k::count] for k in range(min(count, size))]
+            return lambda: wait([self._pool.submit(in_turn, part) for part in parts])
 
-        def ring(owner):
-            def prepare(ids_U):
-                fds, offsets = np.array([(fd, offset) for fd, _, offset in places(ids_U)]).T
-                lengths = np.full(size, self._bundle)
-                arguments = (
-                    fds,
-                    offsets,
-                    buffer.ctypes.data + np.arange(size) * self._bundle,
-                    lengths,
-                    lengths,
-                )
-                return lambda: owner.read(*arguments)
-
-            return prepare
-
-        def one_thread(ids_U):
-            requests = places(ids_U)
-            return lambda: in_turn(requests)
+        def ring(owner: Ring, ids_U: np.ndarray) -> Callable[[], object]:
+            fds, offsets = np.array([(fd, offset) for fd, _, offset in requests(ids_U)]).T
+            lengths = np.full(size, self._bundle)
+            into = buffer.ctypes.data + np.arange(size) * self._bundle
+            return functools.partial(owner.read, fds, offsets, into, lengths, lengths)
 
         if size == 1:
             return {"preadv": one_thread}
-        useful = [
-            (depth, owner)
-            for depth, owner in zip(DEPTHS, self._rings)
-            if depth == min(DEPTHS) or depth <= size
-        ]
+        useful = [n for n in range(len(DEPTHS)) if n == 0 or DEPTHS[n] <= size]
         return {
-            **{f"io_uring, depth {depth}": ring(owner) for depth, owner in useful},
-            **{f"{count} threads": threads(count) for count in THREADS},
+            **{
+                f"io_uring, depth {DEPTHS[n]}": functools.partial(ring, self._rings[n])
+                for n in useful
+            },
+            **{f"{count} threads": functools.partial(threads, count) for count in THREADS},
         }
 
 
-def _rounds(rounds: int, size: int) -> int:
-    return MORE * rounds if size <= FEW else rounds
+def _touch(memory: np.ndarray) -> None:
+    """Memory left idle can be slow at its next touch, in virtual machines above all: not what a
+    ceiling should show.
+    """
+    memory[:, ::PAGE].max()
 
 
-def _through(reader, buffer: np.ndarray) -> Timed:
+def _through(reader: Reader, buffer: np.ndarray) -> Timed:
     return lambda ids_U: functools.partial(reader.read, ids_U, buffer[: len(ids_U)])
 
 
 def _memory_copy(ram_VB: np.ndarray, buffer: np.ndarray) -> Timed:
-    return lambda ids_U: functools.partial(
-        np.take, ram_VB, ids_U, axis=0, out=buffer[: len(ids_U)], mode="clip"
-    )  # other modes copy twice
+    take = functools.partial(np.take, ram_VB, axis=0, mode="clip")  # other modes copy twice
+    return lambda ids_U: functools.partial(take, ids_U, out=buffer[: len(ids_U)])
 
 
 def _check_bytes(
@@ -355,51 +289,41 @@ def _check_bytes(
 
 
 def _phase(
-    ceilings: dict[str, Timed],
     methods: dict[str, Timed],
-    auto,
-    deal: Callable[[], np.ndarray],
-    rounds: int,
+    auto: Reader,
     files: _Files,
-    prepare: Callable[[], None] | None,
+    rounds: int,
+    size: int,
+    ceilings: dict[str, Timed],
+    deal: Callable[[int], np.ndarray],
+    prepare: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Figures of one size, cold or warm: ``rounds`` calls of each method in turn, the order turning
-    too.
-    """
-    timed, found = ceilings | methods, []
-    names, times = list(timed), {name: [] for name in timed}
+    """Figures of one size, cold or warm: each method in turn, the order turning too."""
+    calls, pages = ceilings | methods, []
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
     before, faults = auto.stats(), _major_faults()
-    for k in range(rounds):
+    for k in range(MORE * rounds if size <= FEW else rounds):
         for name in names[k % len(names) :] + names[: k % len(names)]:
-            ids_U = deal()
-            if prepare:
-                prepare()
+            ids_U = deal(size)
+            prepare()
             with contextlib.suppress(OSError):
-                found.append(files.pages(ids_U))
-            call = timed[name](ids_U)
-            start = time.perf_counter()
-            call()
-            times[name].append(1e6 * (time.perf_counter() - start))
-    best = min(ceilings, key=lambda name: np.median(times[name]))
-    ways = {
-        way: count - before[way]
-        for way, count in auto.stats().items()
-        if way in WAYS and count > before[way]
-    }
-    shares = {
-        name: {
-            **_figures(times[name]),
-            "share": round(float(np.median(times[best]) / np.median(times[name])), 3),
-        }
+                pages.append(files.pages(ids_U))
+            times[name].append(_us(calls[name](ids_U)))
+    median = {name: float(np.median(times[name])) for name in names}
+    best = min(ceilings, key=median.__getitem__)
+    shares: dict[str, dict] = {
+        name: {**_figures(times[name]), "share": round(median[best] / median[name], 3)}
         for name in methods
     }
-    shares["auto"]["bundles_by"] = ways
+    counts = {way: count - before[way] for way, count in auto.stats().items() if way in WAYS}
+    shares["auto"]["bundles_by"] = {way: count for way, count in counts.items() if count}
     return {
         "ceiling": {**_figures(times[best]), "method": best},
         **shares,
         "others": {name: _figures(times[name]) for name in ceilings if name != best},
-        "cached_pages": sum(pages for pages, _ in found) if found else None,
-        "wanted_pages": sum(pages for _, pages in found) if found else None,
+        "cached_pages": sum(cached for cached, _ in pages) if pages else None,
+        "wanted_pages": sum(wanted for _, wanted in pages) if pages else None,
         "major_faults": _major_faults() - faults,
     }
 
@@ -407,11 +331,9 @@ def _phase(
 class _RamOnly:
     """A store for :class:`TieredRows` whose rows are read once and then all in RAM."""
 
-    def __init__(self, reader, group: Group, rows: int):
-        self.groups, self.manifest = (
-            (group,),
-            SimpleNamespace(bundle_bytes=group.bundle_bytes, vocab_size=rows),
-        )
+    def __init__(self, reader: Reader, group: Group, rows: int):
+        self.groups = (group,)
+        self.manifest = SimpleNamespace(bundle_bytes=group.bundle_bytes, vocab_size=rows)
         self._read = reader.read
 
     def bases(self) -> dict:
@@ -425,7 +347,7 @@ class _RamOnly:
 
 
 def _ram_tier(
-    reader,
+    reader: Reader,
     group: Group,
     ram_VB: np.ndarray,
     buffer: np.ndarray,
@@ -433,33 +355,33 @@ def _ram_tier(
     rounds: int,
 ) -> dict:
     """{size: microseconds of both, and their ratio}; the two take turns."""
-    source = TieredRows(
-        _RamOnly(reader, group, len(ram_VB)), Budgets(ram=ram_VB.nbytes, ram_policy="lru")
-    )
-    for start in range(0, len(ram_VB), max(sizes)):
-        ticket = source.request(np.arange(start, min(start + max(sizes), len(ram_VB))), max(sizes))
+    v, most = len(ram_VB), max(sizes)
+    store: Any = _RamOnly(reader, group, v)
+    source = TieredRows(store, Budgets(ram=ram_VB.nbytes, ram_policy="lru"))
+
+    def step(ids_U: np.ndarray, size: int) -> None:
+        ticket = source.request(ids_U, size)
         ticket.collect()
         ticket.release()
-    slab_KB, deal, made = source.slab(group.name), _dealer(len(ram_VB), 2), {}
+
+    for start in range(0, v, most):
+        step(np.arange(start, min(start + most, v)), most)
+    slab_KB, deal, result = source.slab(group.name), _dealer(v, 2), {}
+
+    def take(ids_U: np.ndarray, size: int) -> None:
+        np.take(slab_KB, ids_U, axis=0, out=buffer[:size], mode="clip")
+
     for size in sizes:
         tier_us, take_us = [], []
-        slab_KB[:, ::PAGE].max()  # as before the warm gathers
+        _touch(slab_KB)
         for _ in range(MORE * rounds):
-            ids_U, start = deal(size), time.perf_counter()
-            ticket = source.request(ids_U, size)
-            ticket.collect()
-            ticket.release()
-            tier_us.append(1e6 * (time.perf_counter() - start))
-            ids_U, start = deal(size), time.perf_counter()
-            np.take(slab_KB, ids_U, axis=0, out=buffer[:size], mode="clip")
-            take_us.append(1e6 * (time.perf_counter() - start))
-        made[size] = {
-            "tier": _figures(tier_us),
-            "take": _figures(take_us),
-            "over_take": round(float(np.median(tier_us) / np.median(take_us)), 3),
-        }
+            tier_us.append(_us(functools.partial(step, deal(size), size)))
+            take_us.append(_us(functools.partial(take, deal(size), size)))
+        ratio = round(float(np.median(tier_us) / np.median(take_us)), 3)
+        figures = {"tier": _figures(tier_us), "take": _figures(take_us)}
+        result[size] = figures | {"over_take": ratio}
     source.close()
-    return made
+    return result
 
 
 def _dealer(vocab_size: int, seed: int) -> Callable[[int], np.ndarray]:
@@ -470,7 +392,7 @@ def _dealer(vocab_size: int, seed: int) -> Callable[[int], np.ndarray]:
     """
     rng, left = np.random.default_rng(seed), np.empty(0, np.int64)
 
-    def deal(size):
+    def deal(size: int) -> np.ndarray:
         nonlocal left
         if len(left) < size:
             left = rng.permutation(vocab_size)
@@ -480,11 +402,15 @@ def _dealer(vocab_size: int, seed: int) -> Callable[[int], np.ndarray]:
     return deal
 
 
+def _us(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - start)
+
+
 def _figures(times_us: list[float]) -> dict:
-    return {
-        "us": round(float(np.median(times_us)), 1),
-        "p99_us": round(float(np.percentile(times_us, 99)), 1),
-    }
+    median, p99 = np.percentile(times_us, (50, 99))
+    return {"us": round(float(median), 1), "p99_us": round(float(p99), 1)}
 
 
 def _major_faults() -> int:

@@ -2,11 +2,12 @@
 what XLA's partitioner makes of a plain gather.
 """
 
+import argparse
+import contextlib
 import dataclasses
+import functools
 import math
 import os
-import statistics
-import time
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from flexmemory.bench.machine import facts
+from flexmemory.bench.machine import facts, median_seconds, zipf
 from flexmemory.errors import UserError
 from flexmemory.exchange import dense_gradient, lookup
 from flexmemory.parallel import mesh_of
@@ -44,16 +45,9 @@ LAYOUTS = {
 PLAIN = ("rows", "columns", "replicated")
 
 
-def flags(parser) -> None:
-    parser.add_argument(
-        "--devices",
-        type=int,
-        default=8,
-        help=(
-            "devices to use; where JAX sees a CPU alone it is made into so many (default"
-            " %(default)s)"
-        ),
-    )
+def flags(parser: argparse.ArgumentParser) -> None:
+    used = "devices to use; where JAX sees a CPU alone it is made into so many"
+    parser.add_argument("--devices", type=int, default=8, help=f"{used} (default %(default)s)")
 
 
 def measure(scratch: Path, scale: str, devices: int) -> dict:
@@ -70,29 +64,27 @@ def measure(scratch: Path, scale: str, devices: int) -> dict:
     of a network: "fake_devices" is true there.
     """
     s = SCALES[scale]
-    fake = made_up(devices)
+    fake = fake_devices(devices)
     rng = np.random.default_rng(0)
-    found = {}
+    sizes = {}
     for v in s.sizes:
         whole = mesh(2, devices // 4, 2) if devices % 4 == 0 else mesh(1, devices, 1)
-        cut = sections_of(whole.shape)
-        ids = section_ids(rng, v, s.tokens, cut)
+        sections = sections_of(whole.shape)
+        ids = section_ids(rng, v, s.tokens, sections)
         with jax.set_mesh(whole):
-            made = {name: call(name, v, s.width, ids, s.rounds) for name in ("ours", *LAYOUTS)}
-        best = min(made[name]["bytes"] for name in PLAIN)
-        found[str(v)] = {
-            "unique_ids_per_section": len(ids) // cut,
+            sent = {name: call(name, v, s.width, ids, s.rounds) for name in ("ours", *LAYOUTS)}
+        sizes[str(v)] = {
+            "unique_ids_per_section": len(ids) // sections,
             "table_bytes": v * s.width * 4,
-            "layouts": made,
-            "partitioner_over_ours": best / made["ours"]["bytes"],
+            "layouts": sent,
+            "partitioner_over_ours": min(sent[k]["bytes"] for k in PLAIN) / sent["ours"]["bytes"],
         }
-    growth = {}
+    growth, v = {}, s.sizes[0]
     for n in [n for n in (1, 2, 4, 8, 16, 32) if n <= devices]:
-        ids = section_ids(np.random.default_rng(0), s.sizes[0], s.tokens * n // devices, n)
+        ids = section_ids(np.random.default_rng(0), v, s.tokens * n // devices, n)
         with jax.set_mesh(mesh(1, n, 1)):
-            growth[str(n)] = call("ours", s.sizes[0], s.width, ids, s.rounds) | {
-                "table_bytes_per_device": s.sizes[0] * s.width * 4 // n
-            }
+            growth[str(n)] = call("ours", v, s.width, ids, s.rounds)
+        growth[str(n)]["table_bytes_per_device"] = v * s.width * 4 // n
     return {
         "bench": "sharding",
         "scale": scale,
@@ -102,73 +94,58 @@ def measure(scratch: Path, scale: str, devices: int) -> dict:
         "fake_devices": fake,
         "tokens": s.tokens,
         "width": s.width,
-        "sizes": found,
+        "sizes": sizes,
         "growth": growth,
     }
 
 
-def made_up(devices: int) -> bool:
-    """Sees to enough devices; True where they are made up of one CPU."""
+def fake_devices(devices: int) -> bool:
+    """Sees to enough devices; True where they are parts of one CPU."""
     if jax.config.jax_platforms in (None, "", "cpu"):
-        try:
+        with contextlib.suppress(RuntimeError):  # JAX runs already, with what it has
             jax.config.update("jax_num_cpu_devices", devices)
-        except RuntimeError:  # JAX runs already, with what it has
-            pass
     if jax.device_count() < devices:
-        raise UserError(f"--devices: {devices}, JAX sees {jax.device_count()}; give at most that")
+        raise UserError(f"devices: {devices}, JAX sees {jax.device_count()}; give at most that")
     return jax.default_backend() == "cpu"
 
 
-def mesh(*sizes: int):
+def mesh(*sizes: int) -> jax.sharding.Mesh:
     return mesh_of(dict(zip(AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
 
 
-def section_ids(rng, vocab: int, tokens: int, sections: int) -> np.ndarray:
+def section_ids(rng: np.random.Generator, vocab: int, tokens: int, sections: int) -> np.ndarray:
     """Unique ids of Zipf tokens, a section after another, filled up with V to one size."""
-    rank_of = rng.permutation(vocab).astype(np.int32)
-    share = 1 / np.arange(1, vocab + 1)
-    parts = [
-        np.unique(rank_of[rng.choice(vocab, tokens // sections, p=share / share.sum())])
-        for _ in range(sections)
-    ]
-    size = max(map(len, parts))
-    return np.concatenate(
-        [np.append(part, np.full(size - len(part), vocab, np.int32)) for part in parts]
-    ).astype(np.int32)
+    id_of = rng.permutation(vocab).astype(np.int32)
+    parts = [np.unique(id_of[zipf(rng, vocab, tokens // sections)]) for _ in range(sections)]
+    ids = np.full((sections, max(map(len, parts))), vocab, np.int32)
+    for row, part in zip(ids, parts, strict=True):
+        row[: len(part)] = part
+    return ids.reshape(-1)
 
 
 def call(name: str, vocab: int, width: int, ids: np.ndarray, rounds: int) -> dict:
     """{"bytes", "seconds", "collectives"} of one layout on the mesh in force."""
-    spec, rows_spec = (
-        LAYOUTS["columns, tensor first" if name == "ours" else name],
-        P(BATCH, "tensor"),
-    )
+    spec = LAYOUTS["columns, tensor first" if name == "ours" else name]
+    rows_spec = P(BATCH, "tensor")
 
-    def ours(table, ids_R, grad_RW):
+    def ours(table: jax.Array, ids_R: jax.Array, grad_RW: jax.Array) -> tuple:
         return lookup(table, ids_R), dense_gradient(grad_RW, ids_R, table)
 
-    def plain(table, ids_R, grad_RW):
-        rows_RW, pull_back = jax.vjp(
-            lambda table: table.at[ids_R].get(mode="fill", fill_value=0, out_sharding=rows_spec),
-            table,
-        )
+    def plain(table: jax.Array, ids_R: jax.Array, grad_RW: jax.Array) -> tuple:
+        def gather(table: jax.Array) -> jax.Array:
+            return table.at[ids_R].get(mode="fill", fill_value=0, out_sharding=rows_spec)
+
+        rows_RW, pull_back = jax.vjp(gather, table)
         return rows_RW, pull_back(grad_RW)[0]
 
-    at = lambda spec: jax.NamedSharding(jax.sharding.get_mesh(), spec)  # noqa: E731
+    at = functools.partial(jax.NamedSharding, jax.sharding.get_mesh())
     args = (
         jax.jit(lambda: jnp.zeros((vocab, width), jnp.float32), out_shardings=at(spec))(),
         jax.device_put(ids, at(P(BATCH))),
         jax.jit(lambda: jnp.ones((len(ids), width), jnp.float32), out_shardings=at(rows_spec))(),
     )
-    compiled = (
-        jax.jit(ours if name == "ours" else plain, out_shardings=(at(rows_spec), at(spec)))
-        .lower(*args)
-        .compile()
-    )
-    sent = collectives(compiled.as_text())
-    seconds = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        seconds.append(time.perf_counter() - began)
-    return {"bytes": traffic(sent), "seconds": statistics.median(seconds[1:]), "collectives": sent}
+    step = jax.jit(ours if name == "ours" else plain, out_shardings=(at(rows_spec), at(spec)))
+    compiled = step.lower(*args).compile()
+    sent = collectives(compiled.as_text() or "")
+    seconds = median_seconds(lambda: compiled(*args), rounds)
+    return {"bytes": traffic(sent), "seconds": seconds, "collectives": sent}

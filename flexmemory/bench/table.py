@@ -7,16 +7,16 @@ import dataclasses
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flexmemory.bench.machine import facts
+from flexmemory.bench.machine import facts, median_seconds, timed
 from flexmemory.config import OptimizerConfig
 from flexmemory.exchange import lookup
 from flexmemory.train.optimizer import make_optimizer
@@ -80,12 +80,10 @@ def measure(scratch: Path, scale: str) -> dict:
 
 def against_size(name: str, s: Scale, sweep: Callable, gb_per_s: float) -> dict:
     """The update of one optimiser at every V of ``s``."""
-    arrays = (
-        3 if name == "lazy_adam" else 1
-    )  # [L, V, W]; the accumulators [L, V] of rowwise_adagrad are small
-    moved = (
-        (2 * arrays + 1) * s.layers * s.rows * s.width * 4
-    )  # every row in and out, the gradient in
+    # [L, V, W]; the accumulators [L, V] of rowwise_adagrad are small
+    arrays = 3 if name == "lazy_adam" else 1
+    # every row in and out, the gradient in
+    moved = (2 * arrays + 1) * s.layers * s.rows * s.width * 4
     steps = {"update": sparse_step(name), "move": move}
     states = {v: fresh_state(name, s.layers, v, s.width) for v in s.sizes}
     programs = {
@@ -95,7 +93,7 @@ def against_size(name: str, s: Scale, sweep: Callable, gb_per_s: float) -> dict:
     }
 
     def figures() -> dict:
-        us = timed(programs, states, s.rows, s.rounds, sweep)
+        us = medians_us(programs, states, s.rows, s.rounds, sweep)
         first, last = s.sizes[0], s.sizes[-1]
         return {
             "sizes": {str(v): {"us": us[v, "update"], "move_us": us[v, "move"]} for v in s.sizes},
@@ -107,9 +105,7 @@ def against_size(name: str, s: Scale, sweep: Callable, gb_per_s: float) -> dict:
         "moved_bytes": moved,
         "stream_us": moved / gb_per_s / 1e3,
         "table_bytes": {str(v): s.layers * v * s.width * 4 for v in s.sizes},
-        "temp_bytes": {
-            str(v): programs[v, "update"].memory_analysis().temp_size_in_bytes for v in s.sizes
-        },
+        "temp_bytes": {str(v): temp_bytes(programs[v, "update"]) for v in s.sizes},
         **figures(),
         "huge_pages": figures() if huge_pages(states) else None,
     }
@@ -125,73 +121,68 @@ def against_dense(s: Scale, sweep: Callable) -> dict:
     programs = {
         (name, "update"): compile_step(step, states[name], s.rows) for name, step in steps.items()
     }
-    us = timed(programs, states, s.rows, max(s.rounds // 8, 3), sweep)
+    us = medians_us(programs, states, s.rows, max(s.rounds // 8, 3), sweep)
     return {
         "layers": layers,
         "width": width,
         "vocab_size": v,
         "table_bytes": layers * width * v * 4,
         **{f"{name}_us": us[name, "update"] for name in states},
-        **{
-            f"{name}_temp_bytes": programs[name, "update"].memory_analysis().temp_size_in_bytes
-            for name in states
-        },
+        **{f"{name}_temp_bytes": temp_bytes(programs[name, "update"]) for name in states},
         "speedup": us["adamw", "update"] / us["lazy_adam", "update"],
     }
 
 
-def timed(programs: dict, states: dict, rows: int, rounds: int, sweep: Callable) -> dict:
+def medians_us(programs: dict, states: dict, rows: int, rounds: int, sweep: Callable) -> dict:
     """Median microseconds of every program, keyed (state's name, what). A call takes its state and
     gives it back.
     """
-    seconds = {key: [] for key in programs}
+    seconds: dict[tuple, list[float]] = {key: [] for key in programs}
     inputs = {
-        name: (jnp.asarray(gradient(state, rows)), id_sets(vocabulary(state), rows))
+        name: (jnp.asarray(gradient(state, rows)), id_sets(table_of(state).shape[1], rows))
         for name, state in states.items()
     }
     for k in range(rounds + 1):
         for (name, what), program in programs.items():
             grad_LRW, ids = inputs[name]
+
+            def call() -> object:
+                states[name] = program(states[name], grad_LRW, ids[k % ID_SETS])
+                return states[name]
+
             sweep()
-            began = time.perf_counter()
-            states[name] = jax.block_until_ready(program(states[name], grad_LRW, ids[k % ID_SETS]))
-            seconds[name, what].append(time.perf_counter() - began)
-    return {
-        key: statistics.median(found[1:]) * 1e6 for key, found in seconds.items()
-    }  # the first call may still page memory in
+            seconds[name, what].append(timed(call))
+    # the first call may still page memory in
+    return {key: statistics.median(times[1:]) * 1e6 for key, times in seconds.items()}
 
 
 def fresh_state(name: str, layers: int, v: int, width: int) -> tuple:
     """(params with one table, optimiser state)."""
-    params = {
-        "memory": {"stacks": {"stack0": {"table": jnp.zeros((layers, v, width), jnp.float32)}}}
-    }
+    table = jnp.zeros((layers, v, width), jnp.float32)
+    params = {"memory": {"stacks": {"stack0": {"table": table}}}}
     return jax.block_until_ready((params, make(name).init(params)))
 
 
-def make(name: str):
-    return (
-        make_optimizer(CFG, STEPS)
-        if name == "adamw"
-        else make_table_optimizer(dataclasses.replace(CFG, table_optimizer=name), STEPS)
-    )
+def make(name: str) -> Any:
+    if name == "adamw":
+        return make_optimizer(CFG, STEPS)
+    return make_table_optimizer(dataclasses.replace(CFG, table_optimizer=name), STEPS)
 
 
 def sparse_step(name: str) -> Callable:
     optimizer = make(name)
 
-    def step(state, grad_LRW, ids_R):
+    def step(state: tuple, grad_LRW: jax.Array, ids_R: jax.Array) -> tuple:
         tables, opt = state
         rows = lookup(tables, ids_R)
-        updates, opt = optimizer.update(
-            jax.tree.map(lambda _: grad_LRW, rows), opt, rows, ids_R=ids_R
-        )
+        grads = jax.tree.map(lambda _: grad_LRW, rows)
+        updates, opt = optimizer.update(grads, opt, rows, ids_R=ids_R)
         return apply_rows(tables, updates, ids_R), opt
 
     return step
 
 
-def dense_step(state, grad_LRW, ids_R):
+def dense_step(state: tuple, grad_LRW: jax.Array, ids_R: jax.Array) -> tuple:
     params, opt = state
     rows, pull = jax.vjp(lambda params: lookup(params, ids_R), params)
     (grads,) = pull(jax.tree.map(lambda _: grad_LRW, rows))
@@ -199,14 +190,14 @@ def dense_step(state, grad_LRW, ids_R):
     return optax.apply_updates(params, updates), opt
 
 
-def move(state, grad_LRW, ids_R):
-    """Takes the rows of every [L, V, W] off themselves: as many bytes as an update, no mathematics."""
+def move(state: tuple, grad_LRW: jax.Array, ids_R: jax.Array) -> tuple:
+    """Takes the rows of every [L, V, W] off themselves: the bytes of an update, no mathematics."""
     return jax.tree.map(
         lambda a: apply_rows(a, -lookup(a, ids_R), ids_R) if a.ndim == 3 else a, state
     )
 
 
-def compile_step(step: Callable, state, rows: int):
+def compile_step(step: Callable, state: tuple, rows: int) -> jax.stages.Compiled:
     shapes = (
         jax.eval_shape(lambda: state),
         jax.ShapeDtypeStruct(gradient_shape(state, rows), jnp.float32),
@@ -215,16 +206,22 @@ def compile_step(step: Callable, state, rows: int):
     return jax.jit(step, donate_argnums=0, keep_unused=True).lower(*shapes).compile()
 
 
-def vocabulary(state) -> int:
-    return jax.tree.leaves(state[0])[0].shape[1]
+def temp_bytes(program: jax.stages.Compiled) -> int:
+    analysis: Any = program.memory_analysis()
+    return analysis.temp_size_in_bytes
 
 
-def gradient_shape(state, rows: int) -> tuple[int, int, int]:
-    layers, _, width = jax.tree.leaves(state[0])[0].shape
+def table_of(state: tuple) -> jax.Array:
+    """[L, V, W]"""
+    return jax.tree.leaves(state[0])[0]
+
+
+def gradient_shape(state: tuple, rows: int) -> tuple[int, int, int]:
+    layers, _, width = table_of(state).shape
     return layers, rows, width
 
 
-def gradient(state, rows: int) -> np.ndarray:
+def gradient(state: tuple, rows: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(gradient_shape(state, rows), np.float32)
 
 
@@ -234,36 +231,36 @@ def id_sets(v: int, rows: int) -> list[jax.Array]:
     """
     rng = np.random.default_rng(v)
     id_of_rank, share = rng.permutation(v), np.cumsum(1 / np.arange(1, v + 1))
-    made = []
+    sets = []
     for _ in range(ID_SETS):
         ranks = np.zeros(0, np.int64)
         while len(ranks) < rows:
             ranks = np.union1d(ranks, np.searchsorted(share, share[-1] * rng.random(rows)))
-        made.append(jnp.asarray(id_of_rank[rng.permutation(ranks)[:rows]], jnp.int32))
-    return made
+        sets.append(jnp.asarray(id_of_rank[rng.permutation(ranks)[:rows]], jnp.int32))
+    return sets
 
 
-def huge_pages(tree) -> bool:
+def huge_pages(tree: Any) -> bool:
     """Moves the arrays into pages of 2 MiB (Linux 6.1 and newer); donated arrays stay in them.
     False where that is refused, or on another device.
     """
     if jax.default_backend() != "cpu" or platform.system() != "Linux":
         return False
     madvise, page, collapse = ctypes.CDLL(None).madvise, 2 << 20, 25
-    got = []
+
+    def moved(start: int, length: int) -> bool:
+        # while memory is in use elsewhere a try may fail and the next succeed
+        where = ctypes.c_void_p(start), ctypes.c_size_t(length)
+        return any(madvise(*where, collapse) == 0 for _ in range(4))
+
+    results = []
     for array in jax.tree.leaves(tree):
         address = array.unsafe_buffer_pointer()
         start = -(-address // page) * page
         length = (address + array.nbytes - start) // page * page
         if length > 0:
-            # while memory is in use elsewhere a try may fail and the next succeed
-            got.append(
-                any(
-                    madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), collapse) == 0
-                    for _ in range(4)
-                )
-            )
-    return bool(got) and all(got)
+            results.append(moved(start, length))
+    return bool(results) and all(results)
 
 
 def make_sweep() -> tuple[Callable, float]:
@@ -274,10 +271,4 @@ def make_sweep() -> tuple[Callable, float]:
     def sweep() -> None:
         held[0] = jax.block_until_ready(program(held[0]))
 
-    sweep()
-    seconds = []
-    for _ in range(9):
-        began = time.perf_counter()
-        sweep()
-        seconds.append(time.perf_counter() - began)
-    return sweep, 2 * SWEEP_BYTES / statistics.median(seconds) / 1e9
+    return sweep, 2 * SWEEP_BYTES / median_seconds(sweep, 9) / 1e9

@@ -7,19 +7,20 @@ the tables with it. Weights are random and the same batch returns in every step:
 depend on either.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from flexmemory.bench.decode import zipf
-from flexmemory.bench.machine import facts
+from flexmemory.bench.machine import facts, median_seconds, timed, zipf
 from flexmemory.config import CHOICES, Config, DataConfig, TrainConfig
 from flexmemory.data.pipeline import Batch, make_batches
 from flexmemory.errors import UserError, nearest
@@ -35,25 +36,18 @@ from flexmemory.train.loop import resolve
 from flexmemory.train.step import init_optimizer, init_state, make_train_step
 
 
-def shape(layers: int, **changes) -> ModelConfig:
-    return ModelConfig(pattern=f"dense*{layers}", **changes)
+def shape(layers: int, vocab: int, d_model: int, heads: int, d_ff: int, **more: Any) -> ModelConfig:
+    sizes = dict(vocab_size=vocab, d_model=d_model, n_heads=heads, d_ff=d_ff)
+    return ModelConfig(pattern=f"dense*{layers}", **sizes | more)
 
 
 CONFIGS = {  # by scale; of a config's pattern only the number of layers counts here
-    "smoke": Config(
-        shape(2, vocab_size=256, d_model=32, n_heads=4, d_ff=88),
-        DataConfig(seq_len=32, batch_size=4),
-    ),
-    "cpu": Config(
-        shape(6, vocab_size=16_384, d_model=512, n_heads=8, d_ff=1368),
-        DataConfig(seq_len=512, batch_size=8),
-    ),
+    "smoke": Config(shape(2, 256, 32, 4, 88), DataConfig(seq_len=32, batch_size=4)),
+    "cpu": Config(shape(6, 16_384, 512, 8, 1368), DataConfig(seq_len=512, batch_size=8)),
     # MemoryLLM 1b; micro-batches of 4 sequences keep activations without remat beside four states
     # of 12 to 21 GB
     "gpu": Config(
-        shape(
-            24, vocab_size=128_256, d_model=2048, n_heads=32, d_ff=5464, compute_dtype="bfloat16"
-        ),
+        shape(24, 128_256, 2048, 32, 5464, compute_dtype="bfloat16"),
         DataConfig(seq_len=2048, batch_size=8),
         TrainConfig(accum_steps=2),
     ),
@@ -78,27 +72,18 @@ GOALS = {  # tokens/s of one kind over another's: what is aimed at on two CPU co
 }
 DENSE_MFU_GOAL = {"gpu": 0.5}
 DEPTHS, COMPILE_GOAL = (2, 24), 1.5
-SHALLOW_AND_DEEP = Config(
-    shape(2, vocab_size=512, d_model=64, n_heads=2, d_ff=176), DataConfig(seq_len=64, batch_size=2)
-)
+SHALLOW_AND_DEEP = Config(shape(2, 512, 64, 2, 176), DataConfig(seq_len=64, batch_size=2))
 
 
-def flags(parser) -> None:
+def flags(parser: argparse.ArgumentParser) -> None:
     """Adds what `flexmemory bench train` takes beside the flags of every bench."""
-    parser.add_argument(
-        "--kinds",
-        default=DEFAULT_KINDS,
-        help=(
-            "layer kinds with options, KIND[:naive][:BETA][:TABLE_OPTIMIZER] (default %(default)s)"
-        ),
+    kinds = "layer kinds with options, KIND[:naive][:BETA][:TABLE_OPTIMIZER] (default %(default)s)"
+    data = (
+        "folder of `flexmemory prepare` to take ids from (default: the config's data.path; without"
+        " one a Zipf law)"
     )
-    parser.add_argument(
-        "--data",
-        help=(
-            "folder of `flexmemory prepare` to take ids from (default: the config's data.path;"
-            " without one a Zipf law)"
-        ),
-    )
+    parser.add_argument("--kinds", default=DEFAULT_KINDS, help=kinds)
+    parser.add_argument("--data", help=data)
 
 
 def measure(
@@ -111,41 +96,35 @@ def measure(
     """The figures as a JSON-able dict; nothing is written under ``scratch``. Raises UserError
     before any work where the flags do not fit.
     """
-    size = ROUNDS[scale]
-    cfg = config or CONFIGS[scale]
+    size, cfg = ROUNDS[scale], config or CONFIGS[scale]
     # the goals are of the scales' own shapes, on the device that they are named for
-    goals_of = (
-        scale if cfg.model == CONFIGS[scale].model and scale == jax.default_backend() else None
-    )
+    own = cfg.model == CONFIGS[scale].model and scale == jax.default_backend()
+    goals_of = scale if own else ""
     cfg, batch, ids = prepare(cfg, data)
     variants = {name: variant(name, cfg) for name in check_names(kinds)}
     with no_compilation_cache():
-        made = Rounds(cfg, batch, variants, size["steps"], size["square"])
+        rounds = Rounds(cfg, batch, variants, size["steps"], size["square"])
         for _ in range(size["rounds"]):
-            made.round()
+            rounds.round()
         compile_ = compile_times()
-        seams = {
-            name: made.seam(name)
-            for name, variant in variants.items()
-            if not variant.naive and layers_with_rows(variant)
-        }
-    figures = {name: made.figures(name) for name in variants}
+        with_seam = [n for n, v in variants.items() if not v.naive and layers_with_rows(v)]
+        seams = {name: rounds.seam(name) for name in with_seam}
+    figures = {name: rounds.figures(name) for name in variants}
+    shown = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=""))
     return {
         "bench": "train",
         "scale": scale,
         "machine": facts(scratch),
         "weights": "random",
         "ids": ids,
-        "config": dataclasses.asdict(
-            dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=""))
-        ),
+        "config": dataclasses.asdict(shown),
         "tokens_per_step": batch["ids"].size,
         "rounds": size["rounds"],
         "steps_per_round": size["steps"],
         "matmul": {
             "side": size["square"],
             "dtype": cfg.model.compute_dtype,
-            "flops_per_s": statistics.median(made.matmul),
+            "flops_per_s": statistics.median(rounds.matmul),
         },
         "kinds": figures,
         "ratios": ratios(figures, goals_of),
@@ -170,20 +149,21 @@ def prepare(cfg: Config, data: str | None) -> tuple[Config, Batch, str]:
         )
     if data:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=data))
+    shards: Any
     if cfg.data.path:
         cfg, shards, _ = resolve(cfg)
         ids = f"dataset {shards.fingerprint}"
     elif not cfg.model.vocab_size:
         raise UserError(
-            "config model.vocab_size: 0 takes the data's, and there is none; set it, or give --data"
+            "config model.vocab_size: 0 takes the data's, and there is none; set it, or give data="
+        )
+    elif cfg.data.document_mask:
+        raise UserError(
+            "config data.document_mask: ids from a Zipf law have no documents; give data=, or leave"
+            " it out"
         )
     else:
         shards, ids = Zipf(cfg.model.vocab_size), "Zipf law, s = 1 over a random order of ids"
-        if cfg.data.document_mask:
-            raise UserError(
-                "config data.document_mask: ids from a Zipf law have no documents; give --data, or"
-                " leave it out"
-            )
     batches = make_batches(
         shards,
         seq_len=cfg.data.seq_len,
@@ -196,21 +176,18 @@ def prepare(cfg: Config, data: str | None) -> tuple[Config, Batch, str]:
 
 
 class Zipf:
-    """As much of TokenShards as `make_batches` reads: every window is dealt anew from a Zipf law."""
+    """As much of TokenShards as `make_batches` reads: every window is dealt from a Zipf law."""
 
     def __init__(self, vocab_size: int):
-        self.vocab_size, self._order_V = (
-            vocab_size,
-            np.random.default_rng(0).permutation(vocab_size),
-        )
+        self.vocab_size = vocab_size
+        self._order_V = np.random.default_rng(0).permutation(vocab_size)
 
     def num_windows(self, seq_len: int) -> int:
         return 1 << 20
 
     def window(self, i: int, seq_len: int) -> np.ndarray:
-        return self._order_V[zipf(np.random.default_rng(i), self.vocab_size, seq_len + 1)].astype(
-            np.int32
-        )
+        ranks = zipf(np.random.default_rng(i), self.vocab_size, seq_len + 1)
+        return self._order_V[ranks].astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +212,7 @@ class Variant:
 def check_names(kinds: str) -> list[str]:
     names = kinds.split(",")
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--kinds: {repeated[0]!r} is named twice")
+        raise UserError(f"kinds: {repeated[0]!r} is named twice")
     return names
 
 
@@ -243,7 +220,7 @@ def variant(name: str, cfg: Config) -> Variant:
     """A kind as --kinds names it, in the shape of ``cfg``. Raises UserError."""
     kind, *options = name.split(":")
     if kind not in KINDS:
-        raise UserError(f"--kinds: {kind!r}, {nearest(kind, KINDS)}")
+        raise UserError(f"kinds: {kind!r}, {nearest(kind, KINDS)}")
     model = dataclasses.replace(cfg.model, pattern=f"{kind}*{len(layer_specs(cfg.model))}")
     optimizer, tables, naive = cfg.optimizer, CHOICES["optimizer.table_optimizer"], False
     for option in options:
@@ -255,16 +232,16 @@ def variant(name: str, cfg: Config) -> Variant:
             model = dataclasses.replace(model, beta=option)
         else:
             raise UserError(
-                f"--kinds: {name!r}, option {option!r}: {nearest(option, ['naive', *tables])}"
+                f"kinds: {name!r}, option {option!r}: {nearest(option, ['naive', *tables])}"
             )
     check_model(model)
     specs = layer_specs(model)
     if naive and not any(spec.d_memory for spec in specs):
-        raise UserError(f"--kinds: {name!r}: {kind} computes no rows; leave out naive")
+        raise UserError(f"kinds: {name!r}: {kind} computes no rows; leave out naive")
     if set(options) & set(tables) and not any(
         spec.row_width and not spec.d_memory for spec in specs
     ):
-        raise UserError(f"--kinds: {name!r}: {kind} has no tables; leave out the table optimiser")
+        raise UserError(f"kinds: {name!r}: {kind} has no tables; leave out the table optimiser")
     return Variant(dataclasses.replace(cfg, model=model, optimizer=optimizer), naive)
 
 
@@ -294,17 +271,16 @@ class Rounds:
     def __init__(
         self, cfg: Config, batch: Batch, variants: dict[str, Variant], steps: int, square: int
     ):
-        self.variants, self.steps_each, self.tokens, self.seq_len = (
-            variants,
-            steps,
-            batch["ids"].size,
-            cfg.data.seq_len,
-        )
-        self.states, self.steps, self.batches, self.facts = {}, {}, {}, {}
-        self.seconds, self.matmul = {name: [] for name in variants}, []
-        self.square_NN = jax.random.normal(
-            jax.random.key(0), (square, square), cfg.model.compute_dtype
-        )
+        self.variants, self.steps_each = variants, steps
+        self.tokens, self.seq_len = batch["ids"].size, cfg.data.seq_len
+        self.states: dict[Config, Any] = {}
+        self.steps: dict[str, Any] = {}
+        self.batches: dict[str, dict] = {}
+        self.facts: dict[str, dict] = {}
+        self.seconds: dict[str, list[float]] = {name: [] for name in variants}
+        self.matmul: list[float] = []
+        shape, dtype = (square, square), cfg.model.compute_dtype
+        self.square_NN = jax.random.normal(jax.random.key(0), shape, dtype)
         self.multiply = jax.jit(lambda a_NN: a_NN @ a_NN)
         for name, variant in variants.items():
             self._set_up(name, variant, batch)
@@ -314,36 +290,29 @@ class Rounds:
         """Compiles a variant and takes the first step, which is not timed."""
         self.states.pop(variant.config, None)  # the first loss is that of fresh weights
         state, on_device = init_state(variant.config), jax.device_put(variant.batch(batch))
-        step, found = compile_step(make_train_step(variant.config), state, on_device)
+        step, compiled = compile_step(make_train_step(variant.config), state, on_device)
         state, metrics = step(state, on_device)
+        flops, how = compiled["xla_flops"], "the compiler's memory analysis of the step"
         self.facts[name] = {
-            "compile_seconds": found["seconds"]["lower"] + found["seconds"]["compile"],
+            "compile_seconds": compile_seconds(compiled),
             "first_loss": float(metrics["loss"]),
-            "xla_flops_per_token": found["xla_flops"] and found["xla_flops"] / self.tokens,
-            "memory": {
-                "how": "the compiler's memory analysis of the step",
-                **(found["bytes"] or {}),
-            },
+            "xla_flops_per_token": flops and flops / self.tokens,
+            "memory": {"how": how, **(compiled["bytes"] or {})},
         }
         self.states[variant.config], self.steps[name], self.batches[name] = state, step, on_device
 
     def round(self) -> None:
         for name, variant in self.variants.items():
-            state, batch, step = (
-                self.states.pop(variant.config),
-                self.batches[name],
-                self.steps[name],
-            )
+            batch, step = self.batches[name], self.steps[name]
+            state = self.states.pop(variant.config)
             began = time.perf_counter()
             for _ in range(self.steps_each):
                 state, metrics = step(state, batch)
             jax.block_until_ready((state, metrics))
             self.seconds[name].append((time.perf_counter() - began) / self.steps_each)
             self.states[variant.config] = state
-        began = time.perf_counter()
-        made = [self.multiply(self.square_NN) for _ in range(MATMULS)]
-        jax.block_until_ready(made)
-        self.matmul.append(2 * len(self.square_NN) ** 3 * MATMULS / (time.perf_counter() - began))
+        seconds = timed(lambda: [self.multiply(self.square_NN) for _ in range(MATMULS)])
+        self.matmul.append(2 * len(self.square_NN) ** 3 * MATMULS / seconds)
 
     def seam(self, name: str) -> dict:
         """What it costs to hand rows to the blocks in one step, over all memory layers, and what
@@ -354,111 +323,87 @@ class Rounds:
         """
         variant, batch, numbers = self.variants[name], self.batches[name], self.figures(name)
         widths, inverse_BT = layers_with_rows(variant), batch["inverse"][0]
-        rows_RW = jax.random.normal(
-            jax.random.key(0),
-            (batch["unique_ids"].size, widths[0]),
-            variant.config.model.compute_dtype,
-        )
+        shape, dtype = (batch["unique_ids"].size, widths[0]), variant.config.model.compute_dtype
+        rows_RW = jax.random.normal(jax.random.key(0), shape, dtype)
         gather = jax.jit(gather_rows)
-        scatter = jax.jit(
-            lambda grad_BTW: jax.vjp(lambda rows: gather_rows(rows, inverse_BT), rows_RW)[1](
-                grad_BTW
-            )
-        )
-        grad_BTW = gather(rows_RW, inverse_BT)
-        calls = {
-            "gather": lambda: gather(rows_RW, inverse_BT),
-            "scatter": lambda: scatter(grad_BTW),
-        }
-        per_step = len(widths) * len(batch["inverse"])
+
+        @jax.jit
+        def scatter(grad_BTW: jax.Array) -> tuple:
+            return jax.vjp(lambda rows: gather_rows(rows, inverse_BT), rows_RW)[1](grad_BTW)
+
+        grad_BTW, per_step = gather(rows_RW, inverse_BT), len(widths) * len(batch["inverse"])
+        saved = numbers["flops_saved_per_token"] * self.tokens / numbers["flops_per_s"]
         return {
-            **{f"{what}_seconds": per_step * median_seconds(call) for what, call in calls.items()},
-            "saved_seconds": (
-                numbers["flops_saved_per_token"] * self.tokens / numbers["flops_per_s"]
-            ),
+            "gather_seconds": per_step * median_seconds(lambda: gather(rows_RW, inverse_BT)),
+            "scatter_seconds": per_step * median_seconds(lambda: scatter(grad_BTW)),
+            "saved_seconds": saved,
         }
 
     def figures(self, name: str) -> dict:
-        numbers = account(self.variants[name].config.model, self.seq_len)
-        per_token = (
-            self.batches[name]["unique_ids"].size / self.tokens
-            if numbers["row_bytes_per_token"]
-            else 0.0
-        )
-        flops, seconds, peak = (
-            train_flops_per_token(numbers, per_token),
-            statistics.median(self.seconds[name]),
-            peak_flops(),
-        )
+        numbers, peak = account(self.variants[name].config.model, self.seq_len), peak_flops()
+        per_token = 0.0
+        if numbers["row_bytes_per_token"]:
+            per_token = self.batches[name]["unique_ids"].size / self.tokens
+        flops = train_flops_per_token(numbers, per_token)
+        saved = train_flops_per_token(numbers, 1.0) - flops if per_token else 0.0
+        rate = self.tokens / statistics.median(self.seconds[name])
         return {
             "pattern": numbers["pattern"],
             "total_parameters": numbers["total"],
             "parameters_with_embedding_and_head": numbers["total_all"],
-            "tokens_per_s": self.tokens / seconds,
+            "tokens_per_s": rate,
             "step_seconds": self.seconds[name],
             "rows_per_token": per_token,
             "flops_per_token": flops,
-            "flops_saved_per_token": (
-                train_flops_per_token(numbers, 1.0) - flops if per_token else 0.0
-            ),
-            "flops_per_s": flops * self.tokens / seconds,
-            "matmul_share": flops * self.tokens / seconds / statistics.median(self.matmul),
-            "mfu": flops * self.tokens / seconds / peak if peak else None,
+            "flops_saved_per_token": saved,
+            "flops_per_s": flops * rate,
+            "matmul_share": flops * rate / statistics.median(self.matmul),
+            "mfu": flops * rate / peak if peak else None,
             **self.facts[name],
         }
 
 
-def median_seconds(call) -> float:
-    """Of five calls, after one that compiles."""
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+def compile_seconds(compiled: dict) -> float:
+    return compiled["seconds"]["lower"] + compiled["seconds"]["compile"]
 
 
-def ratios(figures: dict[str, dict], goals_of: str | None) -> dict[str, dict]:
+def ratios(figures: dict[str, dict], goals_of: str) -> dict[str, dict]:
     """For each pair of GOALS that was measured: the median over rounds of tokens/s over tokens/s,
     what it would be if time were proportional to FLOPs, and the goal of the device.
     """
-    made = {}
+    result = {}
     for (one, other), goals in GOALS.items():
         if one in figures and other in figures:
             a, b = figures[one], figures[other]
-            rounds = [
-                theirs / ours
-                for ours, theirs in zip(a["step_seconds"], b["step_seconds"], strict=True)
-            ]
-            made[f"{one} / {other}"] = {
+            pairs = zip(a["step_seconds"], b["step_seconds"], strict=True)
+            rounds = [theirs / ours for ours, theirs in pairs]
+            result[f"{one} / {other}"] = {
                 "measured": statistics.median(rounds),
                 "rounds": rounds,
                 "by_flops": b["flops_per_token"] / a["flops_per_token"],
                 "goal": goals.get(goals_of),
             }
-    return made
+    return result
 
 
 def compile_times() -> dict:
     """Seconds to trace and compile a memoryllm step of 2 and of 24 narrow layers."""
     cfg, seconds = variant("memoryllm", SHALLOW_AND_DEEP).config, []
-    for layers in (
-        DEPTHS[0],
-        *DEPTHS,
-    ):  # the first pays for what is done once in a process and is left out
-        deep = dataclasses.replace(
-            cfg, model=dataclasses.replace(cfg.model, pattern=f"memoryllm*{layers}")
-        )
-        state = jax.eval_shape(
-            lambda params, deep=deep: {
+    # the first pays for what is done once in a process and is left out
+    for layers in (DEPTHS[0], *DEPTHS):
+        model = dataclasses.replace(cfg.model, pattern=f"memoryllm*{layers}")
+        deep = dataclasses.replace(cfg, model=model)
+
+        def state(params: dict) -> dict:
+            return {
                 "params": params,
                 "optimizer": init_optimizer(deep, params),
                 "step": np.int32(0),
-            },
-            abstract_params(deep.model),
-        )
-        found = compile_step(make_train_step(deep), state, prepare(deep, None)[1])[1]["seconds"]
-        seconds.append(found["lower"] + found["compile"])
+            }
+
+        abstract = jax.eval_shape(state, abstract_params(model))
+        batch = prepare(deep, None)[1]
+        seconds.append(compile_seconds(compile_step(make_train_step(deep), abstract, batch)[1]))
     return {
         "kind": "memoryllm",
         "layers": list(DEPTHS),

@@ -26,6 +26,7 @@ window  As lru, but at the end of a lookup the slots of rows not used in the las
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -82,38 +83,32 @@ class SlotCache:
         self._slot_V = np.full(addresses, -1, np.int32)
         self._id_K = np.full(self.slots, -1, np.int64)  # -1: free
         self._score_V = np.zeros(addresses)
-        self._slot_of, self._score_of = (
-            self._slot_V.data,
-            self._score_V.data,
-        )  # the same memory, quicker for single numbers
+        # the same memory, quicker for single numbers
+        self._slot_of: Any = self._slot_V.data
+        self._score_of: Any = self._score_V.data
         self._clock = 0.0  # ids looked up so far
         self._half_life = HALF_LIFE * self.slots
         self._rescale_at = RESCALE * self._half_life
         self._step_ids: np.ndarray | list[int] = []  # of the latest lookup
-        self._steps: deque = deque()  # window: (clock before the step, its ids) of the last steps
+        self._steps: deque[tuple[float, np.ndarray]] = (
+            deque()
+        )  # window: (clock before the step, its ids) of the last steps
         self._pinned_K = np.zeros(self.slots, bool)  # all False between calls
-        self._free_K = np.arange(
-            self.slots - 1, -1, -1, dtype=np.int32
-        )  # a stack, its top is the end
+        self._free_K = np.arange(self.slots, dtype=np.int32)[::-1].copy()  # a stack, its top last
         self._free_count = self.slots
-        self._low = np.empty(
-            0, np.int32
-        )  # slots where the lowest scores are: every other resident row scores above _ceiling
+        # slots where the lowest scores are: every other resident row scores above _ceiling
+        self._low = np.empty(0, np.int32)
         self._ceiling = -np.inf
         self._preload = np.empty(0, np.int64)
         if counts_V is not None and policy in ("static", "lfu"):
             counts_V = np.asarray(counts_V, np.uint64)
-            self._preload = np.sort(
-                np.argsort(np.iinfo(np.uint64).max - counts_V, kind="stable")[: self.slots]
-            )
-            if policy == "lfu":  # uses of the past add up to half_life / ln 2
-                self._score_V += (
-                    counts_V
-                    / max(1.0, float(counts_V.sum(dtype=np.float64)))
-                    * (HALF_LIFE * self.slots / math.log(2))
-                )
-            else:
+            rising_V = np.iinfo(np.uint64).max - counts_V
+            self._preload = np.sort(np.argsort(rising_V, kind="stable")[: self.slots])
+            if policy == "static":
                 self._score_V[self._preload] = 1
+            else:  # uses of the past add up to half_life / ln 2
+                total = max(1.0, float(counts_V.sum(dtype=np.float64)))
+                self._score_V += counts_V / total * (self._half_life / math.log(2))
 
     def peek(self, ids_U: np.ndarray) -> np.ndarray:
         """slots_U int32, -1 where absent, and no trace in scores or counters. IndexError for an id
@@ -131,7 +126,8 @@ class SlotCache:
         The slots stay those rows' until the next lookup, and after it while they are among the
         pinned slots of admit.
         """
-        self._step_ids = ids_U = np.array(ids_U, np.int64)
+        ids_U = np.array(ids_U, np.int64)
+        self._step_ids = ids_U
         slots_U = self.peek(ids_U)
         # a step that has all its rows is over in microseconds, so it is looked for first
         all_here = len(ids_U) and np.minimum.reduce(slots_U) >= 0
@@ -140,26 +136,21 @@ class SlotCache:
         self.misses += self.absent
         before = self._use(ids_U)
         if self.policy == "window":
-            self._steps.append((before, self._step_ids))
+            self._steps.append((before, ids_U))
             if len(self._steps) > self.window:
                 self._expire()
         return slots_U
 
-    def found(self, ids: list[int]) -> list[int] | None:
+    def lookup_few(self, ids: list[int]) -> list[int] | None:
         """:meth:`lookup` of a few ascending ids, in a quarter of its time; None, and no trace,
         where that has more to do: an id is absent, steps leave the window, lfu scores want to be
         brought back. The list is kept until the next step.
         """
         slot_of, policy = self._slot_of, self.policy
         slots = [slot_of[i] for i in ids]
-        if (
-            -1 in slots
-            or not ids
-            or ids[0] < 0
-            or policy == "window"
-            or policy == "lfu"
-            and self._clock > self._rescale_at
-        ):
+        if -1 in slots or not ids or ids[0] < 0 or policy == "window":
+            return None
+        if policy == "lfu" and self._clock > self._rescale_at:
             return None
         self._step_ids, self.absent, count = ids, 0, len(ids)
         self.hits += count
@@ -205,12 +196,10 @@ class SlotCache:
         victims = self._victims(len(new) - len(free), len(pins))
         self._pinned_K[pins] = False
 
-        rivals = ids_M[
-            new[len(free) : len(free) + len(victims)]
-        ]  # falling scores against rising ones: the winners come first
-        victims = victims[
-            : np.count_nonzero(self._score_V[rivals] > self._score_V[self._id_K[victims]])
-        ]
+        # falling scores against rising ones: the winners come first
+        rivals = ids_M[new[len(free) : len(free) + len(victims)]]
+        wins = self._score_V[rivals] > self._score_V[self._id_K[victims]]
+        victims = victims[: np.count_nonzero(wins)]
         slots = np.concatenate([free, victims])
         new = new[: len(slots)]
         ids = ids_M[new]
@@ -218,9 +207,8 @@ class SlotCache:
         self._id_K[slots] = ids
         self._slot_V[ids] = slots
         slots_M[new] = slots
-        low = free[
-            self._score_V[ids[: len(free)]] <= self._ceiling
-        ]  # a victim's slot is in _low already
+        # a victim's slot is in _low already
+        low = free[self._score_V[ids[: len(free)]] <= self._ceiling]
         if len(low):
             self._low = np.union1d(self._low, low)
         self.admitted += len(slots)
@@ -233,16 +221,14 @@ class SlotCache:
         """
         return self._preload.copy()
 
+    @property
+    def resident(self) -> int:
+        """Slots that hold a row."""
+        return self.slots - self._free_count
+
     def stats(self) -> dict:
-        return {
-            "policy": self.policy,
-            "slots": self.slots,
-            "resident": self.slots - self._free_count,
-            "hits": self.hits,
-            "misses": self.misses,
-            "admitted": self.admitted,
-            "evictions": self.evictions,
-        }
+        names = ("policy", "slots", "resident", "hits", "misses", "admitted", "evictions")
+        return {name: getattr(self, name) for name in names}
 
     def _use(self, ids_U: np.ndarray) -> float:
         """Scores one use of each id; returns the clock before it, below every score of a time that
@@ -253,19 +239,16 @@ class SlotCache:
         times_U = np.arange(self._clock, before, -1)
         if self.policy in ("lru", "window"):
             self._score_V[ids_U] = times_U
-        elif (
-            self.policy == "lfu" and self.slots
-        ):  # a growing worth of new uses is a fading worth of old ones
-            half_life = self._half_life
+        elif self.policy == "lfu" and self.slots:
+            half_life = self._half_life  # a growing worth of new uses is a fading one of old uses
             if before > self._rescale_at:
                 halvings = int(before // half_life)
                 self._score_V *= 0.5**halvings
                 self._ceiling *= 0.5**halvings
                 self._clock -= halvings * half_life
                 times_U -= halvings * half_life
-            self._score_V[ids_U] += np.exp2(
-                np.minimum(times_U / half_life, 1000)
-            )  # finite, however long the step
+            # finite, however long the step
+            self._score_V[ids_U] += np.exp2(np.minimum(times_U / half_life, 1000))
         return before
 
     def _expire(self) -> None:
@@ -319,3 +302,28 @@ class SlotCache:
             lowest = np.argpartition(scores, count)[:count]
             open_, scores = open_[lowest], scores[lowest]
         return open_[np.argsort(scores)]
+
+
+def tier_caches(
+    addresses: int,
+    slots: tuple[int, int],
+    policies: tuple[str, str],
+    counts_V: np.ndarray | None,
+    window: int = 0,
+) -> tuple[SlotCache, SlotCache]:
+    """The caches (hot, RAM) of a served model. Where both are static, RAM keeps the next most
+    frequent rows. ``window``: of a policy ``window``.
+    """
+
+    def cache(slots: int, policy: str, counts_V: np.ndarray | None) -> SlotCache:
+        if not slots and policy == "static":
+            policy = "lru"  # an empty tier keeps nothing by any policy, and needs no counts
+        counts_V = counts_V if policy in ("static", "lfu") else None
+        steps = window if policy == "window" else 0
+        return SlotCache(slots, addresses, policy, counts_V=counts_V, window=steps)
+
+    hot = cache(slots[0], policies[0], counts_V)
+    if hot.policy == policies[1] == "static" and counts_V is not None:
+        counts_V = counts_V.copy()
+        counts_V[hot.preload_ids()] = 0
+    return hot, cache(slots[1], policies[1], counts_V)

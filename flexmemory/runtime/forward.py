@@ -15,7 +15,7 @@ from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import row_groups
 from flexmemory.models.transformer import build, output_logits, served_blocks
 from flexmemory.tkv.encoding import decode
-from flexmemory.tkv.fold import Layouts
+from flexmemory.tkv.fold import Bases, Layouts
 
 
 def first_memory_layer(cfg: ModelConfig) -> int:
@@ -39,7 +39,7 @@ def served_params(params: dict, cfg: ModelConfig) -> dict:
     is in this form already.
     """
 
-    def put(array):
+    def put(array: jax.Array) -> jax.Array:
         vector = array.size == array.shape[-1]  # the scale of a norm
         return jax.device_put(array if vector else array.astype(cfg.compute_dtype))
 
@@ -48,7 +48,15 @@ def served_params(params: dict, cfg: ModelConfig) -> dict:
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
-def lead(params, cache, ids_BT, positions_BT, slot, *, cfg: ModelConfig):
+def lead(
+    params: dict,
+    cache: dict,
+    ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    slot: jax.Array | None,
+    *,
+    cfg: ModelConfig,
+) -> tuple[jax.Array, dict]:
     """(x_BTD before the first memory layer, cache). slot: None for all sequences of the cache, or
     the number of the one that ids_1T belongs to.
     """
@@ -66,20 +74,20 @@ def lead(params, cache, ids_BT, positions_BT, slot, *, cfg: ModelConfig):
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layouts"), donate_argnames="cache")
 def tail(
-    params,
-    cache,
-    x_BTD,
-    positions_BT,
-    slot,
-    stored,
-    bases,
-    inverse_BT,
-    pick_B,
+    params: dict,
+    cache: dict,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    slot: jax.Array | None,
+    stored: dict,
+    bases: Bases,
+    inverse_BT: jax.Array,
+    last_B: jax.Array,
     *,
     cfg: ModelConfig,
     layouts: Layouts,
-):
-    """(logits_BV float32 at place pick_B of each sequence, cache). stored, bases: {group: what
+) -> tuple[jax.Array, dict]:
+    """(logits_BV float32 of token last_B of each sequence, cache). stored, bases: {group: what
     ``encoding.decode`` takes}.
     """
     model = build(cfg, with_memory=False, stacked=False)(params)
@@ -92,19 +100,27 @@ def tail(
         cache=_of_slot(cache, slot),
         first=first_memory_layer(cfg),
     )
-    picked_B1D = jnp.take_along_axis(model.norm(x_BTD), pick_B[:, None, None], axis=1)
-    return output_logits(picked_B1D, model.head_DV)[:, 0], _into_slot(cache, part, slot)
+    last_B1D = jnp.take_along_axis(model.norm(x_BTD), last_B[:, None, None], axis=1)
+    return output_logits(last_B1D, model.head_DV)[:, 0], _into_slot(cache, part, slot)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layouts"))
-def all_logits(params, ids_BT, stored, bases, inverse_BT, *, cfg: ModelConfig, layouts: Layouts):
+def all_logits(
+    params: dict,
+    ids_BT: jax.Array,
+    stored: dict,
+    bases: Bases,
+    inverse_BT: jax.Array,
+    *,
+    cfg: ModelConfig,
+    layouts: Layouts,
+) -> jax.Array:
     """logits_BTV float32 in one pass without a cache."""
-    return build(cfg, with_memory=False, stacked=False)(params)(
-        ids_BT, model_rows(stored, bases, cfg, layouts), inverse_BT
-    )
+    model = build(cfg, with_memory=False, stacked=False)(params)
+    return model(ids_BT, model_rows(stored, bases, cfg, layouts), inverse_BT)
 
 
-def model_rows(stored: dict, bases: dict, cfg: ModelConfig, layouts: Layouts) -> dict:
+def model_rows(stored: dict, bases: Bases, cfg: ModelConfig, layouts: Layouts) -> dict:
     """{group: rows_LRW in compute dtype}"""
     return {
         name: decode(layout, stored[name], bases[name], cfg.compute_dtype)
@@ -112,19 +128,14 @@ def model_rows(stored: dict, bases: dict, cfg: ModelConfig, layouts: Layouts) ->
     }
 
 
-def _of_slot(cache, slot):
-    return (
-        cache
-        if slot is None
-        else jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis=1), cache)
-    )
+def _of_slot(cache: dict, slot: jax.Array | None) -> dict:
+    if slot is None:
+        return cache
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis=1), cache)
 
 
-def _into_slot(cache, part, slot):
-    return (
-        part
-        if slot is None
-        else jax.tree.map(
-            lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, slot, axis=1), cache, part
-        )
-    )
+def _into_slot(cache: dict, part: dict, slot: jax.Array | None) -> dict:
+    if slot is None:
+        return part
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+    return jax.tree.map(put, cache, part)

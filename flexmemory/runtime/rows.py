@@ -1,20 +1,13 @@
-"""Row sources: where a running model takes its rows from. One interface, so that the engine cannot
-tell them apart:
+"""Row sources: where a running model takes its rows from. The engine sees one interface:
 
-ticket = source.request(ids_U, size)   sorted different ids of one step; starts reading what must be
-read, returns at once
-stored = ticket.collect()              waits; {group: rows as ``encoding.decode`` takes them}, of
-``size`` >= U places
-ticket.places_U                        int32: the place of each id's row
-ticket.release()                       the step has ended, its buffers may be used again
-source.layouts, source.bases           how rows are stored, and the bases of low-rank ones
-source.abandon()                       the steps under way will not end: after an error
-source.stats()                         counters since the start
-source.close()                         ends its threads
+ticket = source.request(ids_U, size)   # starts to read what must be read, returns at once
+stored = ticket.collect()              # waits for the rows
+inverse_BT = ticket.inverse(ids_BT)    # where in them each token's row is
+ticket.release()                       # the step has ended, its buffers may be used again
 """
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -48,39 +41,61 @@ class Budgets:
     window: int = 256
 
 
-class RowSource(Protocol):
-    layouts: Layouts
-    bases: Bases
-
-    def request(self, ids_U: np.ndarray, size: int) -> "Ticket": ...
-
-    def abandon(self) -> None: ...
-
-    def stats(self) -> dict: ...
-
-    def close(self) -> None: ...
-
-
 class Ticket:
-    """The rows of one step. ``waited``: seconds that :meth:`collect` stood still."""
+    """The rows of one step. ids_U: sorted; index_U int32: where each id's row is in ``stored``;
+    waited: seconds that :meth:`collect` stood still.
+    """
 
     waited = 0.0
 
-    def __init__(self, ids_U: np.ndarray, places_U: np.ndarray, stored: dict):
-        self.ids_U, self.places_U, self.stored = ids_U, places_U, stored
+    def __init__(self, ids_U: np.ndarray, index_U: np.ndarray, stored: dict):
+        self.ids_U, self.index_U, self.stored = ids_U, index_U, stored
 
     def collect(self) -> dict:
+        """{group: at least U rows as ``encoding.decode`` takes them}"""
         return self.stored
+
+    def inverse(self, ids_BT: np.ndarray) -> np.ndarray:
+        """int32 [B, T], where each token's row is; after :meth:`collect`."""
+        return self.index_U[np.searchsorted(self.ids_U, ids_BT)]
 
     def release(self) -> None:
         pass
 
 
-class ResidentRows:
+class RowSource:
+    """layouts, bases: how rows are stored, and the bases of low-rank ones."""
+
+    layouts: Layouts
+    bases: Bases
+
+    def request(self, ids_U: np.ndarray, size: int) -> Ticket:
+        """ids_U: sorted different ids of one step; ``size`` >= U: rows that are handed over."""
+        raise NotImplementedError
+
+    def read_ahead(self, ids: np.ndarray) -> None:
+        """Starts to read rows that the next step may want."""
+
+    def abandon(self) -> None:
+        """The steps under way will not end: after an error."""
+
+    def stats(self) -> dict:
+        """Counters since the start."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends the source's threads."""
+
+
+class ResidentRows(RowSource):
     """The whole table on the device: {group: stored rows of all V addresses}."""
 
-    def __init__(self, tables: dict[str, jax.Array], layouts: Layouts, bases: Bases):
-        self.tables, self.layouts, self.bases = tables, layouts, bases
+    def __init__(self, layouts: Layouts, bases: Bases, vocab: int, parts: Iterable[tuple]):
+        """parts: (ids, their bundles) of all addresses."""
+        self.layouts, self.bases = layouts, bases
+        self.tables = empty_tables(layouts, vocab)
+        for ids, bundles in parts:
+            self.tables = put_rows(self.tables, views(layouts, bundles), ids.astype(np.int32))
 
     @classmethod
     def from_params(
@@ -89,54 +104,30 @@ class ResidentRows:
         """Folds live parameters. Equal bits to a store with these groups and ``fold_rows`` that was
         exported on the same backend.
         """
-        layouts, params = layouts_of(groups), jax.device_put(params)
-        tables = {name: empty_table(layout, cfg.vocab_size) for name, layout in layouts}
-        for start, bundles in (
-            fold.fold_table(
-                params, bases, cfg=cfg, groups=groups, fold_rows=fold_rows, shard_rows=fold_rows
-            )
-            if groups
-            else ()
-        ):
-            places = np.arange(start, min(start + fold_rows, cfg.vocab_size), dtype=np.int32)
-            tables = put_rows(tables, views(layouts, bundles), places)
-        return cls(tables, layouts, bases)
+        v, params = cfg.vocab_size, jax.device_put(params)
+        call: dict = dict(cfg=cfg, groups=groups, fold_rows=fold_rows, shard_rows=fold_rows)
+        parts = fold.fold_table(params, bases, **call) if groups else ()
+        folded = ((np.arange(at, min(at + fold_rows, v)), bundles) for at, bundles in parts)
+        return cls(layouts_of(groups), bases, v, folded)
 
     @classmethod
     def from_store(cls, store: Store, progress: bool = False) -> "ResidentRows":
-        """Reads the whole table of a store, one shard at a time."""
+        """Reads the whole table of a store."""
         layouts, v = layouts_of(store.groups), store.manifest.vocab_size
-        tables = {name: empty_table(layout, v) for name, layout in layouts}
-        with ProgressLine("load rows", v, "rows", enabled=progress) as line:
-            for start in range(0, v if layouts else 0, PRELOAD):
-                ids = np.arange(start, min(start + PRELOAD, v))
-                buffers = {
-                    name: allocate(len(ids), layout.bundle_bytes) for name, layout in layouts
-                }
-                store.read_bundles(ids, buffers)
-                tables = put_rows(tables, views(layouts, buffers), ids.astype(np.int32))
-                line.update(start + len(ids))
-        return cls(tables, layouts, store.bases())
+        ids = np.arange(v if layouts else 0)
+        return cls(layouts, store.bases(), v, read_parts(store, ids, "load rows", progress))
 
     def request(self, ids_U: np.ndarray, size: int) -> Ticket:
         ids_S = np.zeros(size, np.int32)
         ids_S[: len(ids_U)] = ids_U
         return Ticket(ids_U, np.arange(len(ids_U), dtype=np.int32), take_rows(self.tables, ids_S))
 
-    def abandon(self) -> None:
-        pass
-
     def stats(self) -> dict:
-        return {
-            "source": "resident",
-            "resident_bytes": sum(table.nbytes for table in self.tables.values()),
-        }
-
-    def close(self) -> None:
-        pass
+        size = sum(table.nbytes for table in self.tables.values())
+        return {"source": "resident", "resident_bytes": size}
 
 
-class LiveRows:
+class LiveRows(RowSource):
     """Rows folded from the weights when an id is first asked for, and kept; for checking a store
     against its run.
 
@@ -154,10 +145,10 @@ class LiveRows:
     ):
         self.cfg, self.params, self.fold_rows = cfg, jax.device_put(params), fold_rows
         self.layouts, self.bases = layouts_of(groups), bases
-        self._known: dict[int, dict[str, np.ndarray]] = {}  # id: {group: its bundle as stored}
+        self._known: dict[int, dict[str, np.ndarray]] = {}  # id: {group: its row as stored}
 
     def request(self, ids_U: np.ndarray, size: int) -> Ticket:
-        new = [int(i) for i in ids_U if int(i) not in self._known] if self.layouts else []
+        new = [i for i in ids_U.tolist() if i not in self._known] if self.layouts else []
         for at in range(0, len(new), self.fold_rows):
             part = new[at : at + self.fold_rows]
             ids = np.asarray(part + [part[-1]] * (self.fold_rows - len(part)), np.int32)
@@ -165,35 +156,45 @@ class LiveRows:
                 self.params, self.bases, ids, len(part), cfg=self.cfg, layouts=self.layouts
             )
             stored = {name: np.asarray(rows) for name, rows in stored.items()}
-            self._known |= {
-                i: {name: rows[place].copy() for name, rows in stored.items()}
-                for place, i in enumerate(part)
-            }
-        out = {}
-        for name, layout in self.layouts:
-            view = host_view(layout, np.zeros((size, layout.bundle_bytes), np.uint8))
-            for place, i in enumerate(ids_U):
-                view[place] = self._known[int(i)][name]
-            out[name] = view
-        return Ticket(ids_U, np.arange(len(ids_U), dtype=np.int32), out)
-
-    def abandon(self) -> None:
-        pass
+            for k, i in enumerate(part):
+                self._known[i] = {name: rows[k].copy() for name, rows in stored.items()}
+        result = views(self.layouts, new_bundles(self.layouts, size))
+        for name, rows in result.items():
+            for k, i in enumerate(ids_U.tolist()):
+                rows[k] = self._known[i][name]
+        return Ticket(ids_U, np.arange(len(ids_U), dtype=np.int32), result)
 
     def stats(self) -> dict:
         return {"source": "live", "computed": len(self._known)}
 
-    def close(self) -> None:
-        pass
+
+def read_parts(
+    store: Store, ids: np.ndarray, label: str, progress: bool
+) -> Iterator[tuple[np.ndarray, dict]]:
+    """(PRELOAD ids, {group: their bundles}), one after another."""
+    with ProgressLine(label, len(ids), "rows", enabled=progress) as line:
+        for start in range(0, len(ids), PRELOAD):
+            part = ids[start : start + PRELOAD]
+            bundles = new_bundles(layouts_of(store.groups), len(part))
+            store.read_bundles(part, bundles)
+            yield part, bundles
+            line.update(start + len(part))
 
 
-def views(layouts, buffers: dict) -> dict:
-    return {name: host_view(layout, buffers[name]) for name, layout in layouts}
+def new_bundles(layouts: Layouts, size: int) -> dict[str, np.ndarray]:
+    return {name: allocate(size, layout.bundle_bytes) for name, layout in layouts}
 
 
-def empty_table(layout: Layout, rows: int) -> jax.Array:
-    view = host_view(layout, np.empty((0, layout.bundle_bytes), np.uint8))
-    return jnp.zeros((rows, *view.shape[1:]), view.dtype)
+def views(layouts: Layouts, bundles: dict) -> dict:
+    return {name: host_view(layout, bundles[name]) for name, layout in layouts}
+
+
+def empty_tables(layouts: Layouts, rows: int) -> dict[str, jax.Array]:
+    def empty(layout: Layout) -> jax.Array:
+        view = host_view(layout, np.empty((0, layout.bundle_bytes), np.uint8))
+        return jnp.zeros((rows, *view.shape[1:]), view.dtype)
+
+    return {name: empty(layout) for name, layout in layouts}
 
 
 @jax.jit

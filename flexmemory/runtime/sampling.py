@@ -35,7 +35,14 @@ def sample(
     else is in the batch.
     """
 
-    def one(logits_V, seed, request, step, temperature, top_p):
+    def one(
+        logits_V: jax.Array,
+        seed: jax.Array,
+        request: jax.Array,
+        step: jax.Array,
+        temperature: jax.Array,
+        top_p: jax.Array,
+    ) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), request)
         scaled_V = logits_V / jnp.where(temperature > 0, temperature, 1)
         order_V = jnp.argsort(-scaled_V)

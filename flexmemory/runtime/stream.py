@@ -12,16 +12,16 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()):
-        self._decode, self._stops, self._ids, self._settled = decode, tuple(stops), [], 0
-        self._text = ""  # of the first _settled tokens
+        self._decode, self._stops = decode, tuple(stops)
+        self._ids: list[int] = []
+        self._settled, self._text = 0, ""  # tokens whose text is certain, and that text
         self._shown = 0
         self.stopped = False
 
     def add(self, token: int) -> str:
         self._ids.append(token)
-        context = self._ids[
-            max(0, self._settled - 4) : self._settled
-        ]  # decoders may look at the neighbour, e.g. for a space
+        # decoders may look at the neighbour, e.g. for a space
+        context = self._ids[max(0, self._settled - 4) : self._settled]
         before, after = self._decode(context), self._decode(context + self._ids[self._settled :])
         if not after.endswith("\ufffd") and after.startswith(before):
             self._settled = len(self._ids)
@@ -41,26 +41,14 @@ class TextStream:
         return self._text[: self._shown]
 
     def _safe_end(self) -> int:
-        found = [
-            at
-            for at in (
-                self._text.find(stop, max(0, self._shown - len(stop))) for stop in self._stops
-            )
-            if at >= 0
-        ]
-        if found:
-            self.stopped, self._text = True, self._text[: min(found)]
+        """How much of the text may be shown. Cuts it at the first stop text."""
+        text, stops = self._text, self._stops
+        starts = [text.find(stop, max(0, self._shown - len(stop))) for stop in stops]
+        if matches := [at for at in starts if at >= 0]:
+            self.stopped, self._text = True, text[: min(matches)]
             return len(self._text)
-        held = max(
-            (
-                n
-                for stop in self._stops
-                for n in range(1, len(stop))
-                if self._text.endswith(stop[:n])
-            ),
-            default=0,
-        )
-        return len(self._text) - held
+        begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return len(text) - max(begun, default=0)
 
     def _show(self, end: int) -> str:
         piece = self._text[self._shown : end]

@@ -5,7 +5,8 @@ says nothing about speed.
 import numpy as np
 from tkv.making import config, make_store, params
 
-from flexmemory.bench.decode import Forced, measure, zipf
+from flexmemory.bench.decode import Forced, measure
+from flexmemory.bench.machine import zipf
 from flexmemory.runtime.rows import Budgets
 
 

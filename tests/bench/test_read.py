@@ -70,7 +70,7 @@ def test_wrong_bytes_are_refused(tmp_path, monkeypatch):
 
 
 def test_more_ids_than_rows_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--sizes: 1000 ids, the table has 512"):
+    with pytest.raises(UserError, match="sizes: 1000 ids, the table has 512"):
         measure(tmp_path, "smoke", sizes=(1000,), rounds=1)
 
 

@@ -128,7 +128,7 @@ class AgainstModel(RuleBasedStateMachine):
         got = None
         if few:
             ids = sorted(ids)
-            got = self.cache.found(ids)
+            got = self.cache.lookup_few(ids)
             assert got is None or len(got) == len(ids) > 0 and self.policy != "window"
             if got is None and (
                 self.policy in ("lru", "static")

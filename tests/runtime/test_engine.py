@@ -302,14 +302,14 @@ def test_empty_prompt_starts_from_the_end_of_document(resident):
         ),
         (lambda e: e.generate([[-1]], 4), "token id -1 is outside"),
         (lambda e: e.logits([[0, VOCAB]]), "outside the vocabulary"),
-        (lambda e: e.generate(["a"], 0), "--max_tokens: 0"),
-        (lambda e: e.generate(["a"], 1, temperature=-1), "--temperature: -1"),
-        (lambda e: e.generate(["a"], 1, temperature=float("nan")), "--temperature: nan"),
-        (lambda e: e.generate(["a"], 1, top_p=0), "--top_p: 0"),
-        (lambda e: e.generate(["a"], 1, seed=-1), "--seed: -1"),
+        (lambda e: e.generate(["a"], 0), "max_tokens: 0"),
+        (lambda e: e.generate(["a"], 1, temperature=-1), "temperature: -1"),
+        (lambda e: e.generate(["a"], 1, temperature=float("nan")), "temperature: nan"),
+        (lambda e: e.generate(["a"], 1, top_p=0), "top_p: 0"),
+        (lambda e: e.generate(["a"], 1, seed=-1), "seed: -1"),
         (lambda e: e.generate("abc", 1), "a list of prompts"),
-        (lambda e: e.generate(["a"], 1, stop=["x", ""]), "--stop: .*none of them empty"),
-        (lambda e: e.run([Request("a", stop="END")]), "--stop: 'END'; give a list"),
+        (lambda e: e.generate(["a"], 1, stop=["x", ""]), "stop: .*none of them empty"),
+        (lambda e: e.run([Request("a", stop="END")]), "stop: 'END'; give a list"),
     ],
 )
 def test_bad_input(call, message, resident):
@@ -374,14 +374,17 @@ def test_one_stop_text_is_one_text(resident):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"max_batch": 0}, "--max_batch: 0 must be 1 or more"),
-        ({"chunk": 0}, "--chunk: 0 must be 1"),
-        ({"max_length": -1}, "--max_length: -1"),
-        ({"read_ahead": -1}, "--read_ahead: -1 must be 0 or more"),
-        ({"budgets": Budgets(ram=None, hot=9)}, "--hot_budget: 9 bytes beside --ram_budget=all"),
+        ({"max_batch": 0}, "max_batch: 0 must be 1 or more"),
+        ({"chunk": 0}, "chunk: 0 must be 1"),
+        ({"max_length": -1}, "max_length: -1"),
+        ({"read_ahead": -1}, "read_ahead: -1 must be 0 or more"),
+        (
+            {"budgets": Budgets(ram=None, hot=9)},
+            "hot: 9 bytes beside ram=None",
+        ),
         (
             {"budgets": Budgets(ram=None), "read_ahead": 2},
-            "--read_ahead: 2 with the whole table on the device",
+            "read_ahead: 2 with the whole table on the device",
         ),
     ],
 )
@@ -416,7 +419,7 @@ def test_a_longer_request_gets_a_longer_cache(mixed, resident, tokenizer):
         engine.generate(["abc"], 8, stop_at_eos=False) == short
     )  # what an earlier request left in the cache is never seen
     with pytest.raises(
-        UserError, match="--max_length: 64 is below 113, the tokens of the longest request"
+        UserError, match="max_length: 64 is below 113, the tokens of the longest request"
     ):
         Engine.of(
             cfg.model, weights, resident.source, tokenizer, max_length=64, **OPTIONS

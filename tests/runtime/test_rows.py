@@ -52,7 +52,7 @@ class FakeStore:
 
 def rows_of(ticket) -> np.ndarray:
     """Rows in the order of the ticket's ids; a copy, as later steps may use the buffer again."""
-    return np.array(ticket.collect()["w3"])[ticket.places_U]
+    return np.array(ticket.collect()["w3"])[ticket.index_U]
 
 
 steps = st.lists(
@@ -211,17 +211,17 @@ def test_budgets():
     for budget in (-1, 1, BUNDLE - 1):
         with pytest.raises(
             UserError,
-            match=f"--ram_budget: {budget} bytes is below one token's rows, {BUNDLE} bytes",
+            match=f"ram: {budget} bytes is below one token's rows, {BUNDLE} bytes",
         ):
             TieredRows(FakeStore(), Budgets(ram=budget))
-        with pytest.raises(UserError, match=f"--hot_budget: {budget} bytes"):
+        with pytest.raises(UserError, match=f"hot: {budget} bytes"):
             TieredRows(FakeStore(), Budgets(hot=budget))
     store = FakeStore()
     store.counts = lambda: None
     with pytest.raises(
         UserError,
         match=(
-            "--ram_policy: static needs how often each token occurs, and fake has no counts.npy;"
+            "ram_policy: static needs how often each token occurs, and fake has no counts.npy;"
             " use lru"
         ),
     ):
@@ -260,7 +260,7 @@ def test_every_source_gives_the_same_bytes(options, mixed, tmp_path):
             ticket = source.request(ids, VOCAB)
             for name, stored in ticket.collect().items():
                 got = (
-                    np.ascontiguousarray(np.asarray(stored)[ticket.places_U])
+                    np.ascontiguousarray(np.asarray(stored)[ticket.index_U])
                     .view(np.uint8)
                     .reshape(len(ids), -1)
                 )

@@ -1,4 +1,4 @@
-"""The planner against simulations with the cache itself, and against what must hold of any plan."""
+"""Measured budgets against theory, and against what must hold of any of them."""
 
 import json
 
@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 
 from flexmemory.errors import UserError
-from flexmemory.runtime.cache import SlotCache
-from flexmemory.runtime.plan import (
+from flexmemory.runtime.budget import (
     FRACTIONS,
     WAIT_SHARE,
-    _read_and_wait,
-    hit_rates,
+    Text,
+    hit_rate,
     measure_latency,
-    plan,
     probabilities,
     read_us,
     table,
+    try_budgets,
 )
 
 V = 2000
@@ -31,62 +30,62 @@ OPTIONS = {
 }
 
 
-def simulate(hot_slots, ram_slots, policy, batch, window, steps):
-    """(hot, ram, unique per step): shares of looked-up ids that two caches in a row answer, after a
-    warm-up.
+HELD = np.arange(50), np.arange(50, 550)
+
+
+def che(slots, policy, batch, window=0):
+    """Expected hit rate of one cache by Che's approximation: an id is present if it was used in the
+    last T tokens, where T makes the expected number of such ids ``slots``.
     """
-    rng = np.random.default_rng(0)
-    tiers = [
-        SlotCache(slots, V, policy, counts_V=COUNTS, window=window)
-        for slots in (hot_slots, ram_slots)
-    ]
-    for tier in tiers:
-        tier.admit(tier.preload_ids())
-    drawn = rng.choice(V, (steps, batch), p=probabilities(COUNTS))
-    found, looked = np.zeros(2), 0
-    for step, ids in enumerate(drawn):
-        ids = np.unique(ids)
-        for place, tier in enumerate(tiers):
-            slots = tier.lookup(ids)
-            if step >= steps // 2:
-                found[place] += np.count_nonzero(slots >= 0)
-                looked += 0 if place else len(ids)
-            ids = ids[slots < 0]
-            tier.admit(ids)
-    return found[0] / looked, found[1] / looked, looked / (steps - steps // 2)
+    p = probabilities(COUNTS)
+    looked = 1 - (1 - p) ** batch
+    if policy in ("static", "lfu"):
+        held = np.arange(V) < slots
+    else:
+        ages = np.geomspace(1, 1e8, 5000)
+        age = ages[np.searchsorted([(1 - (1 - p) ** t).sum() for t in ages], slots)]
+        held = 1 - (1 - p) ** min(age, window * batch or np.inf)
+    return (looked * held).sum() / looked.sum()
 
 
 @pytest.mark.parametrize(
-    ("policy", "hot", "ram", "batch", "window"),
+    ("policy", "slots", "batch", "window"),
     [
-        ("static", 50, 400, 1, 0),
-        ("static", 100, 300, 16, 0),
-        ("lru", 0, 100, 1, 0),
-        ("lru", 60, 400, 1, 0),
-        ("lru", 100, 600, 16, 0),
-        ("lru", 500, 1200, 16, 0),
-        ("lru", 0, 1000, 64, 0),
-        ("lfu", 50, 400, 1, 0),
-        ("lfu", 0, 300, 16, 0),
-        ("window", 0, 1500, 4, 50),
-        ("lru", 500, 600, 16, 0),
-        ("window", 0, 200, 4, 300),
+        ("static", 400, 1, 0),
+        ("static", 300, 16, 0),
+        ("lru", 100, 1, 0),
+        ("lru", 400, 16, 0),
+        ("lru", 1200, 64, 0),
+        ("lfu", 400, 1, 0),
+        ("lfu", 300, 16, 0),
+        ("window", 1500, 4, 50),
+        ("window", 200, 4, 300),
+        ("window", 1900, 64, 900),  # more steps than are drawn
     ],
 )
-def test_hit_rates_against_a_simulation(policy, hot, ram, batch, window):
-    found = simulate(hot, ram, policy, batch, window, 8000 if batch == 1 else 2000)
-    expected = hit_rates(COUNTS, hot, ram, policy, batch=batch, window=window)
-    np.testing.assert_allclose(expected, found[:2], atol=0.02)
-    assert plan(COUNTS, 1, **OPTIONS | {"batch": batch})["unique_per_step"] == pytest.approx(
-        found[2], rel=0.02
-    )
+def test_hit_rates_against_theory(policy, slots, batch, window):
+    """The cache itself against an independent approximation."""
+    changed = {"policy": policy, "batch": batch, "window": window, "ram_available": slots}
+    result = try_budgets(COUNTS, 1, **OPTIONS | changed | {"latency_us": {1: 10**9}})
+    best = result["proposal"]
+    assert best["slots"] == slots and not best["meets"]
+    assert best["hit_rate"] == pytest.approx(che(slots, policy, batch, window), abs=0.02)
+    unique = (1 - (1 - probabilities(COUNTS)) ** batch).sum()
+    assert result["unique_per_step"] == pytest.approx(unique, rel=0.02)
+    if batch == 1 and not window:
+        single = hit_rate(Text.draw(COUNTS, 1), COUNTS, slots, policy)
+        assert single == pytest.approx(best["hit_rate"], abs=1e-9)
 
 
-def test_static_is_the_sum_of_the_likeliest():
-    p = np.sort(probabilities(COUNTS))[::-1]
-    hot, ram = hit_rates(np.random.default_rng(0).permutation(COUNTS), 37, 500, "static")
-    assert hot == pytest.approx(p[:37].sum()) and ram == pytest.approx(p[37:500].sum())
-    assert hit_rates(COUNTS, 500, 37, "static")[1] == 0
+def test_static_tiers_keep_different_rows():
+    """As TieredRows does: RAM keeps the most frequent rows after the hot ones."""
+    result = try_budgets(COUNTS, 1, **OPTIONS | {"policy": "static", "hot_available": 50})
+    quarter, steps = result["budgets"][4], Text.draw(COUNTS, 8).steps
+    looked = sum(map(len, steps))
+    hot, ram = (sum(np.isin(ids, held).sum() for ids in steps) for held in HELD)
+    assert quarter["hot_hit_rate"] == pytest.approx(hot / looked)
+    assert quarter["ram_hit_rate"] == pytest.approx(ram / looked)
+    assert quarter["misses_per_step"] == pytest.approx((looked - hot - ram) / len(steps))
 
 
 def test_probabilities_of_unseen_ids():
@@ -102,13 +101,13 @@ def test_probabilities_of_unseen_ids():
 @pytest.mark.parametrize("hot", [0, 150])
 def test_more_memory_is_never_worse_and_all_of_it_finds_all(policy, hot):
     window = 10**6 if policy == "window" else 0
-    made = plan(
+    result = try_budgets(
         COUNTS,
         4096,
         **OPTIONS | {"policy": policy, "window": window, "hot_available": hot * 4096 + 5},
     )
-    assert made["hot_slots"] == hot
-    rows = made["budgets"]
+    assert result["hot_slots"] == hot
+    rows = result["budgets"]
     assert [row["slots"] for row in rows] == [round(part * V) for part in FRACTIONS]
     for less, more in zip(rows, rows[1:]):
         assert (
@@ -128,32 +127,26 @@ def test_more_memory_is_never_worse_and_all_of_it_finds_all(policy, hot):
 
 def test_the_proposal_is_the_smallest_that_is_good_enough():
     options = OPTIONS | {"step_ms": 1.0, "overlap_ms": 0.05, "policy": "static"}
-    made = plan(COUNTS, 4096, **options)
-    best = made["proposal"]
+    best = try_budgets(COUNTS, 4096, **options)["proposal"]
     assert best["meets"] and best["wait_ms"] <= WAIT_SHARE * 1.0 and 0 < best["slots"] < V
-    short = plan(COUNTS, 4096, **options | {"ram_available": (best["slots"] - 1) * 4096})[
-        "proposal"
-    ]
-    assert short["slots"] == best["slots"] - 1 and not short["meets"] and short["fits"]
-    assert plan(COUNTS, 4096, **options | {"overlap_ms": 99})["proposal"]["slots"] == 0
-    aimed = plan(COUNTS, 4096, **options | {"hit_target": 0.8})["proposal"]
-    assert (
-        aimed["hit_rate"] >= 0.8 > sum(hit_rates(COUNTS, 0, aimed["slots"] - 1, "static", batch=8))
-    )
+    less = round(0.98 * best["slots"])
+    short = try_budgets(COUNTS, 4096, **options | {"ram_available": less * 4096})["proposal"]
+    assert short["slots"] == less and not short["meets"] and short["fits"]
+    assert try_budgets(COUNTS, 4096, **options | {"overlap_ms": 99})["proposal"]["slots"] == 0
 
 
 def test_values_of_a_row():
-    row = plan(
+    row = try_budgets(
         np.ones(64, np.uint64),
         100,
         **OPTIONS | {"batch": 1, "policy": "static", "overlap_ms": 0.04},
     )["budgets"][5]  # half of 64 equal ids
-    eight = plan(np.ones(64, np.uint64), 100, **OPTIONS)["budgets"][5]
+    eight = try_budgets(np.ones(64, np.uint64), 100, **OPTIONS)["budgets"][5]
     assert eight["bytes_per_token"] == pytest.approx(eight["misses_per_step"] * 100 / 8)
     assert (
         row["ram_bytes"] == 3200
-        and row["hit_rate"] == pytest.approx(0.5)
-        and row["bytes_per_token"] == pytest.approx(50)
+        and row["hit_rate"] == pytest.approx(0.5, abs=0.02)
+        and row["bytes_per_token"] == pytest.approx(50, abs=2)
     )
 
 
@@ -163,25 +156,17 @@ def test_reads_and_waits():
         [0, 100, 150, 200, 760, 1320, 1720],
     )
     np.testing.assert_allclose(read_us({4: 100}, np.asarray([0, 1, 4, 8])), [0, 100, 100, 200])
-    drawn = np.random.default_rng(0).poisson(2.5, 400_000)
-    ms = read_us(OPTIONS["latency_us"], drawn) / 1000
-    read, wait = _read_and_wait(2.5, OPTIONS["latency_us"], 0.12)
-    assert read == pytest.approx(ms.mean(), rel=0.01) and wait == pytest.approx(
-        np.maximum(0, ms - 0.12).mean(), rel=0.02
-    )
-    assert _read_and_wait(0, OPTIONS["latency_us"], 0) == (0, 0)
-    assert _read_and_wait(1e5, {1: 10}, 3)[1] == pytest.approx(997, rel=0.01)
 
 
-def test_a_plan_is_json_and_a_table():
-    made = plan(
+def test_budgets_are_json_and_a_table():
+    result = try_budgets(
         COUNTS, 98304, **OPTIONS | {"step_ms": 1, "overlap_ms": 0, "ram_available": 60 << 20}
     )
-    assert json.loads(json.dumps(made)) == made
-    lines = table(made).splitlines()
+    assert json.loads(json.dumps(result)) == result
+    lines = table(result).splitlines()
     assert len(lines) == 2 + len(FRACTIONS) + 2 and max(map(len, lines)) < 150
     assert [line.endswith("more than is free") for line in lines[2:9]] == [
-        not row["fits"] for row in made["budgets"]
+        not row["fits"] for row in result["budgets"]
     ]
     assert (
         "187.5 MiB   100.00%" in lines[8]
@@ -189,14 +174,14 @@ def test_a_plan_is_json_and_a_table():
         == "no budget that fits has waits of at most 5% of the step; the best that fits:"
     )
     assert (
-        table(plan(COUNTS, 98304, **OPTIONS)).splitlines()[9]
+        table(try_budgets(COUNTS, 98304, **OPTIONS)).splitlines()[9]
         == "proposed, the smallest with waits of at most 5% of the step:"
     )
 
 
 def test_what_is_free_is_the_default():
-    made = plan(COUNTS, 64, **OPTIONS | {"ram_available": None, "hot_available": None})
-    assert made["ram_available"] > 1 << 20 and made["hot_slots"] >= 0
+    result = try_budgets(COUNTS, 64, **OPTIONS | {"ram_available": None, "hot_available": None})
+    assert result["ram_available"] > 1 << 20 and result["hot_slots"] >= 0
 
 
 def test_measured_latency():
@@ -217,10 +202,9 @@ def test_measured_latency():
         ({"batch": 0}, "batch: 0 must be at least 1"),
         ({"step_ms": 0}, "step_ms: 0 must be above 0"),
         ({"latency_us": {}}, "latency_us"),
-        ({"hit_target": 2}, "hit_target: 2"),
         ({"ram_available": -1}, "ram_available: -1"),
     ],
 )
 def test_user_errors(changed, message):
     with pytest.raises(UserError, match=message):
-        plan(COUNTS, 64, **OPTIONS | changed)
+        try_budgets(COUNTS, 64, **OPTIONS | changed)
