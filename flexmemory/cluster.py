@@ -41,12 +41,14 @@ def start(
     if given and len(given) < 3:
         missing = sorted({"coordinator", "processes", "process"} - set(given))
         raise UserError(
-            f"--{', --'.join(missing)}: missing beside --{', --'.join(given)}; give all three, or"
-            " --distributed alone where SLURM, Open MPI, a TPU pod or Kubernetes starts the"
-            " processes"
+            f"{', '.join(missing)}: missing beside {'=, '.join(given)}=; give all three, or none"
+            " (--distributed alone on a command line) where SLURM, Open MPI, a TPU pod or Kubernetes"
+            " starts the processes"
         )
     if given and not 0 <= process < processes:
-        raise UserError(f"--process: {process} is outside 0..{processes - 1}, the --processes")
+        raise UserError(
+            f"process: {process} is outside 0..{processes - 1} of processes={processes}"
+        )
     if given:
         meet(coordinator, processes, process, timeout)
     try:
@@ -55,8 +57,8 @@ def start(
         if given:
             raise
         raise UserError(
-            f"--distributed: JAX does not see what starts the processes here ({error}); give"
-            " --coordinator=HOST:PORT, --processes and --process"
+            f"distributed: JAX does not see what starts the processes here ({error}); give"
+            " coordinator=HOST:PORT, processes= and process="
         ) from None
 
 
@@ -69,7 +71,7 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(
-            f"--coordinator: {coordinator!r} is not HOST:PORT with a port from 1 to 65535"
+            f"coordinator: {coordinator!r} is not HOST:PORT with a port from 1 to 65535"
         )
     end = time.monotonic() + timeout
     if process == 0:
@@ -80,7 +82,7 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
             )
         except OSError as error:
             raise UserError(
-                f"--coordinator: process 0 cannot listen on {coordinator} ({error.strerror}); give"
+                f"coordinator: process 0 cannot listen on {coordinator} ({error.strerror}); give"
                 " a free port of its own host"
             ) from None
         with contextlib.ExitStack() as closing:
@@ -105,7 +107,7 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
                     refuse(
                         f"process {missing} of {processes} did not come to {coordinator} within"
                         f" {timeout} s; see that it runs and can reach it, or give a longer"
-                        " --start_timeout"
+                        " timeout="
                     )
                 try:
                     caller.settimeout(5)
@@ -115,12 +117,12 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
                 callers.append(caller)
                 if theirs != processes:
                     refuse(
-                        f"--processes: {processes} on process 0, {theirs} on process {number};"
+                        f"processes: {processes} on process 0, {theirs} on process {number};"
                         " start all processes with the same"
                     )
                 if number in came:
                     refuse(
-                        f"--process: {number} was given to two processes; number them 0 to"
+                        f"process: {number} was given to two processes; number them 0 to"
                         f" {processes - 1}"
                     )
                 came.add(number)
@@ -144,7 +146,7 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
                 raise UserError(
                     f"process {process}: process 0 did not answer on {coordinator} within {timeout}"
                     " s, or others are missing; see that it runs there, or give a longer"
-                    " --start_timeout"
+                    " timeout="
                 )
             time.sleep(0.1)
 

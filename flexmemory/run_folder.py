@@ -66,7 +66,7 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
             check_same(workdir, cfg, data_fingerprint)
         elif known:
             raise UserError(
-                f"--workdir {workdir}: not empty and not a run folder; give a new folder"
+                f"workdir: {workdir} is not empty and not a run folder; give a new folder"
             )
         lock = open(workdir / LOCK, "a")  # not "w": what the holder of the lock wrote stays
         try:
@@ -74,7 +74,7 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
         except BlockingIOError:
             lock.close()
             raise UserError(
-                f"--workdir {workdir}: another process trains there; wait for it or give another"
+                f"workdir: {workdir}: another process trains there; wait for it or give another"
                 " folder"
             ) from None
         lock.truncate(0)
@@ -117,7 +117,7 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
             else "give another folder"
         )
         raise UserError(
-            f"--workdir {workdir}: cannot be written ({error.strerror}); {mend}"
+            f"workdir: {workdir} cannot be written ({error.strerror}); {mend}"
         ) from None
     return lock
 
@@ -138,7 +138,7 @@ def check_same(workdir: Path, cfg: Config, data_fingerprint: str) -> None:
     for name, value in new.items():
         if name not in FREE and old[name] != value:
             raise UserError(
-                f"--workdir {workdir}: used by another config ({name} is {old[name]!r} there,"
+                f"workdir: {workdir} has another config ({name} is {old[name]!r} there,"
                 f" {value!r} here); give a new folder or the same config"
             )
     if (workdir / "run.json").exists():
@@ -150,7 +150,7 @@ def check_same(workdir: Path, cfg: Config, data_fingerprint: str) -> None:
             ) from None
         if known != data_fingerprint:
             raise UserError(
-                f"--workdir {workdir}: trained on other data (fingerprint {known}, now"
+                f"workdir: {workdir} was trained on other data (fingerprint {known}, now"
                 f" {data_fingerprint}); give the same data or a new folder"
             )
 

@@ -3,6 +3,8 @@
 """
 
 import argparse
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
@@ -12,14 +14,57 @@ from flexmemory.config import Config, default_config, from_dict
 from flexmemory.errors import UserError, nearest
 
 
+COMMAND_OPTIONS: set[str] = set()  # of the command line that this process runs, without dashes
+ASSIGNMENT = re.compile(r"(?<![\w.=/,-])(\w+)=([^\s),;]*)")
+
+
+def with_dashes(message: str, options: set[str], aliases: dict[str, str]) -> str:
+    """A library's error in the words of the command line.
+
+    The library names its arguments: ``steps: ...``, ``rank, rank_error: ...``, ``give
+    overwrite=True``. Where these are options of the command they get their dashes: ``--steps: ...``,
+    ``give --overwrite``. ``name=`` without a value becomes ``--name``. aliases: {argument: option}
+    where the two differ; a key ``name=value`` stands for that value alone.
+    """
+
+    def assignment(match: re.Match) -> str:
+        name, value = match.groups()
+        option = aliases.get(match[0], aliases.get(name, name))
+        if option.partition("=")[0] not in options:
+            return match[0]
+        plain = match[0] in aliases or value in ("", "True")
+        return f"--{option}" if plain else f"--{option}={value}"
+
+    leading = re.match(r"\w+(?:, \w+)*(?=:)", message)
+    if leading:
+        names = [aliases.get(name, name) for name in leading[0].split(", ")]
+        if options.issuperset(names):
+            message = ", ".join(f"--{name}" for name in names) + message[leading.end() :]
+    return ASSIGNMENT.sub(assignment, message)
+
+
+def for_user(error: UserError, aliases: dict[str, str] | None = None) -> str:
+    """The line that a command prints for ``error``."""
+    return f"error: {with_dashes(str(error), COMMAND_OPTIONS, aliases or {})}"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line, and which takes no abbreviations."""
 
     def __init__(self, prog: str, description: str, **more):
         super().__init__(prog=prog, description=description, allow_abbrev=False, **more)
 
+    def parse_known_args(self, args=None, namespace=None):
+        set_options(word.lstrip("-") for word in self._option_string_actions)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def set_options(names: Iterable[str]) -> None:
+    COMMAND_OPTIONS.clear()
+    COMMAND_OPTIONS.update(names)
 
 
 def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
@@ -35,6 +80,7 @@ def parse(argv: list[str], define, usage: str) -> flags.FlagValues:
         "config", None, "config file, FILE or FILE:ARG", flag_values=values, sys_argv=full
     )
     define(values)
+    set_options(values)
     if {"-h", "--help", "-help"} & set(argv):
         print(
             usage

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from flexmemory.cli.flags import for_user
 from flexmemory.errors import UserError, nearest
 
 COMMANDS = {
@@ -43,10 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     start_process()
     if command_line:
         signal.signal(signal.SIGINT, interrupt)
+    command = importlib.import_module(f"flexmemory.cli.{argv[0]}")
     try:
-        return importlib.import_module(f"flexmemory.cli.{argv[0]}").run(argv[1:])
+        return command.run(argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(for_user(error, getattr(command, "OPTIONS", None)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

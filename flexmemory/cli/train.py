@@ -17,6 +17,8 @@ from absl import flags
 from flexmemory.cli.flags import config_of, parse
 from flexmemory.errors import UserError
 
+OPTIONS = {"timeout": "start_timeout"}  # argument of the library: option
+
 
 def run(argv: list[str]) -> int:
     def define(values):

@@ -119,7 +119,7 @@ def train(
             closing.enter_context(lock)
         cluster.agree(
             {
-                f"--workdir {workdir} (is it on a file system that all see?): the start written in it": started(
+                f"workdir: the start written in {workdir} (is it on a file system that all see?)": started(
                     workdir
                 )
             }
@@ -166,7 +166,7 @@ def train(
     except Exception as error:
         if is_disk_full(error):
             raise UserError(
-                f"--workdir {workdir}: the disk is full; make room and run the same command again"
+                f"workdir: the disk of {workdir} is full; make room and run the same command again"
                 " to go on"
             ) from error
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flexmemory.cli.flags import with_dashes
 from flexmemory.cli.main import COMMANDS, main
 from flexmemory.errors import UserError
 
@@ -119,6 +120,28 @@ def test_every_command_has_help(command):
     )
     assert made.returncode == 0, made.stderr
     assert "--" in made.stdout
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("tokens: 0 must be above 0", "--tokens: 0 must be above 0"),
+        ("rank, rank_error: give one", "--rank, --rank_error: give one"),
+        ("rank, other: give one", "rank, other: give one"),
+        ("config rank.tokens: 3; set rank.tokens=2", "config rank.tokens: 3; set rank.tokens=2"),
+        ("out: s3://a; give overwrite=True", "--out: s3://a; give --overwrite"),
+        (
+            "ram: 3; give a larger ram=, or rank=0.5",
+            "--ram_budget: 3; give a larger --ram_budget, or --rank=0.5",
+        ),
+        ("(step=) beside ram=None", "(--step) beside --ram_budget=all"),
+        ("run `train --rank=2`, mesh data=8,rank=2", "run `train --rank=2`, mesh data=8,rank=2"),
+    ],
+)
+def test_the_command_line_adds_the_dashes(message, shown):
+    options = {"tokens", "rank", "rank_error", "out", "overwrite", "step", "ram_budget"}
+    aliases = {"ram": "ram_budget", "ram=None": "ram_budget=all"}
+    assert with_dashes(message, options, aliases) == shown
 
 
 def test_ctrl_c_ends_at_a_checkpoint_and_the_same_command_goes_on(tiny_config, tmp_path):
@@ -350,6 +373,7 @@ def test_a_closed_pipe_is_no_error():
 
 IN_A_COLLECTION = """
 import gc, os, signal, sys, time
+from flexmemory.cli.flags import with_dashes
 from flexmemory.cli.main import interrupt
 
 def _xla_gc_callback(*_):
