@@ -319,7 +319,6 @@ class Rounds:
         self.facts[name] = {
             "compile_seconds": found["seconds"]["lower"] + found["seconds"]["compile"],
             "first_loss": float(metrics["loss"]),
-            "xla_flops_per_token": found["xla_flops"] and found["xla_flops"] / self.tokens,
             "memory": {
                 "how": "the compiler's memory analysis of the step",
                 **(found["bytes"] or {}),

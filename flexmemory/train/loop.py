@@ -336,7 +336,6 @@ class Run:
                         self.account,
                         self.tokens_per_step,
                         rows / self.tokens_per_step,
-                        facts["xla_flops"],
                     ),
                 }
                 for (rows, table_rows), (_, facts) in self.compiled.items()
@@ -365,7 +364,7 @@ class Run:
                 f"step {step}: {', '.join(bad)}; last good checkpoint: "
                 f"{self.workdir / 'checkpoints' / str(good[-1]) if good else 'none yet'}"
             )
-        self.work.count(step, rows[0], self.compiled[rows][1]["xla_flops"])
+        self.work.count(step, rows[0])
         if step % self.cfg.train.log_every and step != self.cfg.train.steps:
             line.update(step)
             return
