@@ -44,18 +44,6 @@ LAYOUTS = {
 PLAIN = ("rows", "columns", "replicated")
 
 
-def flags(parser) -> None:
-    parser.add_argument(
-        "--devices",
-        type=int,
-        default=8,
-        help=(
-            "devices to use; where JAX sees a CPU alone it is made into so many (default"
-            " %(default)s)"
-        ),
-    )
-
-
 def measure(scratch: Path, scale: str, devices: int) -> dict:
     """Bytes of the results of all collectives on one device, forward and backward, and seconds of a
     call.

@@ -83,24 +83,6 @@ SHALLOW_AND_DEEP = Config(
 )
 
 
-def flags(parser) -> None:
-    """Adds what `flexmemory bench train` takes beside the flags of every bench."""
-    parser.add_argument(
-        "--kinds",
-        default=DEFAULT_KINDS,
-        help=(
-            "layer kinds with options, KIND[:naive][:BETA][:TABLE_OPTIMIZER] (default %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--data",
-        help=(
-            "folder of `flexmemory prepare` to take ids from (default: the config's data.path;"
-            " without one a Zipf law)"
-        ),
-    )
-
-
 def measure(
     scratch: Path,
     scale: str,

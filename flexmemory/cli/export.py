@@ -2,7 +2,6 @@
 
 from flexmemory.cli.flags import Parser
 from flexmemory.errors import UserError
-from flexmemory.tkv.encoding import DTYPES
 
 TABLE_LAYERS = 32  # more layers than this are not listed one by one
 
@@ -20,7 +19,9 @@ def run(argv: list[str]) -> int:
         help="path or URL of the store: a directory, s3://bucket/prefix, gs://bucket/prefix",
     )
     parser.add_argument(
-        "--dtype", default="float32", help=f"of the rows: {', '.join(DTYPES)} (default %(default)s)"
+        "--dtype",
+        default="float32",
+        help="of the rows: float32, bfloat16, float16, int8 or int4 (default %(default)s)",
     )
     parser.add_argument(
         "--scale_group",

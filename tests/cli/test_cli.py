@@ -393,3 +393,39 @@ except KeyboardInterrupt:
 
 def test_an_interrupt_in_a_garbage_collection_is_not_lost():
     assert subprocess.run([sys.executable, "-c", IN_A_COLLECTION]).returncode == 7
+
+
+WITHOUT_JAX = """
+import sys
+from flexmemory.cli.main import COMMANDS, main
+
+for command in COMMANDS:
+    try:
+        assert main([command, "--help"]) == 0
+    except SystemExit as end:
+        assert end.code == 0
+for argv in (
+    ["train", CONFIG],
+    ["train", CONFIG, "--workdir=x", "--config.optimizer.lr=0"],
+    ["train", CONFIG, "--workdir=x", "--config.model.d_mdoel=3"],
+    ["params", CONFIG, "--config.train.accum_steps=3"],
+    ["plan", CONFIG],
+    ["eval"],
+    ["export", "--out=x"],
+    ["verify", "--tkv=x"],
+    ["generate", "--tkv=x"],
+    ["bench", "read", "--scale=huge"],
+    ["prepare", "--source=nowhere.txt", "--tokenizer=byte", "--out=x"],
+):
+    assert main(argv) == 2, argv
+heavy = {"jax", "flax", "orbax", "tensorstore", "grain"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+assert main(["params", CONFIG, "--config.model.vocab_size=400"]) == 0
+assert not {"orbax", "tensorstore", "grain"} & sys.modules.keys()
+"""
+
+
+def test_help_and_refusals_do_not_import_jax(tmp_path):
+    script = WITHOUT_JAX.replace("CONFIG", repr(CONFIG))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
