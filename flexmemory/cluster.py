@@ -121,7 +121,7 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> None
 
 
 def _report(address: tuple[str, int], word: str, timeout: float, end: float) -> None:
-    """Says ``word`` to process 0 until it answers. Raises UserError at ``end`` or where it refuses."""
+    """Says ``word`` to process 0 until it answers. Raises UserError at ``end`` or when refused."""
     while True:
         with contextlib.suppress(OSError):
             left = max(end - time.monotonic(), 0.001)

@@ -11,6 +11,7 @@ import importlib
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -31,7 +32,7 @@ BENCHES = {
     "table": "the update of learned tables against the size of the vocabulary",
     "sharding": "bytes between devices of a sharded table's lookup, ours against the partitioner's",
 }
-OPTIONS_OF = {
+OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
     "train": {
         "--kinds": dict(
             help="layer kinds with options, KIND[:naive][:BETA][:TABLE_OPTIMIZER], with commas"

@@ -80,13 +80,13 @@ def parse(argv: list[str], usage: str, **options: tuple[Any, str]) -> flags.Flag
     )
     for name, (default, text) in options.items():
         kind, default = (default, None) if isinstance(default, type) else (type(default), default)
-        define = {
+        defines: dict[type, Any] = {
             bool: flags.DEFINE_boolean,
             int: flags.DEFINE_integer,
             float: flags.DEFINE_float,
             str: flags.DEFINE_string,
-        }[kind]
-        define(name, default, text, flag_values=values)
+        }
+        defines[kind](name, default, text, flag_values=values)
     set_options(values)
     if {"-h", "--help", "-help"} & set(argv):
         helps = [f"  --{name}: {values[name].help}" for name in sorted(values) if values[name].help]

@@ -10,6 +10,7 @@ does not fit it refuses.
 
 import dataclasses
 import json
+from typing import Any
 
 from flexmemory.cli.flags import config_of, parse
 from flexmemory.errors import UserError
@@ -57,7 +58,7 @@ def run(argv: list[str]) -> int:
     if values.topology and cfg.model.attention == "auto":  # would choose for the machine at hand
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="xla"))
     if not values.compile:
-        devices = parallel.abstract_mesh(sizes)
+        devices: Any = parallel.abstract_mesh(sizes)
     elif values.topology:
         devices = dryrun.tpu_mesh(values.topology, sizes)
     else:

@@ -1,6 +1,7 @@
 """``flexmemory verify``: prove a store whole, and equal to the run it was exported from."""
 
 import json
+from typing import Any
 
 from flexmemory.cli.flags import Parser
 from flexmemory.errors import UserError
@@ -33,7 +34,7 @@ def run(argv: list[str]) -> int:
     from flexmemory.runtime.verify import verify
     from flexmemory.tkv.verify import verify_deep
 
-    result = {"deep": verify_deep(args.tkv)} if args.deep else {}
+    result: dict[str, Any] = {"deep": verify_deep(args.tkv)} if args.deep else {}
     # a damaged store is reported, not opened
     if args.workdir and (not args.deep or result["deep"]["ok"]):
         sizes = dict(tokens=args.tokens, prompts=args.prompts, tolerance=args.tolerance)

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, how much work it did, and how far from the device's peak that is."""
+"""Where the time of a run goes, how much work it did, and how far that is from the peak."""
 
 import contextlib
 import time
@@ -8,8 +8,8 @@ import jax
 
 from flexmemory.models.accounting import train_flops_per_token
 
-# dense bfloat16 peak of one device in FLOP/s by the vendor's data sheet; the first name that is part
-# of jax's device_kind counts
+# dense bfloat16 peak of one device in FLOP/s by the vendor's data sheet; the first name that is a
+# part of jax's device_kind counts
 PEAKS = {
     "B200": 2.25e15,
     "H200": 989e12,

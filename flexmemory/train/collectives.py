@@ -74,7 +74,7 @@ def _alone(line: str) -> bool:
     if groups := GROUPS.search(line):
         return all("," not in group for group in re.findall(r"\{([\d,]*)\}", groups[1]))
     iota = IOTA_GROUPS.search(line)
-    return bool(iota) and int(iota[1]) == 1
+    return iota is not None and int(iota[1]) == 1
 
 
 def _bytes(shape: str) -> int:

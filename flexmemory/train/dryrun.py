@@ -103,7 +103,7 @@ def abstract_step(cfg: Config, mesh: Mesh | AbstractMesh, rows: int) -> tuple[di
     if cfg.parallel.table_memory == "host":
         cfg, state = parallel.on_devices(cfg), with_rows(state, count)
     accum = cfg.train.accum_steps
-    shapes = dict.fromkeys(
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
         ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ())),
         (accum, cfg.data.batch_size // accum, cfg.data.seq_len),
     )

@@ -47,7 +47,7 @@ class Trace:
     def __enter__(self) -> "Trace":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
