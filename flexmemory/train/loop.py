@@ -139,20 +139,9 @@ def train(
             tables = closing.enter_context(contextlib.closing(HostTables(cfg, state)))
             state = tables.state
         state = state or init_state(cfg)
-        run = closing.enter_context(
-            contextlib.closing(
-                Run(
-                    cfg,
-                    workdir,
-                    clock,
-                    checkpoints,
-                    progress and cluster.is_first(),
-                    start,
-                    counts,
-                    tables,
-                )
-            )
-        )
+        shown = progress and cluster.is_first()
+        run = Run(cfg, workdir, clock, checkpoints, shown, start, counts, tables)
+        closing.enter_context(contextlib.closing(run))
         traced = profile_steps if profile_steps and cluster.is_first() else range(0)
         tracing = closing.enter_context(trace.Trace(workdir / "profile", traced, clock))
         closing = closing.pop_all()
@@ -163,7 +152,7 @@ def train(
     except Exception as error:
         if is_disk_full(error):
             raise UserError(
-                f"workdir: the disk of {workdir} is full; make room and run the same command again"
+                f"workdir: {workdir}: the disk is full; make room and run the same command again"
                 " to go on"
             ) from error
         raise
@@ -216,9 +205,9 @@ class Run:
             ProgressLine(
                 "train", cfg.train.steps, "steps", self.progress, start=self.start
             ) as line,
-            prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as made,
+            prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as loaded,
         ):
-            stream = self.tables.ahead(made) if self.tables else made
+            stream = self.tables.ahead(loaded) if self.tables else loaded
             for step in range(self.start + 1, cfg.train.steps + 1):
                 with self.clock.span("data_wait"):
                     batch = next(stream)
