@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiments import catalogue
 from experiments import plan as plans
-from flexmemory.cli.flags import Parser
+from flexmemory.cli.flags import Parser, for_user
 from flexmemory.cli.main import piped
 from flexmemory.errors import UserError, nearest
 from flexmemory.run_folder import read_metrics
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         args, rest = parser.parse_known_args(argv)
         return run(args, rest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(for_user(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
@@ -245,7 +245,7 @@ def here(out: Path, plan: plans.Plan, args) -> int:
     cluster.together(first, first_only=True)
     plan = plans.read(out)
     todo = plans.unfinished(out, plan)
-    cluster.agree({f"--out {out} (is it on a file system that all see?): the runs to do": todo})
+    cluster.agree({f"out: the runs to do in {out} (is it on a file system that all see?)": todo})
     code = work(out, plan, iter(todo), together=args.distributed)
     if code == 130:
         return code

@@ -23,7 +23,7 @@ import jax
 from experiments import plan as plans
 from experiments.budgets import solve
 from experiments.sweeps import with_fields
-from flexmemory.cli.flags import Parser
+from flexmemory.cli.flags import Parser, for_user
 from flexmemory.cli.train import asked_to_stop
 from flexmemory.config import Config
 from flexmemory.data.shards import read_index
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         names = (line.strip() for line in sys.stdin) if args.names == ["-"] else args.names
         return work(args.out, plan, filter(None, names))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(for_user(error), file=sys.stderr)
         return 2
 
 

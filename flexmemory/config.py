@@ -14,7 +14,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from flexmemory.errors import UserError, nearest
-from flexmemory.models.blocks import check_model
 from flexmemory.models.config import ModelConfig
 
 
@@ -193,7 +192,6 @@ def from_dict(values: ConfigDict | dict) -> Config:
             f"config optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr"
             f" {config.optimizer.lr}"
         )
-    check_model(config.model)
     if config.parallel.table_memory == "host" and config.optimizer.table_optimizer == "adamw":
         raise UserError(
             "config parallel.table_memory: host with optimizer.table_optimizer=adamw, which reads"
@@ -204,6 +202,11 @@ def from_dict(values: ConfigDict | dict) -> Config:
             f"config train.accum_steps: {config.train.accum_steps} does not divide data.batch_size"
             f" {config.data.batch_size}"
         )
+    from flexmemory.models.blocks import (
+        check_model,
+    )  # late: imports jax, all else is checked before
+
+    check_model(config.model)
     return config
 
 

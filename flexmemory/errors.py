@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and the hint that most of its messages end with."""
+"""The one exception that a user's mistake raises, and the hint that ends most of its messages."""
 
 import difflib
 from collections.abc import Iterable

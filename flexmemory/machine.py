@@ -3,8 +3,6 @@
 import contextlib
 from pathlib import Path
 
-import jax
-
 
 def peak_rss() -> int | None:
     """Bytes of main memory that this program held at most; None where the system does not say.
@@ -21,4 +19,6 @@ def peak_device_bytes() -> int | None:
     """Bytes that this program held at most on the first device; None where the backend does not
     count them, as on the CPU.
     """
+    import jax  # late: a command line that is refused needs no jax
+
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -45,15 +45,15 @@ class ProgressLine:
             else None
         )
 
-    def __enter__(self):
+    def __enter__(self) -> "ProgressLine":
         if self.bar:
             self.bar.start()
             self.task = self.bar.add_task(
-                self.label, total=self.total or None, completed=self.done, note=""
+                self.label, total=self.total or None, completed=int(self.done), note=""
             )
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
         elif (

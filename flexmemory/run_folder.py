@@ -10,7 +10,7 @@ import os
 import secrets
 import subprocess
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -37,6 +37,8 @@ FREE = {
     "parallel.mesh",
     "parallel.table_memory",
 }
+# whose versions run.json has
+PACKAGES = "flexmemory jax jaxlib flax optax orbax-checkpoint tensorstore grain numpy".split()
 LOCK = ".lock"
 LOG = "log."  # a log may be there before the run, as `| tee log.txt` makes one
 
@@ -68,7 +70,7 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
             check_same(workdir, cfg, data_fingerprint)
         elif known:
             raise UserError(
-                f"--workdir {workdir}: not empty and not a run folder; give a new folder"
+                f"workdir: {workdir} is not empty and not a run folder; give a new folder"
             )
         lock = open(workdir / LOCK, "a")  # not "w": what the holder of the lock wrote stays
         try:
@@ -76,7 +78,7 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
         except BlockingIOError:
             lock.close()
             raise UserError(
-                f"--workdir {workdir}: another process trains there; wait for it or give another"
+                f"workdir: {workdir}: another process trains there; wait for it or give another"
                 " folder"
             ) from None
         lock.truncate(0)
@@ -96,20 +98,7 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
                 "platform": jax.default_backend(),
                 "devices": jax.device_count() if cfg.parallel.plan != "single" else 1,
                 "processes": jax.process_count(),
-                "versions": {
-                    name: importlib.metadata.version(name)
-                    for name in (
-                        "flexmemory",
-                        "jax",
-                        "jaxlib",
-                        "flax",
-                        "optax",
-                        "orbax-checkpoint",
-                        "tensorstore",
-                        "grain",
-                        "numpy",
-                    )
-                },
+                "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             },
         )
     except OSError as error:
@@ -119,7 +108,7 @@ def claim(workdir: Path, cfg: Config, data_fingerprint: str, tokenizer: Tokenize
             else "give another folder"
         )
         raise UserError(
-            f"--workdir {workdir}: cannot be written ({error.strerror}); {mend}"
+            f"workdir: {workdir} cannot be written ({error.strerror}); {mend}"
         ) from None
     return lock
 
@@ -140,7 +129,7 @@ def check_same(workdir: Path, cfg: Config, data_fingerprint: str) -> None:
     for name, value in new.items():
         if name not in FREE and old[name] != value:
             raise UserError(
-                f"--workdir {workdir}: used by another config ({name} is {old[name]!r} there,"
+                f"workdir: {workdir} has another config ({name} is {old[name]!r} there,"
                 f" {value!r} here); give a new folder or the same config"
             )
     if (workdir / "run.json").exists():
@@ -152,7 +141,7 @@ def check_same(workdir: Path, cfg: Config, data_fingerprint: str) -> None:
             ) from None
         if known != data_fingerprint:
             raise UserError(
-                f"--workdir {workdir}: trained on other data (fingerprint {known}, now"
+                f"workdir: {workdir} was trained on other data (fingerprint {known}, now"
                 f" {data_fingerprint}); give the same data or a new folder"
             )
 
@@ -160,7 +149,7 @@ def check_same(workdir: Path, cfg: Config, data_fingerprint: str) -> None:
 def git_revision() -> str | None:
     """Commit of the source tree, with "+dirty" when it has changes; None outside a git checkout."""
 
-    def git(*args):
+    def git(*args: str) -> str:
         return subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *args],
             capture_output=True,
@@ -187,11 +176,8 @@ class Writer:
             self.board = summary_writer()(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         path = workdir / "metrics.jsonl"
         if path.exists():  # steps after the checkpoint will be run, and written, again
-            kept = [
-                line
-                for line in path.read_text(encoding="utf-8").splitlines()
-                if _step(line) is not None and _step(line) <= resume_step
-            ]
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = (line for line in lines if (_step(line) or resume_step + 1) <= resume_step)
             write_text(path, "".join(line + "\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8")
 
@@ -274,7 +260,7 @@ def load_params(
     return cfg, found, step
 
 
-def at(abstract, places):
+def at(abstract: Any, places: Any) -> Any:
     """Shapes and dtypes with the shardings ``places``."""
     return jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract, places
@@ -291,32 +277,26 @@ def complete_steps(workdir: Path) -> list[int]:
 
 
 def read_checkpoint(workdir: Path, step: int, abstract: dict) -> dict:
-    """Items of a checkpoint, shaped and placed as ``abstract`` says; raises UserError on a damaged one."""
+    """Items of a checkpoint, shaped and placed as ``abstract`` says. Raises UserError where it is
+    damaged.
+    """
     from orbax.checkpoint import v1 as ocp  # late: Orbax takes a second to import
 
     try:
         return ocp.load_checkpointables(
             (Path(workdir) / "checkpoints" / str(step)).absolute(), abstract
         )
-    except (
-        MemoryError,
-        jax.errors.JaxRuntimeError,
-    ):  # the checkpoint is sound, the machine too small
+    except (MemoryError, jax.errors.JaxRuntimeError):  # a sound checkpoint, too small a machine
         raise
-    except (
-        Exception
-    ) as error:  # orbax and tensorstore raise many types for files that are cut or gone
-        while (
-            error.__cause__ or error.__context__
-        ):  # the first error says what is wrong with the files
-            error = error.__cause__ or error.__context__
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    except Exception as error:  # Orbax and TensorStore raise many types for files cut or gone
+        first: BaseException = error  # says what is wrong with the files
+        while cause := first.__cause__ or first.__context__:
+            first = cause
+        reason = next(iter(str(first).strip().splitlines()), type(first).__name__)[:200]
         earlier = [other for other in complete_steps(workdir) if other < step]
-        mend = (
-            f"delete checkpoints/{step} to go on from {earlier[-1]}"
-            if earlier
-            else "train it again in a new folder"
-        )
+        mend = "train it again in a new folder"
+        if earlier:
+            mend = f"delete checkpoints/{step} to go on from {earlier[-1]}"
         raise UserError(
             f"checkpoint {step} in {workdir} is damaged or of another model ({reason}); {mend}"
         ) from error

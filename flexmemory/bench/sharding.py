@@ -2,7 +2,6 @@
 what XLA's partitioner makes of a plain gather.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -43,11 +42,6 @@ LAYOUTS = {
     "columns, tensor first": P(None, COLUMNS),
 }
 PLAIN = ("rows", "columns", "replicated")
-
-
-def flags(parser: argparse.ArgumentParser) -> None:
-    used = "devices to use; where JAX sees a CPU alone it is made into so many"
-    parser.add_argument("--devices", type=int, default=8, help=f"{used} (default %(default)s)")
 
 
 def measure(scratch: Path, scale: str, devices: int) -> dict:

@@ -7,7 +7,6 @@ the tables with it. Weights are random and the same batch returns in every step:
 depend on either.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import statistics
@@ -73,17 +72,6 @@ GOALS = {  # tokens/s of one kind over another's: what is aimed at on two CPU co
 DENSE_MFU_GOAL = {"gpu": 0.5}
 DEPTHS, COMPILE_GOAL = (2, 24), 1.5
 SHALLOW_AND_DEEP = Config(shape(2, 512, 64, 2, 176), DataConfig(seq_len=64, batch_size=2))
-
-
-def flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what `flexmemory bench train` takes beside the flags of every bench."""
-    kinds = "layer kinds with options, KIND[:naive][:BETA][:TABLE_OPTIMIZER] (default %(default)s)"
-    data = (
-        "folder of `flexmemory prepare` to take ids from (default: the config's data.path; without"
-        " one a Zipf law)"
-    )
-    parser.add_argument("--kinds", default=DEFAULT_KINDS, help=kinds)
-    parser.add_argument("--data", help=data)
 
 
 def measure(
@@ -292,11 +280,10 @@ class Rounds:
         state, on_device = init_state(variant.config), jax.device_put(variant.batch(batch))
         step, compiled = compile_step(make_train_step(variant.config), state, on_device)
         state, metrics = step(state, on_device)
-        flops, how = compiled["xla_flops"], "the compiler's memory analysis of the step"
+        how = "the compiler's memory analysis of the step"
         self.facts[name] = {
             "compile_seconds": compile_seconds(compiled),
             "first_loss": float(metrics["loss"]),
-            "xla_flops_per_token": flops and flops / self.tokens,
             "memory": {"how": how, **(compiled["bytes"] or {})},
         }
         self.states[variant.config], self.steps[name], self.batches[name] = state, step, on_device

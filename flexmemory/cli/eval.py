@@ -16,26 +16,16 @@ from flexmemory.errors import UserError
 
 def run(argv: list[str]) -> int:
     parser = Parser("flexmemory eval", __doc__)
-    parser.add_argument(
-        "--workdir", help="run folder; with --tkv only its config says which data and windows"
-    )
-    parser.add_argument(
-        "--tkv", help="path or URL of a store: rows, weights and tokenizer are its own"
-    )
-    parser.add_argument("--data", help="prepared data; default: what the run was trained on")
-    parser.add_argument(
-        "--seq_len",
-        type=int,
-        help="tokens of a window; default: as the run was trained; 128 without --workdir",
-    )
-    parser.add_argument(
-        "--alpha",
-        type=float,
-        default=1.0,
-        help="scale of what FFNs and rows add to the residual (MemoryLLM section 3.2)",
-    )
-    parser.add_argument("--max_tokens", type=int, default=0, help="validation tokens, 0 for all")
-    parser.add_argument("--step", type=int, help="checkpoint, default the latest")
+    add = parser.add_argument
+    add("--workdir", help="run folder; with --tkv only its config says which data and windows")
+    add("--tkv", help="path or URL of a store: rows, weights and tokenizer are its own")
+    add("--data", help="prepared data; default: what the run was trained on")
+    windows = "tokens of a window; default: as the run was trained; 128 without --workdir"
+    add("--seq_len", type=int, help=windows)
+    scale = "scale of what FFNs and rows add to the residual (MemoryLLM section 3.2)"
+    add("--alpha", type=float, default=1.0, help=scale)
+    add("--max_tokens", type=int, default=0, help="validation tokens, 0 for all")
+    add("--step", type=int, help="checkpoint, default the latest")
     args = parser.parse_args(argv)
     if not math.isfinite(args.alpha):
         raise UserError(f"--alpha: {args.alpha} is not a finite number")
@@ -45,7 +35,7 @@ def run(argv: list[str]) -> int:
         raise UserError("--workdir: missing; give a run folder, or a store with --tkv")
     if not args.workdir and not args.data:
         raise UserError(
-            "--data: missing; a store does not know its data, give what `flexmemory prepare` made,"
+            "--data: missing; a store does not know its data, give what `flexmemory prepare` wrote,"
             " or --workdir"
         )
     if args.tkv and args.step is not None:
@@ -53,6 +43,7 @@ def run(argv: list[str]) -> int:
             f"--step: {args.step} does not go with --tkv, whose rows are of one checkpoint; leave"
             " it out"
         )
+
     from flexmemory.config import Config, load_json
     from flexmemory.data import tokenizer as tokenizers
     from flexmemory.data.shards import TokenShards, read_questions
@@ -64,34 +55,25 @@ def run(argv: list[str]) -> int:
 
     if args.tkv:
         store = open_store(args.tkv)
-        m = store.manifest
         cfg = load_json(Path(args.workdir) / "config.json") if args.workdir else Config()
+        manifest = store.manifest
         if args.workdir and cfg.model != store.model:
             raise UserError(
-                f"--tkv {args.tkv}: its model is not the run's; give the run {m.source.run!r} that"
-                " it was exported from"
+                f"--tkv {args.tkv}: its model is not the run's; give the run"
+                f" {manifest.source.run!r} that it was exported from"
             )
-        cfg, params, tokenizer = (
-            dataclasses.replace(cfg, model=store.model),
-            store.backbone(),
-            store.tokenizer(),
-        )
-        rows_of = stored_rows(store)
-        result = {
-            "step": m.source.step,
-            "dtype": m.dtype,
-            "scale_group": m.scale_group,
-            "ranks": m.ranks,
-            "table_bytes": m.table_bytes,
-        }
+        cfg = dataclasses.replace(cfg, model=store.model)
+        params, tokenizer, rows_of = store.backbone(), store.tokenizer(), stored_rows(store)
+        names = ("dtype", "scale_group", "ranks", "table_bytes")
+        result = {"step": manifest.source.step}
+        result |= {name: getattr(manifest, name) for name in names}
     else:
         cfg, params, step = load_params(args.workdir, args.step)
         tokenizer, rows_of = tokenizers.load(args.workdir), live_rows(cfg.model, params)
         result = {"step": step}
-    data = {
-        name: value for name, value in (("path", args.data), ("seq_len", args.seq_len)) if value
-    }
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **data))
+    given = {"path": args.data, "seq_len": args.seq_len}
+    given = {name: value for name, value in given.items() if value}
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
     shards = TokenShards(cfg.data.path, "val")
     if shards.tokenizer_fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -99,17 +81,10 @@ def run(argv: list[str]) -> int:
             f" ({shards.tokenizer_fingerprint}) than the {'store' if args.tkv else 'run'}'s"
             f" ({tokenizer.fingerprint})"
         )
-    result |= {"alpha": args.alpha}
-    result |= perplexity(
-        cfg,
-        params,
-        shards,
-        make_eval_step(cfg, args.alpha),
-        max_tokens=args.max_tokens,
-        rows_of=rows_of,
-    )
-    result |= answer_accuracy(
-        cfg, params, tokenizer, read_questions(cfg.data.path), args.alpha, rows_of
-    )
+    result["alpha"] = args.alpha
+    eval_step = make_eval_step(cfg, args.alpha)
+    result |= perplexity(cfg, params, shards, eval_step, args.max_tokens, rows_of)
+    questions = read_questions(cfg.data.path)
+    result |= answer_accuracy(cfg, params, tokenizer, questions, args.alpha, rows_of)
     print(json.dumps(result, indent=2))
     return 0

@@ -4,13 +4,12 @@ from typing import Any
 
 from flexmemory.cli.flags import Parser
 from flexmemory.errors import UserError
-from flexmemory.tkv.encoding import DTYPES
 
 TABLE_LAYERS = 32  # more layers than this are not listed one by one
 HELP = {
     "--workdir": "run folder written by `flexmemory train`",
     "--out": "path or URL of the store: a directory, s3://bucket/prefix, gs://bucket/prefix",
-    "--dtype": f"of the rows: {', '.join(DTYPES)} (default %(default)s)",
+    "--dtype": "of the rows: float32, bfloat16, float16, int8 or int4 (default %(default)s)",
     "--scale_group": "int8 and int4: numbers that share a scale, 0 for a whole row (default)",
     "--rank": "low rank: columns kept of every layer, or a share of its width such as 0.5",
     "--rank_error": "low rank: of every layer the smallest rank with at most this relative error,"

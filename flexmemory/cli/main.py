@@ -2,7 +2,6 @@
 code 2.
 """
 
-import contextlib
 import gc
 import importlib
 import logging
@@ -13,7 +12,11 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
+import absl.logging
+
+from flexmemory.cli.flags import for_user
 from flexmemory.errors import UserError, nearest
 
 COMMANDS = {
@@ -32,7 +35,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     command_line = argv is None
-    argv = sys.argv[1:] if command_line else argv
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: flexmemory COMMAND [options]\n")
         print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
@@ -43,26 +46,25 @@ def main(argv: list[str] | None = None) -> int:
     start_process()
     if command_line:
         signal.signal(signal.SIGINT, interrupt)
+    command = importlib.import_module(f"flexmemory.cli.{argv[0]}")
     try:
-        return importlib.import_module(f"flexmemory.cli.{argv[0]}").run(argv[1:])
+        return command.run(argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(for_user(error, getattr(command, "OPTIONS", None)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         if command_line:
             sys.stdout.flush()
-            os._exit(
-                130
-            )  # a reader's thread may still wait for a server, and a normal exit would wait for it
+            os._exit(130)  # a normal exit would wait for threads that wait for a server
         return 130
     except BrokenPipeError:
         return unread()
 
 
-def interrupt(number: int, frame) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
     """Ctrl-C as everywhere, but not lost: Python drops what is raised in a callback of its garbage
-    collector, and JAX has one. Then a moment later.
+    collector, and JAX has one. There it is raised a moment later.
     """
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
@@ -81,8 +83,8 @@ def piped(main: Callable[[], int]) -> int:
 
 
 def unread() -> int:
-    """The exit code where the reader of our output has enough, as in `| head`; what is still to be
-    written goes nowhere.
+    """The exit code where the reader of our output closed it early, as `| head` does; what is still
+    to be written goes nowhere.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
@@ -91,29 +93,26 @@ def unread() -> int:
 def start_process() -> None:
     """Settings of a main program: quiet libraries, and compiled programs kept between runs in JAX's
     persistent cache, where JAX_COMPILATION_CACHE_DIR says or else in the user's cache folder;
-    JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    JAX_ENABLE_COMPILATION_CACHE=false keeps none. Does not import jax.
     """
-    import absl.logging
-    import jax
-
-    gc.set_threshold(
-        200_000,
-        10,
-        10,
-        # tracing makes millions of small objects that live on: looking through them takes a tenth
-        # of the time
-    )
+    # tracing makes millions of small objects that live on: looking through them takes a tenth of
+    # the time
+    gc.set_threshold(200_000, 10, 10)
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax reports every save
     # after a damaged checkpoint Orbax leaves its other reads behind, which would be reported one by
     # one at exit
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    warnings.filterwarnings(
-        "ignore", message="coroutine .* was never awaited", category=RuntimeWarning
-    )
-    if not jax.config.jax_compilation_cache_dir:
-        with contextlib.suppress(RuntimeError):  # a user without a home has no cache
-            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            jax.config.update("jax_compilation_cache_dir", str(Path(home) / "flexmemory" / "xla"))
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home has no cache
+        return
+    name, folder = "JAX_COMPILATION_CACHE_DIR", str(home / "flexmemory" / "xla")
+    if jax := sys.modules.get("jax"):
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update(name.lower(), folder)
+    elif not os.environ.get(name):
+        os.environ[name] = folder  # jax reads it when it is imported
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
 """flexmemory params --config=configs/memoryllm.py:1b [--json] [--seq_len=2048]"""
 
 import json
-
-from absl import flags
+import os
 
 from flexmemory.cli.flags import config_of, parse
 from flexmemory.errors import UserError
 
 
 def run(argv: list[str]) -> int:
-    def define(values):
-        flags.DEFINE_bool("json", False, "print the numbers as JSON", flag_values=values)
-        flags.DEFINE_integer(
-            "seq_len",
-            0,
-            "length for the causal FLOPs; 0 takes config data.seq_len",
-            lower_bound=0,
-            flag_values=values,
-        )
-
-    values = parse(argv, define, __doc__)
+    values = parse(
+        argv,
+        __doc__,
+        json=(False, "print the numbers as JSON"),
+        seq_len=(0, "length for the causal FLOPs; 0 takes config data.seq_len"),
+    )
+    if values.seq_len < 0:
+        raise UserError(f"--seq_len: {values.seq_len} must not be negative")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes alone: no device is needed
     cfg = config_of(values)
     if not cfg.model.vocab_size:
         raise UserError(

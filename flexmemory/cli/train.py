@@ -12,57 +12,43 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from absl import flags
-
 from flexmemory.cli.flags import config_of, parse
 from flexmemory.errors import UserError
 
+OPTIONS = {"timeout": "start_timeout"}  # argument of the library: option
+
 
 def run(argv: list[str]) -> int:
-    def define(values):
-        flags.DEFINE_string(
-            "workdir", None, "run folder; an existing one is resumed", flag_values=values
-        )
-        flags.DEFINE_boolean(
-            "distributed",
+    values = parse(
+        argv,
+        __doc__,
+        workdir=(str, "run folder; an existing one is resumed"),
+        distributed=(
             False,
             "one of several processes that SLURM, Open MPI, a TPU pod or Kubernetes started",
-            flag_values=values,
-        )
-        flags.DEFINE_string(
-            "coordinator",
-            None,
-            "HOST:PORT of process 0, where nothing else tells",
-            flag_values=values,
-        )
-        flags.DEFINE_integer("processes", None, "how many processes there are", flag_values=values)
-        flags.DEFINE_integer("process", None, "number of this one, from 0", flag_values=values)
-        flags.DEFINE_integer(
-            "start_timeout", 300, "seconds to wait for the other processes", flag_values=values
-        )
-        flags.DEFINE_string(
-            "profile_steps",
-            None,
+        ),
+        coordinator=(str, "HOST:PORT of process 0, where nothing else tells"),
+        processes=(int, "how many processes there are"),
+        process=(int, "number of this one, from 0"),
+        start_timeout=(300, "seconds to wait for the other processes"),
+        profile_steps=(
+            str,
             "FIRST:LAST, steps (the first is 1) of which to write a profiler trace into"
             " WORKDIR/profile",
-            flag_values=values,
-        )
-
-    values = parse(argv, define, __doc__)
+        ),
+    )
     if not values.workdir:
         raise UserError("--workdir: missing; give the folder of the run")
     profile_steps = None if values.profile_steps is None else parse_steps(values.profile_steps)
     cfg = config_of(values)
-    several = values.distributed or any(
-        value is not None for value in (values.coordinator, values.processes, values.process)
-    )
-    if several:
-        from flexmemory.cluster import start
 
-        start(values.coordinator, values.processes, values.process, values.start_timeout)
-    from flexmemory.cluster import is_first
+    from flexmemory.cluster import is_first, start
     from flexmemory.train.loop import TrainingDiverged, TrainingInterrupted, train
 
+    given = values.coordinator, values.processes, values.process
+    several = values.distributed or any(value is not None for value in given)
+    if several:
+        start(*given, values.start_timeout)
     try:
         with asked_to_stop(() if several else (signal.SIGINT, signal.SIGTERM)) as asked:
             final = train(
@@ -88,10 +74,10 @@ def run(argv: list[str]) -> int:
 
 def parse_steps(text: str) -> range:
     """The steps of "FIRST:LAST", both included. Raises UserError where it is not that."""
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found:
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match:
         raise UserError(f"--profile_steps: {text!r} is not FIRST:LAST; write for example 10:12")
-    return range(int(found[1]), int(found[2]) + 1)
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 @contextlib.contextmanager
@@ -102,7 +88,7 @@ def asked_to_stop(signals: tuple[int, ...]) -> Iterator[list[int]]:
     """
     asked: list[int] = []
 
-    def ask(number, _):
+    def ask(number: int, _: object) -> None:
         asked.append(number)
         signal.signal(number, before[number])
         print(" stopping after this step with a checkpoint; again to stop at once", file=sys.stderr)

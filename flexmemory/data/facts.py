@@ -9,8 +9,6 @@ validation: taking a person's only statement out of training would ask for what 
 Everything is a pure function of the options; no download.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Iterator
@@ -162,7 +160,7 @@ class Options:
     qa: float = 0.8
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.people <= _MAX_PEOPLE:
             raise UserError(f"facts: people={self.people} is outside 1..{_MAX_PEOPLE}")
         if self.docs < 1:
@@ -177,7 +175,8 @@ def people(opts: Options) -> list[tuple[str, dict[str, str]]]:
     """(full name, {attribute key: value}) of each person; full names are distinct."""
     rng = random.Random(f"facts-people-{opts.seed}")
     pools = value_pools(opts)
-    seen, result = set(), []
+    seen: set[str] = set()
+    result: list[tuple[str, dict[str, str]]] = []
     while len(result) < opts.people:
         name = f"{_word(rng)} {_word(rng)}"
         if name in seen:

@@ -14,8 +14,6 @@ index.json                     totals, shards, fingerprints; written last, so a 
 is no dataset
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

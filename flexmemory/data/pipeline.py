@@ -1,11 +1,9 @@
 """Batches from token shards: batch k is a pure function of (seed, k), with its unique ids ready for
 the memory layers.
 
-Letters: A accumulation steps, b rows of this host per accumulation step, T tokens, R unique ids of
-a section of the batch (padded), C unique ids of the whole batch (padded).
+Letters: A accumulation steps, b sequences of this host per accumulation step, T tokens, R unique
+ids of a section of the batch (padded), C unique ids of the whole batch (padded).
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 
@@ -24,27 +22,27 @@ class Batches:
 
     A batch is a dict of
       ids        int32 [A, b, T]
-      targets    int32 [A, b, T], the next tokens unique_ids int32 [R] for each section of this
-      host, one after another: its ids over all accumulation steps, ascending, then padded with id 0
+      targets    int32 [A, b, T], the next tokens
+      unique_ids int32 [R] for each section of this host, one after another: its ids over all
+      accumulation steps, ascending, then padded with id 0
       inverse    int32 [A, b, T], places within the section's unique_ids, unique_ids[inverse] ==
       ids; never refers to padding
       table_ids  int32 [C], the ids of all sections together, ascending, and V, which is no row, in
       the places that are left
       places     int32 [R] for each section of this host: the place of each of unique_ids among
       table_ids, and C of those that no token has
-      segments   int32 [A, b, T], number of the document within the row; only when asked for
+      segments   int32 [A, b, T], number of the document within the sequence; only when asked for
 
-    A section is the rows that one device computes: the rows of each accumulation step are cut into
-    `sections` equal parts. The rows themselves do not depend on the cut. R is one of `row_sizes`,
-    the smallest that holds every section of the batch, so that a compiled step meets few shapes and
-    all hosts the same ones. Where R >= V, unique_ids is 0..V-1. So C is one of `table_sizes`, where
-    there are several sections; of one it is R.
+    A section is the part of a batch that one device group computes: the sequences of each
+    accumulation step are cut into `sections` equal parts. The sequences do not depend on the cut. R
+    is one of `row_sizes`, the smallest that holds every section of the batch, so that a compiled
+    step meets few shapes and all hosts the same ones. Where R >= V, unique_ids is 0..V-1. C is one
+    of `table_sizes`; with one section, C = R.
 
-    Attributes:
-      row_sizes: the possible R, ascending.
-      table_sizes: the possible C of several sections, ascending, if all sections together have not
-      fewer places than that.
-      steps_per_epoch: whole batches in one pass over the split, at least 1.
+    row_sizes: the possible R, ascending.
+    table_sizes: the possible C of several sections, ascending, if all sections together have not
+    fewer places than that.
+    steps_per_epoch: whole batches in one pass over the split, at least 1.
     """
 
     def __init__(
@@ -58,11 +56,10 @@ class Batches:
         shuffle: bool,
     ):
         self._shards, self._seq_len, self._segments = shards, seq_len, segments
-        self._accum, self._sections, self._rows = (
-            shape  # a global batch is A x sections x rows windows
-        )
+        # a global batch has A x sections x sequences windows
+        self._accum, self._sections, self._sequences = shape
         self._own = own
-        self.batch_size = self._accum * self._sections * self._rows
+        self.batch_size = self._accum * self._sections * self._sequences
         n_windows = shards.num_windows(seq_len)
         order = grain.MapDataset.range(n_windows).seed(seed)
         # Reshuffled in each epoch, and still addressable: the order is computed from (seed, epoch),
@@ -70,7 +67,7 @@ class Batches:
         self._order = (order.shuffle() if shuffle else order).repeat(None)
         self.steps_per_epoch = max(1, n_windows // self.batch_size)
         self.row_sizes: tuple[int, ...] = (
-            min(shards.vocab_size, self._accum * self._rows * seq_len),
+            min(shards.vocab_size, self._accum * self._sequences * seq_len),
         )
         self.table_sizes: tuple[int, ...] = (
             min(shards.vocab_size, self._sections * self.row_sizes[-1]),
@@ -82,13 +79,13 @@ class Batches:
             raise IndexError(f"batch {k} is below 0")
         first = k * self.batch_size
         numbers = [self._order[i] for i in range(first, first + self.batch_size)]
-        return np.array(numbers, np.int64).reshape(self._accum, self._sections * self._rows)
+        return np.array(numbers, np.int64).reshape(self._accum, self._sections * self._sequences)
 
     def __getitem__(self, k: int) -> Batch:
         numbers_AB = self.window_numbers(k)
         # Every host reads the whole batch: only so do all agree on R without talking.
         tokens_ABT = self._tokens(numbers_AB)
-        own = places_of(self._own, self._rows)
+        own = places_of(self._own, self._sequences)
         batch = {"ids": tokens_ABT[:, own, :-1], "targets": tokens_ABT[:, own, 1:]}
         batch |= unique_rows(
             tokens_ABT[..., :-1],
@@ -136,14 +133,12 @@ def make_batches(
     """Batches of `batch_size` windows of `seq_len` tokens over all hosts; this host's share of
     them.
 
-    Args:
-      sections: into how many parts devices cut the rows of an accumulation step.
-      own: the sections of this host, ascending; None for all.
-      row_sizes: the padded sizes R to choose from; these and `table_sizes` are measured by
-        `measured_sizes` where None. A size that always suffices is appended.
+    sections: into how many parts devices cut the sequences of an accumulation step.
+    own: the sections of this host, ascending; None for all.
+    row_sizes: the padded sizes R to choose from; these and `table_sizes` are measured by
+      `measured_sizes` where None. A size that always suffices is appended.
 
-    Raises:
-      UserError: sizes that do not fit each other or the shards, a seed outside 0..2^32-1.
+    Raises UserError: sizes that do not fit each other or the shards, a seed outside 0..2^32-1.
     """
     for name, value in (("batch_size", batch_size), ("accum", accum), ("sections", sections)):
         if value < 1:
@@ -160,7 +155,7 @@ def make_batches(
         )
     shape = (accum, sections, batch_size // (accum * sections))
     batches = Batches(shards, seq_len, shape, own, seed, segments, shuffle)
-    table_sizes = ()
+    table_sizes: tuple[int, ...] = ()
     if row_sizes is None:
         row_sizes, table_sizes = measured_sizes(batches)
     if any(size < 1 for size in row_sizes):
@@ -231,12 +226,12 @@ def unique_rows(
         [],
     )
     for unique_R, places_R, s in zip(unique_SR, places_SR, own, strict=True):
-        found = np.flatnonzero(seen_SV[s])
+        seen = np.flatnonzero(seen_SV[s])
         if size == vocab_size:
-            unique_R[:], places_R[found] = np.arange(vocab_size), place_V[found]
+            unique_R[:], places_R[seen] = np.arange(vocab_size), place_V[seen]
             inverse.append(parts[s])
         else:
-            unique_R[: len(found)], places_R[: len(found)] = found, place_V[found]
+            unique_R[: len(seen)], places_R[: len(seen)] = seen, place_V[seen]
             inverse.append((np.cumsum(seen_SV[s], dtype=np.int32) - 1)[parts[s]])
     return {
         "unique_ids": unique_SR.ravel(),
@@ -247,7 +242,7 @@ def unique_rows(
 
 
 def places_of(own: tuple[int, ...], rows: int) -> np.ndarray:
-    """Places in a batch of the rows of the sections ``own``, of ``rows`` each."""
+    """Positions in a batch of the sequences of the sections ``own``, of ``rows`` each."""
     return (np.array(own)[:, None] * rows + np.arange(rows)).ravel()
 
 
@@ -271,8 +266,7 @@ def eval_batches(
     split, because sources lie one after another in it: at most so many targets, the same ones each
     time.
 
-    Raises:
-      UserError: bad sizes; a split of fewer than two tokens.
+    Raises UserError: bad sizes; a split of fewer than two tokens.
     """
     if batch_size < 1 or seq_len < 1:
         raise UserError(f"batch_size={batch_size} and seq_len={seq_len} must be at least 1")
@@ -298,10 +292,17 @@ def eval_batches(
 
 
 def _eval_batches(
-    shards, spans, seq_len, batch_size, segments, sections, own, row_sizes
+    shards: TokenShards,
+    spans: list[tuple[int, int, int]],
+    seq_len: int,
+    batch_size: int,
+    segments: bool,
+    sections: int,
+    own: tuple[int, ...],
+    row_sizes: tuple[int, ...] | None,
 ) -> Iterator[Batch]:
     rows = batch_size // sections
-    enough, mine = min(shards.vocab_size, rows * seq_len), places_of(own, rows)
+    enough, own_sequences = min(shards.vocab_size, rows * seq_len), places_of(own, rows)
     groups = [spans[i : i + batch_size] for i in range(0, len(spans), batch_size)]
     if row_sizes is None:
         sample = (
@@ -318,13 +319,13 @@ def _eval_batches(
     for group in groups:
         tokens_bT, weight_bT, segments_bT = _eval_rows(shards, group, seq_len, batch_size, segments)
         batch = {
-            "ids": tokens_bT[mine, :-1],
-            "targets": tokens_bT[mine, 1:],
-            "weight": weight_bT[mine],
+            "ids": tokens_bT[own_sequences, :-1],
+            "targets": tokens_bT[own_sequences, 1:],
+            "weight": weight_bT[own_sequences],
         }
         batch |= unique_rows(tokens_bT[:, :-1], shards.vocab_size, row_sizes, sections, own)
         if segments:
-            batch["segments"] = segments_bT[mine]
+            batch["segments"] = segments_bT[own_sequences]
         yield batch
 
 
@@ -346,7 +347,13 @@ def _eval_spans(
     ]
 
 
-def _eval_rows(shards, group, seq_len: int, batch_size: int, segments: bool = False):
+def _eval_rows(
+    shards: TokenShards,
+    group: list[tuple[int, int, int]],
+    seq_len: int,
+    batch_size: int,
+    segments: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tokens_bT = np.full((batch_size, seq_len + 1), shards.eos_id, np.int32)
     weight_bT = np.zeros((batch_size, seq_len), np.float32)
     segments_bT = np.zeros((batch_size, seq_len), np.int32)

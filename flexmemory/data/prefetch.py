@@ -1,4 +1,4 @@
-"""The next batches, made and put on the device by a background thread while the accelerator works."""
+"""The next batches, computed and put on the device by a thread while the accelerator works."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Prefetch:
     def __iter__(self) -> Prefetch:
         return self
 
-    def __next__(self):
+    def __next__(self) -> Any:
         if self._ended:
             raise StopIteration
         kind, content = self._queue.get()
@@ -68,7 +68,7 @@ class Prefetch:
     def __enter__(self) -> Prefetch:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -49,24 +49,22 @@ def prepare(
 ) -> dict:
     """Makes the dataset `out` from text, or finishes it, or finds it finished and does nothing.
 
-    Args:
-      source: see sources.py.
-      tokenizer: `byte`, `bpe:SIZE`, a tokenizer.json, `hf:NAME`; `bpe` is trained on the source.
-      out: the directory; made where missing.
-      val_fraction: share of the documents for validation, chosen by a hash of (seed, document id);
-      0 for none.
-      workers: threads that tokenise; every core by default. Does not change the result.
-      shard_tokens: a shard ends before the document that would exceed this; a longer document has a
-      shard of its own.
-      seed: of the split.
-      progress: report to stderr.
+    source: see sources.py.
+    tokenizer: `byte`, `bpe:SIZE`, a tokenizer.json, `hf:NAME`; `bpe` is trained on the source.
+    out: the directory; made where missing.
+    val_fraction: share of the documents for validation, chosen by a hash of (seed, document id);
+    0 for none.
+    workers: threads that tokenise; every core by default. Does not change the result.
+    shard_tokens: a shard ends before the document that would exceed this; a longer document has a
+    shard of its own.
+    seed: of the split.
+    progress: report to stderr.
 
     Returns:
       The content of index.json.
 
-    Raises:
-      UserError: a bad argument, bad text (naming file and line), a directory made with other
-      arguments or by something else, changed text.
+    Raises UserError: a bad argument, bad text (naming file and line), a directory made with other
+    arguments or by something else, changed text.
     """
     out = Path(out)
     workers = _check_arguments(val_fraction, workers, shard_tokens)
@@ -183,6 +181,7 @@ class _SplitWriter:
             if self.shards and self.shards[-1]["tokens"] + len(ids) + 1 <= self.shard_tokens:
                 raise self._changed()  # an earlier run came to the end of the source here
             self._open_shard()
+        assert self._file is not None
         self._starts.append(self._tokens)
         content = np.append(ids, self.model.eos_id).astype(self.dtype).tobytes()
         self._file.write(content)
@@ -198,7 +197,7 @@ class _SplitWriter:
         self._close_shard()
 
     def _find_whole_shards(self) -> list[dict]:
-        found = []
+        found: list[dict] = []
         while True:
             tokens_path, index_path = layout.shard_paths(self.out, self.split, len(found))
             if not index_path.exists():

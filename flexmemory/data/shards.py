@@ -1,7 +1,5 @@
 """Reading token shards: memory-mapped, addressed by window. The layout is in format.py."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -19,18 +17,17 @@ class TokenShards:
     targets. Windows of a shard begin at 0, T, 2T, …, so that every token but a shard's first is a
     target once, except the fewer than T at the end of each shard.
 
-    Args:
-      data_dir: what `prepare` made.
-      split: `train` or `val`.
+    data_dir: what `prepare` made.
+    split: `train` or `val`.
 
-    Attributes: n_tokens, n_documents, n_bytes: totals of the split; ends of documents count as
-      tokens, bytes are UTF-8 of the text. vocab_size, eos_id, dtype: of the ids.
-      tokenizer_fingerprint, fingerprint: of the tokenizer and of the whole dataset.
-      shard_tokens: tokens of each shard.
+    n_tokens, n_documents, n_bytes: totals of the split; ends of documents count as tokens, bytes
+    are UTF-8 of the text.
+    vocab_size, eos_id, dtype: of the ids.
+    tokenizer_fingerprint, fingerprint: of the tokenizer and of the whole dataset.
+    shard_tokens: tokens of each shard.
 
-    Raises:
-      UserError: no dataset, an unfinished one, an unknown version, an empty split, a missing or
-      truncated shard.
+    Raises UserError: no dataset, an unfinished one, an unknown version, an empty split, a missing
+    or truncated shard.
     """
 
     def __init__(self, data_dir: str | os.PathLike, split: str):
@@ -63,16 +60,14 @@ class TokenShards:
     def num_windows(self, seq_len: int) -> int:
         """Number of windows of `seq_len` + 1 tokens.
 
-        Raises:
-          UserError: seq_len below 1, or no shard holds seq_len + 1 tokens.
+        Raises UserError: seq_len below 1, or no shard holds seq_len + 1 tokens.
         """
         return int(self._window_numbers(seq_len)[-1])
 
     def window(self, i: int, seq_len: int) -> np.ndarray:
         """Tokens of window i, int32 [seq_len+1].
 
-        Raises:
-          IndexError: i outside 0..num_windows-1.
+        Raises IndexError: i outside 0..num_windows-1.
         """
         shard, start = self._locate(i, seq_len)
         return self.tokens(shard, start, start + seq_len + 1)
@@ -89,8 +84,7 @@ class TokenShards:
     def tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1 of one shard, int32.
 
-        Raises:
-          UserError: an id outside the vocabulary, so the shard is damaged.
+        Raises UserError: an id outside the vocabulary, so the shard is damaged.
         """
         ids = self._tokens[shard][start:stop].astype(np.int32)
         if ids.max(initial=0) >= self.vocab_size:
@@ -102,7 +96,7 @@ class TokenShards:
         return ids
 
     def token_segments(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Document number, counted from 0 at `start`, of tokens start..stop-1 of one shard, int32."""
+        """Document numbers of tokens start..stop-1 of one shard, int32, from 0 at `start`."""
         starts = self._document_starts(shard)
         first = np.searchsorted(starts, start, side="right")
         inner = starts[first : np.searchsorted(starts, stop, side="left")]
@@ -158,8 +152,7 @@ class TokenShards:
 def read_index(data_dir: str | os.PathLike) -> dict:
     """The content of `data_dir`/index.json.
 
-    Raises:
-      UserError: no dataset, an unfinished one, an unreadable index or an unknown version.
+    Raises UserError: no dataset, an unfinished one, an unreadable index or an unknown version.
     """
     path = Path(data_dir) / layout.INDEX
     if not path.exists():
@@ -190,8 +183,7 @@ def read_questions(data_dir: str | os.PathLike) -> list[dict]:
     """The questions of a dataset's synthetic sources (see facts.py, tasks.py); empty where it has
     none.
 
-    Raises:
-      UserError: no dataset, or its questions are missing.
+    Raises UserError: no dataset, or its questions are missing.
     """
     expected = read_index(data_dir)["questions"]
     path = Path(data_dir) / layout.QUESTIONS
@@ -211,8 +203,7 @@ def read_questions(data_dir: str | os.PathLike) -> list[dict]:
 def read_train_counts(data_dir: str | os.PathLike) -> np.ndarray:
     """How often each id occurs in the train split, uint64 [V].
 
-    Raises:
-      UserError: no dataset, or its counts are missing or of another length.
+    Raises UserError: no dataset, or its counts are missing or of another length.
     """
     vocab_size = read_index(data_dir)["vocab_size"]
     path = Path(data_dir) / layout.COUNTS

@@ -38,6 +38,7 @@ import tokenize
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from flexmemory.data import facts, tasks
 from flexmemory.errors import UserError
@@ -66,13 +67,12 @@ _OPTIONS = re.compile(r":([a-z_]+=[^,/]*(?:,[a-z_]+=[^,/]*)*)$")
 class Source:
     """Documents and questions.
 
-    Attributes:
-      spec: what it was opened from.
-      documents: gives a fresh stream of (doc_id, text); the same documents in the same order each
-        time. Raises UserError at bad text, and at the end of a stream without any.
-      size_bytes: bytes of text to come, at most; None where that is not known.
-      questions: gives the questions of the synthetic parts, dicts of at least task, kind, prompt,
-      answer, chance.
+    spec: what it was opened from.
+    documents: gives a fresh stream of (doc_id, text); the same documents in the same order each
+      time. Raises UserError at bad text, and at the end of a stream without any.
+    size_bytes: bytes of text to come, at most; None where that is not known.
+    questions: gives the questions of the synthetic parts, dicts of at least task, kind, prompt,
+    answer, chance.
     """
 
     spec: str
@@ -84,8 +84,7 @@ class Source:
 def open_source(spec: str) -> Source:
     """Opens `spec`; what can be checked without reading the text is checked now.
 
-    Raises:
-      UserError: no such file, unknown source or option, missing extra.
+    Raises UserError: no such file, unknown source or option, missing extra.
     """
     parts = [spec] if os.path.exists(spec) else spec.split("+")
     opened = [_open_part(part) for part in parts]
@@ -97,7 +96,7 @@ def open_source(spec: str) -> Source:
             yield from part.documents()
 
     sizes = [part.size_bytes for part in opened]
-    total = None if None in sizes else sum(sizes)
+    total = None if None in sizes else sum(size or 0 for size in sizes)
     return Source(spec, documents, total, lambda: [q for part in opened for q in part.questions()])
 
 
@@ -168,7 +167,7 @@ def _open_synthetic(part: str, name: str, options: dict[str, str]) -> Source:
     values = {}
     for field in dataclasses.fields(module.Options):
         if field.name in options:
-            kind = type(field.default)
+            kind: Any = type(field.default)
             text = options.pop(field.name)
             try:
                 values[field.name] = kind(text)
@@ -396,7 +395,7 @@ def _open_hub(part: str, name: str, options: dict[str, str]) -> Callable[[], Ite
     return documents
 
 
-def _import_extra(module: str, part: str):
+def _import_extra(module: str, part: str) -> Any:
     try:
         return __import__(module)
     except ImportError:

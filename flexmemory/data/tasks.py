@@ -9,8 +9,6 @@ whether they may be trained on, so that no evaluation context is ever seen in tr
 Everything is a pure function of the options; no download.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import random
 import zlib
@@ -36,7 +34,7 @@ class Options:
     pairs: int = 6
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.n < 0 or self.eval < 0:
             raise UserError(f"tasks: n={self.n} and eval={self.eval} are counts; give 0 or more")
         if self.length < 2 or self.pairs < 2:

@@ -31,12 +31,11 @@ BPE_MIN_SIZE = 257  # 256 bytes and the end of document
 class Tokenizer:
     """Token ids of text.
 
-    Attributes:
-      vocab_size: V; every id is in 0..V-1.
-      eos_id: the id that ends a document.
-      content: bytes of its tokenizer.json.
-      fingerprint: first 16 hex digits of the sha256 of the content; equal fingerprints mean equal
-      ids for equal text.
+    vocab_size: V; every id is in 0..V-1.
+    eos_id: the id that ends a document.
+    content: bytes of its tokenizer.json.
+    fingerprint: first 16 hex digits of the sha256 of the content; equal fingerprints mean equal
+    ids for equal text.
     """
 
     def __init__(
@@ -70,8 +69,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, ends of documents left out. Bytes that are no valid UTF-8 become U+FFFD.
 
-        Raises:
-          UserError: an id outside 0..V-1.
+        Raises UserError: an id outside 0..V-1.
         """
         ids = [int(i) for i in ids]
         for i in ids:
@@ -96,15 +94,13 @@ class Tokenizer:
 def build(spec: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
     """The tokenizer that `spec` names.
 
-    Args:
-      spec: `byte`, `bpe:SIZE`, a path to a tokenizer.json (or to a directory that holds one), or
-      `hf:NAME`.
-      texts: gives a fresh iterator over the corpus; only `bpe:SIZE` calls it, and reads at most 64
-      MiB.
+    spec: `byte`, `bpe:SIZE`, a path to a tokenizer.json (or to a directory that holds one), or
+    `hf:NAME`.
+    texts: gives a fresh iterator over the corpus; only `bpe:SIZE` calls it, and reads at most 64
+    MiB.
 
-    Raises:
-      UserError: unknown spec, bad SIZE, text too small for SIZE, missing or malformed file, hub not
-      reachable, no end of document.
+    Raises UserError: unknown spec, bad SIZE, text too small for SIZE, missing or malformed file,
+    hub not reachable, no end of document.
     """
     kind, _, rest = spec.partition(":")
     if spec == "byte":
@@ -124,8 +120,8 @@ def build(spec: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
 def load(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer saved in `path`, a tokenizer.json or a directory that holds one.
 
-    Raises:
-      UserError: the file is missing, malformed, of an unknown version, or names no end of document.
+    Raises UserError: the file is missing, malformed, of an unknown version, or names no end of
+    document.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -144,8 +140,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
 def parse(data: bytes, origin: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json's content; `origin` names it in errors.
 
-    Raises:
-      UserError: as `load`.
+    Raises UserError: as `load`.
     """
     try:
         content = json.loads(data)
@@ -160,9 +155,8 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[in
     """Ids of `prompt`, and ids that `answer` adds when it follows; for scoring an answer under
     teacher forcing.
 
-    Raises:
-      UserError: the tokenizer merges across the boundary, so that no token ends where the prompt
-      does.
+    Raises UserError: the tokenizer merges across the boundary, so that no token ends where the
+    prompt does.
     """
     prompt_ids = tokenizer.encode(prompt)
     both = tokenizer.encode(prompt + answer)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,14 @@ from flexmemory.data.shards import TokenShards
 from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.loss import chunked_losses
+from flexmemory.models.memory import Rows
 from flexmemory.parallel import putter
 from flexmemory.sharding import own_sections, sections
 
 
-def make_eval_step(cfg: Config, ffn_scale: float | jax.Array = 1.0):
+def make_eval_step(
+    cfg: Config, ffn_scale: float | jax.Array = 1.0
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """``step(params, rows, batch) -> (sum of weighted losses, sum of weights)`` for a batch of
     ``eval_batches``.
 
@@ -39,7 +43,9 @@ def as_argument(ffn_scale: float | jax.Array) -> jax.Array | None:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _sums(params, rows, batch, ffn_scale, *, cfg: ModelConfig):
+def _sums(
+    params: dict, rows: Rows, batch: dict, ffn_scale: jax.Array | None, *, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
     scale = 1.0 if ffn_scale is None else ffn_scale
     x_BTD, head_DV = make_hidden(cfg)(
         params, rows, batch, segments_BT=batch.get("segments"), ffn_scale=scale
@@ -52,7 +58,7 @@ def perplexity(
     cfg: Config,
     params: dict,
     shards: TokenShards,
-    step=None,
+    step: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
     max_tokens: int | None = None,
     rows_of: RowsOf | None = None,
 ) -> dict:
@@ -67,14 +73,15 @@ def perplexity(
     limit = cfg.train.eval_tokens if max_tokens is None else max_tokens
     sums = []
     rows = cfg.data.batch_size // cfg.train.accum_steps  # what fits in training fits here
-    put, cut = putter(), {"sections": sections(), "own": own_sections()}
+    put = putter()
     for batch in eval_batches(
         shards,
         seq_len=cfg.data.seq_len,
         batch_size=rows,
         max_tokens=limit or None,
         segments=cfg.data.document_mask,
-        **cut,
+        sections=sections(),
+        own=own_sections(),
     ):
         batch = put(batch)
         sums.append(step(backbone, rows_of(batch["unique_ids"]), batch))

@@ -15,6 +15,7 @@ from flexmemory.errors import UserError
 from flexmemory.evals.perplexity import as_argument
 from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
 from flexmemory.models.config import ModelConfig
+from flexmemory.models.memory import Rows
 from flexmemory.models.transformer import output_logits
 from flexmemory.parallel import putter
 from flexmemory.sharding import like, own_sections, sections
@@ -78,7 +79,7 @@ def answer_accuracy(
     backbone = {name: value for name, value in params.items() if name != "memory"}
     put, cut, own = putter(), sections(), own_sections()
     count = -(-BATCH // cut) * cut
-    mine = places_of(own, count // cut)
+    own_sequences = places_of(own, count // cut)
     sizes = (
         min(vocab, count // cut * ids_QT.shape[1]),
     )  # always enough for the unique ids of a batch
@@ -91,8 +92,8 @@ def answer_accuracy(
             np.pad(a_BT, ((0, count - found), (0, 0))) for a_BT in (ids_BT, answer_BT)
         )
         batch = {
-            "targets": ids_BT[mine, 1:],
-            "answers": answer_BT[mine, :-1],
+            "targets": ids_BT[own_sequences, 1:],
+            "answers": answer_BT[own_sequences, :-1],
             **unique_rows(ids_BT[:, :-1], vocab, sizes, cut, own),
         }
         batch = put(batch)
@@ -101,9 +102,8 @@ def answer_accuracy(
                 :found
             ]
         )
-    hits = np.concatenate(hits)
     by_task, by_kind, chance = defaultdict(list), defaultdict(list), defaultdict(list)
-    for question, hit in zip(questions, hits, strict=True):
+    for question, hit in zip(questions, np.concatenate(hits), strict=True):
         by_task[question["task"]].append(hit)
         by_kind[question["kind"]].append(hit)
         chance[question["task"]].append(question["chance"])
@@ -116,7 +116,9 @@ def answer_accuracy(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _right(params, rows, batch, ffn_scale, *, cfg: ModelConfig):
+def _right(
+    params: dict, rows: Rows, batch: dict, ffn_scale: jax.Array | None, *, cfg: ModelConfig
+) -> jax.Array:
     """bool [B]: whether every answer token is the argmax."""
     x_BTD, head_DV = make_hidden(cfg)(
         params, rows, batch, ffn_scale=1.0 if ffn_scale is None else ffn_scale

@@ -4,36 +4,16 @@ import math
 import re
 from collections import Counter
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-}
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
-OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
+OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.+?) ({KINDS})(-start)?\(")
 CALLED = re.compile(
     r"(?:to_apply|body|calls|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
 )
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+GROUPS = re.compile(r"replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}")
+IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 
 
 def collectives(hlo: str) -> list[dict]:
@@ -45,27 +25,28 @@ def collectives(hlo: str) -> list[dict]:
     Collectives over a single device are no traffic and are left out.
     """
     bodies, entry = _computations(hlo)
-    made = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
 
     def walk(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
-            found = OPERATION.match(line)
-            if found and not _alone(line):
-                made[found[2], _result(found[1], bool(found[3]) and found[2] != "all-reduce")] += (
-                    times
-                )
+            if operation := OPERATION.match(line):
+                result, kind, start = operation.groups()
+                if not _alone(line):
+                    # an asynchronous start gives its operands before its results
+                    shapes = ["{}[{}]".format(*array) for array in ARRAY.findall(result)]
+                    first = len(shapes) // 2 if start and kind != "all-reduce" else 0
+                    counts[kind, " ".join(shapes[first:])] += times
+                continue
             trips = TRIPS.search(line)
             inner = times * int(trips[1]) if trips and " while(" in line else times
-            for called, branches in () if found else CALLED.findall(line):
-                for other in (
-                    [called] if called else [b.strip().lstrip("%") for b in branches.split(",")]
-                ):
-                    walk(other, inner)
+            for called, branches in CALLED.findall(line):
+                for other in [called] if called else branches.split(","):
+                    walk(other.strip().lstrip("%"), inner)
 
     walk(entry, 1)
     rows = [
         {"kind": kind, "shape": shape, "bytes": _bytes(shape), "count": count}
-        for (kind, shape), count in made.items()
+        for (kind, shape), count in counts.items()
     ]
     return sorted(rows, key=lambda row: -row["bytes"] * row["count"])
 
@@ -76,32 +57,31 @@ def traffic(rows: list[dict]) -> int:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    bodies, entry, current = {}, "", []
+    """({name: lines}, name of the entry)."""
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", []
     for line in hlo.splitlines():
-        if line and not line[0].isspace() and (found := COMPUTATION.match(line)):
-            current = bodies.setdefault(found[1], [])
-            entry = found[1] if line.startswith("ENTRY") else entry
+        if line and not line[0].isspace() and (match := COMPUTATION.match(line)):
+            current = bodies.setdefault(match[1], [])
+            entry = match[1] if line.startswith("ENTRY") else entry
         else:
             current.append(line)
     return bodies, entry
 
 
 def _alone(line: str) -> bool:
-    groups = re.search(r"replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", line)
-    if groups:
+    """Is every group of the collective one device?"""
+    if groups := GROUPS.search(line):
         return all("," not in group for group in re.findall(r"\{([\d,]*)\}", groups[1]))
-    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
-    return bool(iota) and int(iota[1]) == 1
-
-
-def _result(text: str, with_operands: bool) -> str:
-    """Shapes of the result; an asynchronous start gives its operands before them."""
-    arrays = ["{}[{}]".format(*found) for found in ARRAY.findall(text)]
-    return " ".join(arrays[len(arrays) // 2 :] if with_operands else arrays)
+    iota = IOTA_GROUPS.search(line)
+    return iota is not None and int(iota[1]) == 1
 
 
 def _bytes(shape: str) -> int:
-    return sum(
-        BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in ARRAY.findall(shape)
-    )
+    """Of shapes such as "f32[2,3] bf16[4]"; pred, the one type without a number, takes a byte."""
+    total = 0
+    for dtype, dims in ARRAY.findall(shape):
+        bits = re.search(r"\d+", dtype)
+        size = int(bits[0]) // 8 if bits else 1
+        total += size * math.prod(int(n) for n in dims.split(",") if n)
+    return total

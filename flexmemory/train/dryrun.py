@@ -1,15 +1,20 @@
 """A train step on devices that are not there: what each of them would hold, compute and send."""
 
 import dataclasses
+import importlib.util
 import math
+import os
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh
 
 from flexmemory import parallel
 from flexmemory.config import Config
 from flexmemory.data.pipeline import padded_rows
+from flexmemory.errors import UserError
 from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.models.blocks import layer_specs
 from flexmemory.train.collectives import collectives, traffic
@@ -19,51 +24,97 @@ from flexmemory.train.step import abstract_state, make_train_step
 
 PARTS = ("weights", "weight moments", "tables", "table moments", "batch")
 HOST = "tables in the host's memory"  # with their moments, where parallel.table_memory is host
+# with these libtpu asks nobody about the machine
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+
+def cpu_mesh(sizes: dict[str, int]) -> Mesh:
+    """A mesh of so many CPU devices that XLA makes up. Nothing may have touched a device before."""
+    count = math.prod(sizes.values())
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    if jax.device_count() != count:
+        raise RuntimeError(f"{jax.device_count()} devices, not {count}: JAX was in use before")
+    return parallel.mesh_of(sizes, jax.devices())
+
+
+def tpu_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
+    """A mesh of the devices of a TPU topology that only the compiler knows. Raises UserError
+    without libtpu, for an unknown name and for another number of devices.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "topology: needs the TPU compiler; 'pip install jax[tpu]', a TPU is not needed"
+        )
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in NO_TPU.items():
+        os.environ.setdefault(name, value)
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"topology: {topology!r}: {str(error).partition('\n')[0]}; write for example"
+            " v5e:16x16 or v5p:4x4x4"
+        ) from error
+    count = math.prod(sizes.values())
+    if len(devices) != count:
+        raise UserError(
+            f"topology: {topology} has {len(devices)} devices, mesh= has {count}; give a mesh of"
+            f" {len(devices)}"
+        )
+    return parallel.mesh_of(sizes, devices)
 
 
 def on_mesh(cfg: Config, mesh: str) -> tuple[Config, list[str]]:
-    """(the config on that mesh, what had to be changed for it): the smallest plan that uses the
-    mesh's axes where the config's does not, and micro-batches that its sections divide.
+    """(the config on that mesh, fields changed for it): the smallest plan that uses the mesh's axes
+    where the config's does not, and micro-batches that its sections divide.
     """
-    said, plan = [], cfg.parallel.plan
+    changed, plan = [], cfg.parallel.plan
     used = {word.partition("=")[0] for word in mesh.split(",") if not word.endswith("=1")}
     if not used <= set(parallel.PLANS[plan][1]):
-        plan = next(
-            (name for name, (_, axes) in parallel.PLANS.items() if used <= set(axes)), "fsdp_tp"
-        )
-        said.append(f"parallel.plan={plan}")
+        fitting = (name for name, (_, axes) in parallel.PLANS.items() if used <= set(axes))
+        plan = next(fitting, "fsdp_tp")
+        changed.append(f"parallel.plan={plan}")
     cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, plan=plan, mesh=mesh))
-    pieces, batch, accum = (
-        parallel.sections_of(parallel.mesh_sizes(cfg.parallel)),
-        cfg.data.batch_size,
-        cfg.train.accum_steps,
-    )
-    if batch // accum % pieces and batch % pieces == 0:
-        accum = max(
-            n for n in range(1, min(accum, batch // pieces) + 1) if batch % (n * pieces) == 0
-        )
-        said.append(f"train.accum_steps={accum}")
+    sections = parallel.sections_of(parallel.mesh_sizes(cfg.parallel))
+    batch, accum = cfg.data.batch_size, cfg.train.accum_steps
+    if batch // accum % sections and batch % sections == 0:
+        counts = range(1, min(accum, batch // sections) + 1)
+        accum = max(n for n in counts if batch % (n * sections) == 0)
+        changed.append(f"train.accum_steps={accum}")
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accum_steps=accum))
-    return cfg, said
+    return cfg, changed
 
 
-def abstract_step(cfg: Config, mesh, rows: int) -> tuple[dict, dict]:
+def abstract_step(cfg: Config, mesh: Mesh | AbstractMesh, rows: int) -> tuple[dict, dict]:
     """(state, batch) of shapes with shardings on a mesh, for :func:`make_train_step`; ``rows``:
     unique ids of a section.
     """
-    sections = parallel.sections_of(mesh.shape)
+    sections = parallel.sections_of(dict(mesh.shape))
     count = min(max(rows, expected_rows(cfg, 1)), sections * rows, cfg.model.vocab_size)
     state = abstract_state(cfg)
     if cfg.parallel.table_memory == "host":
         cfg, state = parallel.on_devices(cfg), with_rows(state, count)
-    places = parallel.placed(cfg, state)
-    shape = (cfg.train.accum_steps, cfg.data.batch_size // cfg.train.accum_steps, cfg.data.seq_len)
-    names = ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ()))
-    batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
-    lengths = {"unique_ids": sections * rows, "places": sections * rows, "table_ids": count}
-    batch |= {name: jax.ShapeDtypeStruct((length,), np.int32) for name, length in lengths.items()}
+    accum = cfg.train.accum_steps
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ())),
+        (accum, cfg.data.batch_size // accum, cfg.data.seq_len),
+    )
+    shapes |= {
+        "unique_ids": (sections * rows,),
+        "places": (sections * rows,),
+        "table_ids": (count,),
+    }
+    batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
     specs = parallel.batch_specs(batch)
-    return jax.tree.map(_at, state, places), {
+    return jax.tree.map(_at, state, parallel.placed(cfg, state)), {
         name: _at(leaf, jax.NamedSharding(mesh, specs[name])) for name, leaf in batch.items()
     }
 
@@ -76,11 +127,11 @@ def expected_rows(cfg: Config, sections: int) -> int:
     if not any(spec.row_width for spec in layer_specs(cfg.model)):
         return min(tokens, vocab)
     share_V = 1 / np.arange(1, vocab + 1)
-    found = -np.expm1(tokens * np.log1p(-share_V / share_V.sum())).sum()
-    return min(padded_rows(math.ceil(found)), tokens, vocab)
+    unique = -np.expm1(tokens * np.log1p(-share_V / share_V.sum())).sum()
+    return min(padded_rows(math.ceil(unique)), tokens, vocab)
 
 
-def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
+def dry_run(cfg: Config, mesh: Mesh | AbstractMesh, rows: int, compiled: bool = True) -> dict:
     """What a step of ``cfg`` needs on every device of ``mesh``, which may be abstract where nothing
     is to be compiled.
 
@@ -92,64 +143,51 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     mesh does not divide the model or the batch.
     """
     sizes = dict(mesh.shape)
+    count, sections = math.prod(sizes.values()), parallel.sections_of(sizes)
     state = abstract_state(cfg)
     parallel.check(cfg, state["params"], sizes)
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
         whole = jax.tree.leaves(jax.tree.map(_at, state, parallel.placed(cfg, state)))
         state, batch = abstract_step(cfg, mesh, rows)
-        arrays = [
-            {
-                "name": parallel.path_name(path),
-                "shape": leaf.shape,
-                "bytes": _own_bytes(leaf),
-                "spec": str(leaf.sharding.spec),
-            }
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-        ]
         traced = make_train_step(cfg).trace(state, batch)
-    parts, more = dict.fromkeys((*PARTS, HOST), 0), 0
-    for (path, leaf), array, there in zip(
-        jax.tree_util.tree_leaves_with_path(state), arrays, whole, strict=True
-    ):
-        kind = "table" if array["name"].endswith(".table") else "weight"
-        part = f"{kind}s" if array["name"].startswith("params.") else f"{kind} moments"
-        parts[part] += array["bytes"]
+    parts, arrays, more = dict.fromkeys((*PARTS, HOST), 0), [], 0
+    for (path, leaf), there in zip(jax.tree_util.tree_leaves_with_path(state), whole, strict=True):
+        name, own = parallel.path_name(path), _own_bytes(leaf)
+        spec = str(leaf.sharding.spec)
+        arrays.append({"name": name, "shape": leaf.shape, "bytes": own, "spec": spec})
+        kind = "table" if name.endswith(".table") else "weight"
+        part = f"{kind}s" if name.startswith("params.") else f"{kind} moments"
+        parts[part] += own
         if cfg.parallel.table_memory == "host" and parallel.is_table(path, leaf):
-            others = (IN_FLIGHT - 1) * array["bytes"]  # of other batches, beside the step
-            parts[part], parts[HOST], more = (
-                parts[part] + others,
-                parts[HOST] + _own_bytes(there),
-                more + others,
-            )
+            others = (IN_FLIGHT - 1) * own  # of other batches, beside the step
+            parts[part] += others
+            parts[HOST] += _own_bytes(there)
+            more += others
     parts["batch"] = sum(_own_bytes(leaf) for leaf in batch.values())
-    numbers, tokens = account(cfg.model, cfg.data.seq_len), cfg.data.batch_size * cfg.data.seq_len
-    sections = parallel.sections_of(sizes)
-    made = {
-        "devices": math.prod(sizes.values()),
-        "mesh": sizes,
-        "plan": cfg.parallel.plan,
-        "rows_per_section": rows,
-        "flops": (
-            tokens
-            * train_flops_per_token(numbers, rows * sections / tokens)
-            / math.prod(sizes.values())
-        ),
-        "bytes": parts,
-        "arrays": sorted(arrays, key=lambda array: -array["bytes"]),
-        "collectives": None,
-        "sent": None,
-    }
+    tokens, numbers = cfg.data.batch_size * cfg.data.seq_len, account(cfg.model, cfg.data.seq_len)
+    sent = None
     if compiled:
         program = traced.lower().compile()
         sent, need = collectives(program.as_text()), memory(program)
-        made |= {"collectives": sent, "sent": traffic(sent)}
+        if need is None:
+            raise RuntimeError("the compiler does not say how much memory the step needs")
         parts |= {"temporaries": need["temporaries"], "peak": need["peak"] + more}
-    return made
+    return {
+        "devices": count,
+        "mesh": sizes,
+        "plan": cfg.parallel.plan,
+        "rows_per_section": rows,
+        "flops": tokens * train_flops_per_token(numbers, rows * sections / tokens) / count,
+        "bytes": parts,
+        "arrays": sorted(arrays, key=lambda array: -array["bytes"]),
+        "collectives": sent,
+        "sent": None if sent is None else traffic(sent),
+    }
 
 
-def _at(a, place) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+def _at(a: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
 
-def _own_bytes(leaf) -> int:
+def _own_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

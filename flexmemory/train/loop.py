@@ -7,19 +7,21 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from flexmemory import cluster, parallel
 from flexmemory.config import Config
 from flexmemory.data import tokenizer as tokenizers
-from flexmemory.data.pipeline import make_batches
+from flexmemory.data.pipeline import Batches, make_batches
 from flexmemory.data.prefetch import prefetch
 from flexmemory.data.shards import TokenShards, read_questions
 from flexmemory.data.tokenizer import Tokenizer
 from flexmemory.errors import UserError
 from flexmemory.evals.perplexity import make_eval_step, perplexity
 from flexmemory.evals.questions import answer_accuracy, encode_questions
+from flexmemory.evals.rows import RowsOf
 from flexmemory.files import is_disk_full, write_json
 from flexmemory.machine import peak_device_bytes, peak_rss
 from flexmemory.models.accounting import account
@@ -117,13 +119,8 @@ def train(
             lambda: claim(workdir, cfg, shards.fingerprint, tokenizer), first_only=True
         ):
             closing.enter_context(lock)
-        cluster.agree(
-            {
-                f"--workdir {workdir} (is it on a file system that all see?): the start written in it": started(
-                    workdir
-                )
-            }
-        )
+        fact = f"workdir: the start written in {workdir} (is it on a file system that all see?)"
+        cluster.agree({fact: started(workdir)})
         checkpoints = closing.enter_context(
             contextlib.closing(checkpoint.open_checkpoints(workdir, cfg.train.keep_checkpoints))
         )
@@ -142,20 +139,9 @@ def train(
             tables = closing.enter_context(contextlib.closing(HostTables(cfg, state)))
             state = tables.state
         state = state or init_state(cfg)
-        run = closing.enter_context(
-            contextlib.closing(
-                Run(
-                    cfg,
-                    workdir,
-                    clock,
-                    checkpoints,
-                    progress and cluster.is_first(),
-                    start,
-                    counts,
-                    tables,
-                )
-            )
-        )
+        shown = progress and cluster.is_first()
+        run = Run(cfg, workdir, clock, checkpoints, shown, start, counts, tables)
+        closing.enter_context(contextlib.closing(run))
         traced = profile_steps if profile_steps and cluster.is_first() else range(0)
         tracing = closing.enter_context(trace.Trace(workdir / "profile", traced, clock))
         closing = closing.pop_all()
@@ -166,7 +152,7 @@ def train(
     except Exception as error:
         if is_disk_full(error):
             raise UserError(
-                f"--workdir {workdir}: the disk is full; make room and run the same command again"
+                f"workdir: {workdir}: the disk is full; make room and run the same command again"
                 " to go on"
             ) from error
         raise
@@ -180,27 +166,21 @@ class Run:
         cfg: Config,
         workdir: Path,
         clock: Clock,
-        checkpoints,
+        checkpoints: Any,
         progress: bool,
         start: int,
         counts: dict[str, float],
         tables: HostTables | None,
     ):
-        self.cfg, self.workdir, self.clock, self.checkpoints, self.tables = (
-            cfg,
-            workdir,
-            clock,
-            checkpoints,
-            tables,
-        )
+        self.cfg, self.workdir, self.clock = cfg, workdir, clock
+        self.checkpoints, self.tables = checkpoints, tables
         self.progress, self.start, self.saved = progress, start, start
         self.step_fn, self.eval_step = make_train_step(cfg), make_eval_step(cfg)
-        self.compiled = {}  # (R of all sections, C): (compiled step, its facts)
+        # (R of all sections, C): (compiled step, its facts)
+        self.compiled: dict[tuple[int, int], tuple[Any, dict]] = {}
         self.writer = Writer(workdir, start, cfg.train.tensorboard) if cluster.is_first() else None
-        self.account, self.tokens_per_step = (
-            account(cfg.model, cfg.data.seq_len),
-            cfg.data.batch_size * cfg.data.seq_len,
-        )
+        self.account = account(cfg.model, cfg.data.seq_len)
+        self.tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
         self.work = Work(clock, self.account, self.tokens_per_step, counts)
 
     def close(self) -> None:
@@ -214,7 +194,7 @@ class Run:
     def steps(
         self,
         state: dict,
-        batches,
+        batches: Batches,
         val_shards: TokenShards,
         stop: Callable[[], bool],
         tracing: trace.Trace,
@@ -225,17 +205,16 @@ class Run:
             ProgressLine(
                 "train", cfg.train.steps, "steps", self.progress, start=self.start
             ) as line,
-            prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as made,
+            prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as loaded,
         ):
-            stream = self.tables.ahead(made) if self.tables else made
+            stream = self.tables.ahead(loaded) if self.tables else loaded
             for step in range(self.start + 1, cfg.train.steps + 1):
                 with self.clock.span("data_wait"):
                     batch = next(stream)
                 rows = batch["unique_ids"].size, batch["table_ids"].size
                 if pending and (rows not in self.compiled or tracing.begins(step)):
-                    self._log(
-                        line, *pending
-                    )  # so that no step's time passes for the compiler's or the profiler's
+                    # so that no step's time passes for the compiler's or the profiler's
+                    self._log(line, *pending)
                     pending = None
                 if self.tables:
                     with self.clock.span("rows_wait"):
@@ -250,17 +229,12 @@ class Run:
                 if pending:
                     self._log(line, *pending)
                 pending = (step, metrics, rows)
-                evaluates, saves = (
-                    self._due(cfg.train.eval_every, step),
-                    self._due(cfg.train.checkpoint_every, step),
-                )
+                evaluates = self._due(cfg.train.eval_every, step)
+                saves = self._due(cfg.train.checkpoint_every, step)
                 if evaluates or saves or tracing.ends(step):
-                    self._log(
-                        line,
-                        *pending,
-                        # waits for the step: what is evaluated or saved must be sound, what is
-                        # traced complete
-                    )
+                    # waits for the step: what is evaluated or saved must be sound, what is traced
+                    # complete
+                    self._log(line, *pending)
                     pending = None
                     if tracing.ends(step):
                         tracing.close()
@@ -315,7 +289,7 @@ class Run:
     def _due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0 and step < self.cfg.train.steps
 
-    def _rows_of(self, state: dict):
+    def _rows_of(self, state: dict) -> RowsOf | None:
         return self.tables.rows_of(state) if self.tables else None
 
     def _compile(self, line: ProgressLine, rows: tuple[int, int], state: dict, batch: dict) -> None:
@@ -326,26 +300,15 @@ class Run:
         line.update(line.done, f"compiling for {rows[0]:,} rows")
         with self.clock.span("compile"):
             self.compiled[rows] = compile_step(self.step_fn, state, batch)
-            steps = [
-                {
-                    "rows": rows,
-                    "table_rows": table_rows,
-                    "rows_per_token": rows / self.tokens_per_step,
-                    **facts,
-                    "flops": flops(
-                        self.account,
-                        self.tokens_per_step,
-                        rows / self.tokens_per_step,
-                        facts["xla_flops"],
-                    ),
-                }
-                for (rows, table_rows), (_, facts) in self.compiled.items()
-            ]
+            steps = []
+            for (unique, table_rows), (_, facts) in self.compiled.items():
+                per_token = unique / self.tokens_per_step
+                known = {"rows": unique, "table_rows": table_rows, "rows_per_token": per_token}
+                counted = flops(self.account, self.tokens_per_step, per_token)
+                steps.append({**known, **facts, "flops": counted})
             if cluster.is_first():
-                write_json(
-                    self.workdir / "compile.json",
-                    {"device": jax.devices()[0].device_kind, "steps": steps},
-                )
+                device = jax.devices()[0].device_kind
+                write_json(self.workdir / "compile.json", {"device": device, "steps": steps})
         line.update(line.done, text)
         self.work.interrupt()
 
@@ -365,7 +328,7 @@ class Run:
                 f"step {step}: {', '.join(bad)}; last good checkpoint: "
                 f"{self.workdir / 'checkpoints' / str(good[-1]) if good else 'none yet'}"
             )
-        self.work.count(step, rows[0], self.compiled[rows][1]["xla_flops"])
+        self.work.count(step, rows[0])
         if step % self.cfg.train.log_every and step != self.cfg.train.steps:
             line.update(step)
             return

@@ -47,7 +47,7 @@ class Trace:
     def __enter__(self) -> "Trace":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -55,6 +55,6 @@ def check(steps: range, total: int) -> None:
     """Raises UserError where ``steps`` are none or not all among 1 to ``total``."""
     if not steps or steps[0] < 1 or steps[-1] > total:
         raise UserError(
-            f"--profile_steps={steps.start}:{steps.stop - 1}: give FIRST:LAST with 1 <= FIRST <="
+            f"profile_steps={steps.start}:{steps.stop - 1}: give FIRST:LAST with 1 <= FIRST <="
             f" LAST <= {total}, the run's train.steps"
         )

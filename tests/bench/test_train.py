@@ -49,7 +49,7 @@ def test_figures_hang_together(smoke):
             >= figure["memory"]["arguments"]
             > 12 * figure["parameters_with_embedding_and_head"]
         )
-        assert figure["mfu"] is None and figure["xla_flops_per_token"] > figure["flops_per_token"]
+        assert figure["mfu"] is None
     assert dense["total_parameters"] == once["total_parameters"]
     assert 0 == dense["rows_per_token"] < once["rows_per_token"] < naive["rows_per_token"] == 1
     assert (

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flexmemory.cli.flags import with_dashes
 from flexmemory.cli.main import COMMANDS, main
 from flexmemory.errors import UserError
 
@@ -119,6 +120,28 @@ def test_every_command_has_help(command):
     )
     assert made.returncode == 0, made.stderr
     assert "--" in made.stdout
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("tokens: 0 must be above 0", "--tokens: 0 must be above 0"),
+        ("rank, rank_error: give one", "--rank, --rank_error: give one"),
+        ("rank, other: give one", "rank, other: give one"),
+        ("config rank.tokens: 3; set rank.tokens=2", "config rank.tokens: 3; set rank.tokens=2"),
+        ("out: s3://a; give overwrite=True", "--out: s3://a; give --overwrite"),
+        (
+            "ram: 3; give a larger ram=, or rank=0.5",
+            "--ram_budget: 3; give a larger --ram_budget, or --rank=0.5",
+        ),
+        ("(step=) beside ram=None", "(--step) beside --ram_budget=all"),
+        ("run `train --rank=2`, mesh data=8,rank=2", "run `train --rank=2`, mesh data=8,rank=2"),
+    ],
+)
+def test_the_command_line_adds_the_dashes(message, shown):
+    options = {"tokens", "rank", "rank_error", "out", "overwrite", "step", "ram_budget"}
+    aliases = {"ram": "ram_budget", "ram=None": "ram_budget=all"}
+    assert with_dashes(message, options, aliases) == shown
 
 
 def test_ctrl_c_ends_at_a_checkpoint_and_the_same_command_goes_on(tiny_config, tmp_path):
@@ -350,6 +373,7 @@ def test_a_closed_pipe_is_no_error():
 
 IN_A_COLLECTION = """
 import gc, os, signal, sys, time
+from flexmemory.cli.flags import with_dashes
 from flexmemory.cli.main import interrupt
 
 def _xla_gc_callback(*_):
@@ -369,3 +393,39 @@ except KeyboardInterrupt:
 
 def test_an_interrupt_in_a_garbage_collection_is_not_lost():
     assert subprocess.run([sys.executable, "-c", IN_A_COLLECTION]).returncode == 7
+
+
+WITHOUT_JAX = """
+import sys
+from flexmemory.cli.main import COMMANDS, main
+
+for command in COMMANDS:
+    try:
+        assert main([command, "--help"]) == 0
+    except SystemExit as end:
+        assert end.code == 0
+for argv in (
+    ["train", CONFIG],
+    ["train", CONFIG, "--workdir=x", "--config.optimizer.lr=0"],
+    ["train", CONFIG, "--workdir=x", "--config.model.d_mdoel=3"],
+    ["params", CONFIG, "--config.train.accum_steps=3"],
+    ["plan", CONFIG],
+    ["eval"],
+    ["export", "--out=x"],
+    ["verify", "--tkv=x"],
+    ["generate", "--tkv=x"],
+    ["bench", "read", "--scale=huge"],
+    ["prepare", "--source=nowhere.txt", "--tokenizer=byte", "--out=x"],
+):
+    assert main(argv) == 2, argv
+heavy = {"jax", "flax", "orbax", "tensorstore", "grain"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+assert main(["params", CONFIG, "--config.model.vocab_size=400"]) == 0
+assert not {"orbax", "tensorstore", "grain"} & sys.modules.keys()
+"""
+
+
+def test_help_and_refusals_do_not_import_jax(tmp_path):
+    script = WITHOUT_JAX.replace("CONFIG", repr(CONFIG))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

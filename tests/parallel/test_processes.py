@@ -255,7 +255,7 @@ def test_a_number_given_twice_is_named():
         first, *others = [pool.submit(meet, at, 3, number, 2) for number in (0, 1, 1)]
         for each in (first, *others):  # process 0 tells the others why
             with pytest.raises(
-                UserError, match="--process: 1 was given to two processes; number them 0 to 2"
+                UserError, match="process: 1 was given to two processes; number them 0 to 2"
             ):
                 each.result()
 
@@ -265,7 +265,7 @@ def test_a_number_given_twice_is_named():
 )
 def test_a_place_that_is_none_is_named(at):
     with pytest.raises(
-        UserError, match="--coordinator: .* is not HOST:PORT with a port from 1 to 65535"
+        UserError, match="coordinator: .* is not HOST:PORT with a port from 1 to 65535"
     ):
         meet(at, 2, 0, 2)
 
@@ -307,7 +307,7 @@ def test_a_stranger_at_the_meeting_place_does_not_disturb():
         (["--process=0"], "--coordinator, --processes: missing beside --process"),
         (
             ["--coordinator=127.0.0.1:1", "--processes=2", "--process=2"],
-            "--process: 2 is outside 0..1, the --processes",
+            "--process: 2 is outside 0..1 of --processes=2",
         ),
         (["--distributed"], "--distributed: JAX does not see what starts the processes here"),
     ],
