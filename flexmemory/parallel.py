@@ -8,6 +8,7 @@ operation that would need an unplanned transfer does not trace.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, get_abstra
 
 from flexmemory.config import Config, ParallelConfig
 from flexmemory.errors import UserError
-from flexmemory.models.parameters import is_table, keys, parameter_kind, path_name
+from flexmemory.models.parameters import TABLE, is_table, parameter_kind, path_name
 from flexmemory.sharding import AXES, BATCH, COLUMNS, names, own_sections, sections, sections_of
 
 
@@ -182,53 +183,25 @@ def plan_of(cfg: Config) -> Plan:
 
 
 def spec(plan: Plan, path: str, ndim: int) -> P:
-    """Of the parameter ``path`` (dotted), of its gradient and moments. Raises ValueError for one
-    that no field of the plan covers.
+    """Of the parameter ``path`` (dotted), of its gradient and moments, and of one number for each
+    row of a table. Raises ValueError for a parameter of no known kind.
     """
-    return padded(getattr(plan, parameter_kind(path).field), ndim)
+    kind = parameter_kind(path)
+    return padded(plan.sums_V if kind is TABLE and ndim == 2 else getattr(plan, kind.field), ndim)
 
 
 def padded(spec: P, ndim: int) -> P:
     """The spec of an array with more axes in front, which are not cut."""
-    return (
-        P(*(None,) * (ndim - len(spec)), *spec)
-        if ndim >= len(spec)
-        else P(*spec[len(spec) - ndim :])
-    )
+    return P(*(None,) * (ndim - len(spec)), *spec[max(0, len(spec) - ndim) :])
 
 
-def param_specs(plan: Plan, params: dict) -> dict:
-    """A tree of specs shaped like ``params``."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec(plan, path_name(path), leaf.ndim), params
-    )
-
-
-def state_specs(plan: Plan, state: dict) -> dict:
-    """A tree of specs shaped like a train state: moments lie where their parameters do, counts and
-    the step everywhere.
+def state_specs(plan: Plan, state: Any) -> Any:
+    """A tree of specs shaped like a train state or parameters: moments lie where their parameters
+    do, single numbers everywhere.
     """
-    params = {
-        keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])
-    }
-
-    def place(path, leaf):
-        if leaf.ndim == 0:
-            return P()
-        parts = keys(path)
-        for start in range(len(parts)):
-            if parts[start:] in params:
-                at = params[parts[start:]]
-                if at.shape == leaf.shape:
-                    return spec(plan, ".".join(parts[start:]), leaf.ndim)
-                if at.shape[:-1] == leaf.shape:
-                    return padded(plan.sums_V, leaf.ndim)
-        raise ValueError(
-            f"state {'.'.join(parts)} of shape {leaf.shape} belongs to no parameter: it has no"
-            " place in a plan"
-        )
-
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: spec(plan, path_name(path), leaf.ndim) if leaf.ndim else P(), state
+    )
 
 
 def batch_specs(batch: dict) -> dict:
@@ -246,9 +219,8 @@ def placed(cfg: Config, state):
     """
     mesh, plan = jax.sharding.get_mesh(), plan_of(cfg)
     mesh = get_abstract_mesh() if mesh.empty else mesh
-    specs = state_specs(plan, state) if "params" in state else param_specs(plan, state)
 
-    def place(path, spec, leaf):
+    def place(path: tuple, spec: P, leaf: Any) -> jax.sharding.Sharding:
         memory = (
             "pinned_host" if cfg.parallel.table_memory == "host" and is_table(path, leaf) else None
         )
@@ -256,7 +228,7 @@ def placed(cfg: Config, state):
             return jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory)
         return NamedSharding(mesh, spec, memory_kind=memory)
 
-    return jax.tree_util.tree_map_with_path(place, specs, state)
+    return jax.tree_util.tree_map_with_path(place, state_specs(plan, state), state)
 
 
 def on_devices(cfg: Config) -> Config:
@@ -300,5 +272,3 @@ def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
                     f" {-(-size // count) * count}"
                 )
 
-
-# --- inside a step ---

@@ -28,11 +28,10 @@ from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.models.blocks import KINDS, check_model, layer_specs
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import gather_rows
-from flexmemory.models.transformer import abstract_params
 from flexmemory.train.clock import peak_flops
 from flexmemory.train.compiled import compile_step
 from flexmemory.train.loop import resolve
-from flexmemory.train.step import init_optimizer, init_state, make_train_step
+from flexmemory.train.step import abstract_state, init_state, make_train_step
 
 
 def shape(layers: int, **changes) -> ModelConfig:
@@ -449,15 +448,8 @@ def compile_times() -> dict:
         deep = dataclasses.replace(
             cfg, model=dataclasses.replace(cfg.model, pattern=f"memoryllm*{layers}")
         )
-        state = jax.eval_shape(
-            lambda params, deep=deep: {
-                "params": params,
-                "optimizer": init_optimizer(deep, params),
-                "step": np.int32(0),
-            },
-            abstract_params(deep.model),
-        )
-        found = compile_step(make_train_step(deep), state, prepare(deep, None)[1])[1]["seconds"]
+        step, batch = make_train_step(deep), prepare(deep, None)[1]
+        found = compile_step(step, abstract_state(deep), batch)[1]["seconds"]
         seconds.append(found["lower"] + found["compile"])
     return {
         "kind": "memoryllm",

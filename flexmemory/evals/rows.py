@@ -12,7 +12,7 @@ import numpy as np
 from flexmemory.exchange import lookup
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import Rows
-from flexmemory.models.parameters import ADDRESSED, addressed_rows, combine, partition
+from flexmemory.models.parameters import addressed_rows, join, split
 from flexmemory.models.transformer import build
 from flexmemory.tkv import encoding
 from flexmemory.tkv.store import Store
@@ -55,9 +55,9 @@ def stored_rows(store: Store) -> RowsOf:
 def live(
     params: dict, ids_R: jax.Array, places_R: jax.Array | None = None, *, cfg: ModelConfig
 ) -> Rows:
-    """Rows computed from the weights. places_R: see :func:`step.addressed_rows`."""
-    addressed, rest = partition(params, ADDRESSED)
-    return build(cfg)(combine(addressed_rows(addressed, ids_R, places_R), rest)).rows(None)
+    """Rows computed from the weights. places_R: see :func:`parameters.addressed_rows`."""
+    parts = split(params)
+    return build(cfg)(join(parts | addressed_rows(parts, ids_R, places_R))).rows(None)
 
 
 def make_hidden(cfg: ModelConfig):

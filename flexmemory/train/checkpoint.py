@@ -9,6 +9,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from flexmemory.config import Config
+from flexmemory.models.parameters import join, split
 from flexmemory.parallel import placed
 from flexmemory.run_folder import at, read_checkpoint
 from flexmemory.train.step import abstract_state
@@ -36,8 +37,8 @@ def save(checkpoints, step: int, state: dict, counts: dict[str, float]) -> None:
     checkpoints.save_checkpointables_async(
         step,
         {
-            "params": state["params"],
-            "optimizer": state["optimizer"],
+            "params": join(state["params"]),
+            "optimizer": join(state["optimizer"]),
             "data": {
                 **{name: np.asarray(value, np.float64) for name, value in counts.items()},
                 "step": np.asarray(step),
@@ -54,8 +55,8 @@ def restore(checkpoints, workdir: Path, cfg: Config) -> dict | None:
         return None
     step, state = checkpoints.latest.step, abstract_state(cfg)
     places = placed(cfg, state)
-    abstract = {name: at(state[name], places[name]) for name in ("params", "optimizer")}
+    abstract = {name: join(at(state[name], places[name])) for name in ("params", "optimizer")}
     return {
-        **read_checkpoint(workdir, step, {**abstract, "data": None}),
+        **split(read_checkpoint(workdir, step, {**abstract, "data": None})),
         "step": jnp.asarray(step, jnp.int32, device=places["step"]),
     }

@@ -12,6 +12,7 @@ from flexmemory.config import Config
 from flexmemory.data.pipeline import padded_rows
 from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.parameters import is_table, join, path_name
 from flexmemory.train.collectives import collectives, traffic
 from flexmemory.train.compiled import memory
 from flexmemory.train.host_tables import IN_FLIGHT, with_rows
@@ -93,28 +94,28 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     """
     sizes = dict(mesh.shape)
     state = abstract_state(cfg)
-    parallel.check(cfg, state["params"], sizes)
+    parallel.check(cfg, join(state["params"]), sizes)
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
-        whole = jax.tree.leaves(jax.tree.map(_at, state, parallel.placed(cfg, state)))
+        whole = jax.tree.leaves(join(jax.tree.map(_at, state, parallel.placed(cfg, state))))
         state, batch = abstract_step(cfg, mesh, rows)
         arrays = [
             {
-                "name": parallel.path_name(path),
+                "name": path_name(path),
                 "shape": leaf.shape,
                 "bytes": _own_bytes(leaf),
                 "spec": str(leaf.sharding.spec),
             }
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(join(state))
         ]
         traced = make_train_step(cfg).trace(state, batch)
     parts, more = dict.fromkeys((*PARTS, HOST), 0), 0
     for (path, leaf), array, there in zip(
-        jax.tree_util.tree_leaves_with_path(state), arrays, whole, strict=True
+        jax.tree_util.tree_leaves_with_path(join(state)), arrays, whole, strict=True
     ):
-        kind = "table" if array["name"].endswith(".table") else "weight"
+        kind = "table" if is_table(path, leaf) else "weight"
         part = f"{kind}s" if array["name"].startswith("params.") else f"{kind} moments"
         parts[part] += array["bytes"]
-        if cfg.parallel.table_memory == "host" and parallel.is_table(path, leaf):
+        if cfg.parallel.table_memory == "host" and kind == "table":
             others = (IN_FLIGHT - 1) * array["bytes"]  # of other batches, beside the step
             parts[part], parts[HOST], more = (
                 parts[part] + others,

@@ -24,7 +24,7 @@ from jax.extend.random import define_prng_impl, threefry2x32_p
 
 from flexmemory.config import Config
 from flexmemory.evals.rows import RowsOf, live
-from flexmemory.models.parameters import is_table, keys
+from flexmemory.models.parameters import is_table, join, keys, split
 from flexmemory.models.transformer import initialiser
 from flexmemory.parallel import on_devices, placed
 from flexmemory.sharding import local
@@ -155,12 +155,8 @@ class HostTables:
             places_R = jax.make_array_from_callback(
                 ids_N.shape, ids_R.sharding, place_V[ids_N].__getitem__
             )
-            return live(
-                self._with(state, self._read(self._params, ids_C))["params"],
-                ids_R,
-                places_R,
-                cfg=self._model,
-            )
+            params = self._with(state, self._read(self._params, ids_C))["params"]
+            return live(join(params), ids_R, places_R, cfg=self._model)
 
         return rows
 
@@ -251,7 +247,7 @@ class HostTables:
         weights = [i for i in rest if names[i][0] == "params"]
 
         def pick_weights(params):
-            flat = traverse_util.flatten_dict(params)
+            flat = traverse_util.flatten_dict(split(params))
             return [flat[names[i][1:]] for i in weights]
 
         def others(leaves):
@@ -280,7 +276,7 @@ class HostTables:
             block = initialiser(
                 model,
                 seed,
-                lambda params, i=i: traverse_util.flatten_dict(params)[names[i][1:]],
+                lambda params, i=i: traverse_util.flatten_dict(split(params))[names[i][1:]],
                 self._places[i],
                 functools.partial(_draw_rows, rows),
             )

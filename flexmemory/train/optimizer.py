@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flexmemory.config import OptimizerConfig
-from flexmemory.models.parameters import label_params
+from flexmemory.models.parameters import join, label_params, parameter_kind, path_name
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -37,10 +37,9 @@ def schedule(cfg: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Arra
 
 def group_norms(grads: dict) -> dict[str, jax.Array]:
     """Global norm of the gradient of each label, float32 scalars."""
-    labels = label_params(grads)
     groups: dict[str, list] = {}
-    for label, grad in zip(jax.tree.leaves(labels), jax.tree.leaves(grads), strict=True):
-        groups.setdefault(label, []).append(grad)
+    for path, grad in jax.tree_util.tree_leaves_with_path(join(grads)):
+        groups.setdefault(parameter_kind(path_name(path)).label, []).append(grad)
     return {label: optax.tree.norm(parts) for label, parts in groups.items()}
 
 

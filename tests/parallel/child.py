@@ -202,7 +202,7 @@ def traffic():
         with jax.set_mesh(parallel.make_mesh(cfg.parallel)):
             state, put = init_state(cfg), parallel.putter()
             batch = put(next(batches(cfg, 8)))
-            table = state["params"]["memory"]["stacks"]["stack0"]["table"]
+            table = state["params"]["tables"]["memory"]["stacks"]["stack0"]["table"]
 
             def update(table, unique_R, ids_C, places_R, cfg=cfg):
                 from flexmemory.train.tables import apply_rows, make_table_optimizer
@@ -210,7 +210,7 @@ def traffic():
                 optimizer, tables = make_table_optimizer(cfg.optimizer, STEPS), {"a": table}
                 moments = optimizer.init(tables)
                 rows = exchange.lookup(tables, unique_R)
-                grads, whole = exchange.combine(rows, rows, ids_C, places_R, tables)
+                grads, whole = exchange.sum_over_sections(rows, rows, ids_C, places_R, tables)
                 updates, moments = optimizer.update(grads, moments, whole, ids_R=ids_C)
                 return apply_rows(tables, updates, ids_C), moments
 
