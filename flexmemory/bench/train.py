@@ -250,7 +250,7 @@ def variant(name: str, cfg: Config) -> Variant:
             naive = True
         elif option in tables:
             optimizer = dataclasses.replace(optimizer, table_optimizer=option)
-        elif kind == "flex":
+        elif KINDS[kind].takes_beta:
             model = dataclasses.replace(model, beta=option)
         else:
             raise UserError(
@@ -260,9 +260,7 @@ def variant(name: str, cfg: Config) -> Variant:
     specs = layer_specs(model)
     if naive and not any(spec.d_memory for spec in specs):
         raise UserError(f"--kinds: {name!r}: {kind} computes no rows; leave out naive")
-    if set(options) & set(tables) and not any(
-        spec.row_width and not spec.d_memory for spec in specs
-    ):
+    if set(options) & set(tables) and not any(spec.learned for spec in specs):
         raise UserError(f"--kinds: {name!r}: {kind} has no tables; leave out the table optimiser")
     return Variant(dataclasses.replace(cfg, model=model, optimizer=optimizer), naive)
 

@@ -54,7 +54,7 @@ def parameter_kind(path: str) -> ParameterKind:
         if re.search(kind.pattern, path):
             return kind
     raise ValueError(
-        f"parameter {path} is of no known kind: add a row to flexmemory.models.parameters.PARAMETERS"
+        f"parameter {path} is of no known kind; add a row to PARAMETERS in models/parameters.py"
     )
 
 

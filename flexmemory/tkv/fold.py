@@ -12,9 +12,9 @@ import numpy as np
 
 from flexmemory.errors import UserError
 from flexmemory.files import PAGE, allocate
-from flexmemory.models.blocks import KINDS, layer_specs
+from flexmemory.models.blocks import layer_specs
 from flexmemory.models.config import ModelConfig
-from flexmemory.models.memory import TableRows, row_stacks
+from flexmemory.models.memory import row_stacks
 from flexmemory.models.transformer import build
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import Basis, Layout, decode, encode, host_view
@@ -141,7 +141,7 @@ def learned_tables(
     """
     specs, made = layer_specs(cfg), {}
     for group in groups:
-        learned = all(KINDS[specs[layer].kind].source is TableRows for layer in group.layers)
+        learned = all(specs[layer].learned for layer in group.layers)
         if (
             learned and group.layout.exact and cfg.compute_dtype == "float32"
         ):  # else they are rounded

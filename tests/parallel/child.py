@@ -22,7 +22,7 @@ from flexmemory.config import Config, DataConfig, OptimizerConfig, ParallelConfi
 from flexmemory.data.pipeline import unique_rows
 from flexmemory.models.blocks import check_model
 from flexmemory.models.config import ModelConfig
-from flexmemory.models.transformer import abstract_params, initialiser
+from flexmemory.models.transformer import abstract_params, drawing, fresh_params
 from flexmemory.train.collectives import collectives
 from flexmemory.train.compiled import memory
 from flexmemory.train.host_tables import HostTables
@@ -239,7 +239,7 @@ def fresh():
     cfg = config("stem*4", "fsdp", "fsdp=8", vocab_size=8192, d_ff=256)
     with jax.set_mesh(parallel.make_mesh(cfg.parallel)):
         places = parallel.placed(cfg, abstract_params(cfg.model))
-        need = memory(initialiser(cfg.model, 0, lambda params: params, places).lower().compile())
+        need = memory(drawing(lambda: fresh_params(cfg.model, 0), places).lower().compile())
     return {"device": need["temporaries"] + need["outputs"], "tables": 4 * 8192 * 256 * 4}
 
 
