@@ -12,7 +12,7 @@ from flexmemory.data.shards import TokenShards
 from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.loss import chunked_losses
-from flexmemory.parallel import putter
+from flexmemory.parallel import batch_loader
 from flexmemory.sharding import own_sections, sections
 
 
@@ -67,7 +67,7 @@ def perplexity(
     limit = cfg.train.eval_tokens if max_tokens is None else max_tokens
     sums = []
     rows = cfg.data.batch_size // cfg.train.accum_steps  # what fits in training fits here
-    put, cut = putter(), {"sections": sections(), "own": own_sections()}
+    put, cut = batch_loader(), {"sections": sections(), "own": own_sections()}
     for batch in eval_batches(
         shards,
         seq_len=cfg.data.seq_len,

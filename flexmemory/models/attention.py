@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def causal_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None,
-    implementation: str,
+    implementation: Any,
 ) -> jax.Array:
     """Causal attention, inside a document only where there are ``segments_BT``."""
     mask = None
@@ -128,11 +130,15 @@ class Attention(nnx.Module):
         k_BTKH = checkpoint_name(rope(heads(h_BTD, self.k[...]), at, self.rope_base), "k")
         v_BTKH = checkpoint_name(heads(h_BTD, self.v[...]), "v")
         if cache is None:
-            attend = functools.partial(causal_attention, implementation=ctx.implementation)
-            attend = cpu_attention if ctx.implementation == "cpu" else attend
             # every device's own sequences and heads: they know nothing of others
-            attend = local(attend, lambda q, k, v, segments: q)
-            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT)
+            kernel: Callable = functools.partial(
+                causal_attention, implementation=ctx.implementation
+            )
+            kernel = local(
+                cpu_attention if ctx.implementation == "cpu" else kernel,
+                lambda q, k, v, segments: q,
+            )
+            y_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT)
         else:
             b = jnp.arange(h_BTD.shape[0])[:, None]
             cache = {

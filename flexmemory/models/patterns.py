@@ -35,7 +35,7 @@ class LayerSpec:
 
 # MemoryLLM Table 5 (rows h^2 and 3h^2 of the 1B model swapped back): FFN-M widths as printed follow
 # no single rounding rule, so they are listed; {(D, F): {beta: FFN-M width}}.
-TABLE5_FFN_M = {
+TABLE5_FFN_M: dict[tuple[int, int], dict[float, int]] = {
     (960, 2560): {1: 2240, 2: 1920, 3: 1600},
     (1600, 4272): {1: 3738, 2: 3200, 3: 2668},
     (2048, 5464): {1: 4778, 2: 4096, 3: 3418},
@@ -49,9 +49,8 @@ def flex_widths(d_model: int, d_ff: int, beta: float) -> tuple[int, int]:
     FFN-M is the paper's printed width where Table 5 has one, else (8 - beta)/8 of d_ff rounded to
     the nearest integer (d_ff itself stands for 8h/3).
     """
-    d_memory = TABLE5_FFN_M.get((d_model, d_ff), {}).get(beta)
-    if d_memory is None:
-        d_memory = int(d_ff * (8 - beta) / 8 + 0.5)
+    rounded = int(d_ff * (8 - beta) / 8 + 0.5)
+    d_memory = TABLE5_FFN_M.get((d_model, d_ff), {}).get(beta, rounded)
     return d_ff - d_memory, d_memory
 
 

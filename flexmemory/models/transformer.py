@@ -147,7 +147,10 @@ class Transformer(nnx.Module):
 
             body = remat(body, repeats, cfg.scan_layers, cfg.remat_keep) if cfg.remat else body
             stop = start + len(unit) * repeats
-            scale_RU = ffn_scale[start:stop].reshape(repeats, -1) if jnp.ndim(ffn_scale) else None
+            per_layer = jnp.ndim(ffn_scale) > 0
+            scale_RU = (
+                jnp.asarray(ffn_scale)[start:stop].reshape(repeats, -1) if per_layer else None
+            )
             start, s = stop, f"s{i}"
             xs = (self.blocks[s], unit_rows, cache and cache[s], scale_RU)
             x_BTD, new_cache[s] = apply_stack(body, x_BTD, xs, repeats, cfg.scan_layers)
@@ -185,11 +188,11 @@ def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
 # --- parameters: plain nested dicts outside of jit ---
 
 
-def init_params(cfg: ModelConfig, seed: int, places: Any = None) -> dict:
+def init_params(cfg: ModelConfig, seed: int, shardings: Any = None) -> dict:
     """Fresh parameters as a nested dict of float32 arrays, a pure function of (cfg, seed).
-    ``places``: a tree of their shardings.
+    ``shardings``: a tree of where they lie.
     """
-    return drawing(lambda: fresh_params(cfg, seed), places)()
+    return drawing(lambda: fresh_params(cfg, seed), shardings)()
 
 
 def fresh_params(cfg: ModelConfig, seed: int) -> dict:
@@ -213,20 +216,21 @@ def first_table(
     specs = layer_specs(cfg)
     layers = dict(itertools.chain(*row_stacks(specs).values()))[stack]
     spec, key = specs[layers[0]], jax.random.fold_in(jax.random.key(seed), TABLE_KEYS)
-    std = KINDS[spec.kind].source.table_std(cfg, spec)
+    source = KINDS[spec.kind].source
+    assert source is not None  # a layer with rows has one
     keys_L = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(layers))
-    return first_rows(keys_L, std, first, blocks, width)
+    return first_rows(keys_L, source.table_std(cfg, spec), first, blocks, width)
 
 
-def drawing(f: Callable, places: Any = None) -> Callable:
-    """``f``, which draws random numbers, jitted. ``places``: shardings of its result."""
-    if places is not None and not get_abstract_mesh().empty:
+def drawing(f: Callable, shardings: Any = None) -> Callable:
+    """``f``, which draws random numbers, jitted. ``shardings``: of its result."""
+    if shardings is not None and not get_abstract_mesh().empty:
         # in explicit mode every device would draw all numbers of every table
-        f = auto_axes(f, out_sharding=jax.tree.map(lambda place: place.spec, places))
+        f = auto_axes(f, out_sharding=jax.tree.map(lambda sharding: sharding.spec, shardings))
     # it runs once: on a CPU the compiler's optimiser takes 14 s over the random draws of a mixed
     # stack, without it 2 s
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(f, out_shardings=places, compiler_options=quick)
+    return jax.jit(f, out_shardings=shardings, compiler_options=quick)
 
 
 def abstract_params(cfg: ModelConfig, with_memory: bool = True) -> dict:

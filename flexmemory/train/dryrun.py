@@ -112,10 +112,10 @@ def dry_run(cfg: Config, mesh, rows: int, compiled: bool = True) -> dict:
     for (path, leaf), array, there in zip(
         jax.tree_util.tree_leaves_with_path(join(state)), arrays, whole, strict=True
     ):
-        kind = "table" if is_table(path, leaf) else "weight"
-        part = f"{kind}s" if array["name"].startswith("params.") else f"{kind} moments"
+        what = "table" if is_table(path, leaf) else "weight"
+        part = f"{what}s" if array["name"].startswith("params.") else f"{what} moments"
         parts[part] += array["bytes"]
-        if cfg.parallel.table_memory == "host" and kind == "table":
+        if cfg.parallel.table_memory == "host" and what == "table":
             others = (IN_FLIGHT - 1) * array["bytes"]  # of other batches, beside the step
             parts[part], parts[HOST], more = (
                 parts[part] + others,

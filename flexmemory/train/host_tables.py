@@ -71,9 +71,8 @@ class HostTables:
             leaves = jax.tree.leaves(given)
             for i in self._shapes:
                 self._write(i, leaves[i])
-        self.state = self._tree.unflatten(
-            [paths[i][1] if i in self._shapes else leaf for i, leaf in enumerate(leaves)]
-        )
+        shapes = [a if i in self._shapes else leaves[i] for i, (_, a) in enumerate(paths)]
+        self.state = jax.tree.unflatten(self._tree, shapes)
         # one thread, so that reads and writes keep their order
         self._thread = ThreadPoolExecutor(1, "tables")
         self._copying = ThreadPoolExecutor(min(COPYING, os.cpu_count() or 1), "rows")
@@ -82,7 +81,7 @@ class HostTables:
         # table_ids of the batch whose rows were read last; the thread's own
         self._fetched: np.ndarray | None = None
         # table_ids of the step under way, and the rows that the step before it has changed
-        self._ids: np.ndarray | None = None
+        self._ids = np.zeros(0, np.int32)
         self._changed: Arrays = {}
 
     def ahead(self, batches: Iterable[dict]) -> Iterator[dict]:
@@ -152,7 +151,8 @@ class HostTables:
 
     def _with(self, state: dict, arrays: Arrays) -> dict:
         leaves = jax.tree.leaves(state)
-        return self._tree.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        leaves = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(self._tree, leaves)
 
     def _settle(self) -> None:
         """Waits until the rows of all steps are in the tables."""

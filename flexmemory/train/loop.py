@@ -226,7 +226,7 @@ class Run:
             ProgressLine(
                 "train", cfg.train.steps, "steps", self.progress, start=self.start
             ) as line,
-            prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as made,
+            prefetch(batches, self.start, cfg.train.steps, put=parallel.batch_loader()) as made,
         ):
             stream = self.tables.ahead(made) if self.tables else made
             for step in range(self.start + 1, cfg.train.steps + 1):

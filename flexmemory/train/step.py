@@ -29,10 +29,10 @@ def init_state(cfg: Config) -> dict:
         params = split(init_params(cfg.model, cfg.train.seed))
         optimizer = init_optimizer(cfg, params)
         return {"params": params, "optimizer": optimizer, "step": jnp.zeros((), jnp.int32)}
-    places = placed(on_devices(cfg), abstract_state(cfg))
-    params = split(init_params(cfg.model, cfg.train.seed, join(places["params"])))
-    init = jax.jit(functools.partial(init_optimizer, cfg), out_shardings=places["optimizer"])
-    step = jnp.zeros((), jnp.int32, device=places["step"])
+    shardings = placed(on_devices(cfg), abstract_state(cfg))
+    params = split(init_params(cfg.model, cfg.train.seed, join(shardings["params"])))
+    init = jax.jit(functools.partial(init_optimizer, cfg), out_shardings=shardings["optimizer"])
+    step = jnp.zeros((), jnp.int32, device=shardings["step"])
     return {"params": params, "optimizer": init(params), "step": step}
 
 

@@ -85,7 +85,7 @@ def run(cfg: Config, devices=None):
     """
     mesh = parallel.make_mesh(cfg.parallel, devices)
     with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
-        step, put, losses = make_train_step(cfg), parallel.putter(), []
+        step, put, losses = make_train_step(cfg), parallel.batch_loader(), []
         if cfg.parallel.table_memory == "host":
             tables = HostTables(cfg)
             state = tables.whole(tables.state)
@@ -200,7 +200,7 @@ def traffic():
             "stem stem", "fsdp", "fsdp=8", "lazy_adam", vocab_size=v, d_model=8, n_heads=2, d_ff=256
         )
         with jax.set_mesh(parallel.make_mesh(cfg.parallel)):
-            state, put = init_state(cfg), parallel.putter()
+            state, put = init_state(cfg), parallel.batch_loader()
             batch = put(next(batches(cfg, 8)))
             table = state["params"]["tables"]["memory"]["stacks"]["stack0"]["table"]
 
