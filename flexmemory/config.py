@@ -8,8 +8,10 @@ turns it into a :class:`Config`.
 import dataclasses
 import json
 import math
+import operator
 import typing
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -90,11 +92,8 @@ CHOICES = {
     "parallel.plan": ("single", "dp", "fsdp", "fsdp_tp"),
     "parallel.table_memory": ("device", "host"),
 }
-SHARES = (
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.decay_fraction",
-)  # 0 <= value < 1; decay_fraction may be 1
+# 0 <= value < 1; decay_fraction may be 1
+SHARES = ("optimizer.b1", "optimizer.b2", "optimizer.decay_fraction")
 POSITIVE = (
     "model.d_model",
     "model.n_heads",
@@ -136,19 +135,19 @@ def default_config() -> ConfigDict:
     return ConfigDict(dataclasses.asdict(Config())).lock()
 
 
-def _build(cls, values, prefix: str):
+def _build(cls: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"config {prefix or 'root'}: {values!r} is not a section with fields")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     types = typing.get_type_hints(cls)
-    made = {}
+    checked = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
         if name not in fields:
             raise UserError(f"config {path}: no such field; {nearest(name, fields)}")
         kind = types[name]
         if dataclasses.is_dataclass(kind):
-            made[name] = _build(kind, value, path + ".")
+            checked[name] = _build(kind, value, path + ".")
             continue
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -158,19 +157,17 @@ def _build(cls, values, prefix: str):
             )
         if kind is float and not math.isfinite(value):
             raise UserError(f"config {path}: {value!r} is not a finite number")
-        made[name] = value
-    return cls(**made)
+        checked[name] = value
+    return cls(**checked)
 
 
-def get(config: Config, path: str):
+def get(config: Config, path: str) -> Any:
     """Value of a dotted field, e.g. ``get(config, "model.d_ff")``."""
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
+    return operator.attrgetter(path)(config)
 
 
 def from_dict(values: ConfigDict | dict) -> Config:
-    """Checks a ConfigDict (or plain nested dict) and freezes it. Raises UserError naming the field."""
+    """Checks a ConfigDict (or nested dict) and freezes it. Raises UserError naming the field."""
     config = _build(Config, values.to_dict() if isinstance(values, ConfigDict) else values, "")
     for path, choices in CHOICES.items():
         if (value := get(config, path)) not in choices:
@@ -227,7 +224,7 @@ def load_json(path: Path) -> Config:
     return from_dict(values)
 
 
-def parse_arg(arg: str | None, sizes: dict[str, dict], **defaults) -> tuple[dict, dict]:
+def parse_arg(arg: str | None, sizes: dict[str, dict], **defaults: Any) -> tuple[dict, dict]:
     """Splits a config argument such as ``"1b,beta=3"``.
 
     Returns (settings of the chosen size, values of the named options). ``sizes`` maps a bare word

@@ -1,13 +1,11 @@
-"""One mesh, named plans, and what a step needs of them. The home of the axes' names.
-
-Training runs the same code on one device and on many: outside a mesh every function below does what
-is left of it on one device. Arrays carry their shardings in their types (JAX's explicit mode): an
-operation that would need an unplanned transfer does not trace.
+"""Named plans, the mesh of a config, and where arrays lie on it. What code inside a step needs of a
+mesh is in sharding.py.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, get_abstra
 
 from flexmemory.config import Config, ParallelConfig
 from flexmemory.errors import UserError
-from flexmemory.models.parameters import is_table, keys, parameter_kind, path_name
+from flexmemory.models.parameters import TABLE, is_table, parameter_kind, path_name
 from flexmemory.sharding import AXES, BATCH, COLUMNS, names, own_sections, sections, sections_of
 
 
@@ -56,6 +54,7 @@ FSDP_TP = Plan(
     up_DF=P("fsdp", "tensor"),
     down_FD=P("tensor", "fsdp"),
 )
+EXPLICIT = (AxisType.Explicit,) * len(AXES)
 # name: (plan, axes that its mesh may have above 1)
 PLANS = {
     "single": (Plan(), ()),
@@ -112,7 +111,7 @@ def mesh_sizes(cfg: ParallelConfig, devices: int | None = None) -> dict[str, int
     return sizes
 
 
-def make_mesh(cfg: ParallelConfig, devices=None) -> Mesh | None:
+def make_mesh(cfg: ParallelConfig, devices: Sequence | None = None) -> Mesh | None:
     """The mesh of a config over ``devices`` (all of the run by default), to be entered with
     ``jax.set_mesh``; None for plan "single".
     """
@@ -128,50 +127,37 @@ def make_mesh(cfg: ParallelConfig, devices=None) -> Mesh | None:
     return mesh_of(sizes, devices)
 
 
-def mesh_of(sizes: dict[str, int], devices) -> Mesh:
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in AXES),
-        AXES,
-        axis_types=(AxisType.Explicit,) * len(AXES),
-        devices=devices,
-    )
+def mesh_of(sizes: dict[str, int], devices: Sequence) -> Mesh:
+    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=EXPLICIT, devices=devices)
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     """A mesh without devices, to trace under."""
-    return AbstractMesh(
-        tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
-    )
+    return AbstractMesh(tuple(sizes[a] for a in AXES), AXES, axis_types=EXPLICIT)
 
 
-def putter() -> Callable[[dict], dict]:
+def batch_loader() -> Callable[[dict], dict]:
     """``put(batch)``: this process's sections of a batch onto its devices, from any thread."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.device_put
     count, place_of = sections(), {section: place for place, section in enumerate(own_sections())}
 
-    def put(batch: dict) -> dict:
-        made = {}
-        for name, spec in batch_specs(batch).items():
-            local = batch[name]
-            if BATCH not in spec:
-                made[name] = jax.make_array_from_callback(
-                    local.shape, NamedSharding(mesh, spec), local.__getitem__
-                )
-                continue
-            axis = spec.index(BATCH)
-            size = local.shape[axis] // len(place_of)  # of a section
-            whole = (*local.shape[:axis], count * size, *local.shape[axis + 1 :])
+    def load(local: np.ndarray, spec: P) -> jax.Array:
+        if BATCH not in spec:
+            place = NamedSharding(mesh, spec)
+            return jax.make_array_from_callback(local.shape, place, local.__getitem__)
+        axis = spec.index(BATCH)
+        size = local.shape[axis] // len(place_of)  # of a section
+        whole = (*local.shape[:axis], count * size, *local.shape[axis + 1 :])
 
-            def part(index, axis=axis, local=local, size=size):
-                first = place_of[(index[axis].start or 0) // size] * size
-                return local[(*index[:axis], slice(first, first + size), *index[axis + 1 :])]
+        def part(index: Any) -> np.ndarray:
+            first = place_of[(index[axis].start or 0) // size] * size
+            return local[(*index[:axis], slice(first, first + size), *index[axis + 1 :])]
 
-            made[name] = jax.make_array_from_callback(whole, NamedSharding(mesh, spec), part)
-        return made
+        return jax.make_array_from_callback(whole, NamedSharding(mesh, spec), part)
 
-    return put
+    return lambda batch: {name: load(batch[name], s) for name, s in batch_specs(batch).items()}
 
 
 # --- where arrays lie ---
@@ -182,53 +168,25 @@ def plan_of(cfg: Config) -> Plan:
 
 
 def spec(plan: Plan, path: str, ndim: int) -> P:
-    """Of the parameter ``path`` (dotted), of its gradient and moments. Raises ValueError for one
-    that no field of the plan covers.
+    """Of the parameter ``path`` (dotted), of its gradient and moments, and of one number for each
+    row of a table. Raises ValueError for a parameter of no known kind.
     """
-    return padded(getattr(plan, parameter_kind(path).field), ndim)
+    kind = parameter_kind(path)
+    return padded(plan.sums_V if kind is TABLE and ndim == 2 else getattr(plan, kind.field), ndim)
 
 
 def padded(spec: P, ndim: int) -> P:
     """The spec of an array with more axes in front, which are not cut."""
-    return (
-        P(*(None,) * (ndim - len(spec)), *spec)
-        if ndim >= len(spec)
-        else P(*spec[len(spec) - ndim :])
-    )
+    return P(*(None,) * (ndim - len(spec)), *spec[max(0, len(spec) - ndim) :])
 
 
-def param_specs(plan: Plan, params: dict) -> dict:
-    """A tree of specs shaped like ``params``."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec(plan, path_name(path), leaf.ndim), params
-    )
-
-
-def state_specs(plan: Plan, state: dict) -> dict:
-    """A tree of specs shaped like a train state: moments lie where their parameters do, counts and
-    the step everywhere.
+def state_specs(plan: Plan, state: Any) -> Any:
+    """A tree of specs shaped like a train state or parameters: moments lie where their parameters
+    do, single numbers everywhere.
     """
-    params = {
-        keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])
-    }
-
-    def place(path, leaf):
-        if leaf.ndim == 0:
-            return P()
-        parts = keys(path)
-        for start in range(len(parts)):
-            if parts[start:] in params:
-                at = params[parts[start:]]
-                if at.shape == leaf.shape:
-                    return spec(plan, ".".join(parts[start:]), leaf.ndim)
-                if at.shape[:-1] == leaf.shape:
-                    return padded(plan.sums_V, leaf.ndim)
-        raise ValueError(
-            f"state {'.'.join(parts)} of shape {leaf.shape} belongs to no parameter: it has no"
-            " place in a plan"
-        )
-
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: spec(plan, path_name(path), leaf.ndim) if leaf.ndim else P(), state
+    )
 
 
 def batch_specs(batch: dict) -> dict:
@@ -239,31 +197,28 @@ def batch_specs(batch: dict) -> dict:
     }
 
 
-def placed(cfg: Config, state):
+def placed(cfg: Config, state: Any) -> Any:
     """Shardings of a train state or of parameters (shapes or arrays): on the mesh in force, on the
     first own device without one. Tables trained by touched rows, and their moments, lie in the
     host's memory where the config wants that.
     """
-    mesh, plan = jax.sharding.get_mesh(), plan_of(cfg)
-    mesh = get_abstract_mesh() if mesh.empty else mesh
-    specs = state_specs(plan, state) if "params" in state else param_specs(plan, state)
+    plan, mesh = plan_of(cfg), jax.sharding.get_mesh()
+    mesh = get_abstract_mesh() if mesh.empty else mesh  # type: ignore[assignment]
+    on_host = cfg.parallel.table_memory == "host"
 
-    def place(path, spec, leaf):
-        memory = (
-            "pinned_host" if cfg.parallel.table_memory == "host" and is_table(path, leaf) else None
-        )
+    def place(path: tuple, spec: P, leaf: Any) -> jax.sharding.Sharding:
+        memory = "pinned_host" if on_host and is_table(path, leaf) else None
         if mesh.empty:
             return jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory)
         return NamedSharding(mesh, spec, memory_kind=memory)
 
-    return jax.tree_util.tree_map_with_path(place, specs, state)
+    return jax.tree_util.tree_map_with_path(place, state_specs(plan, state), state)
 
 
 def on_devices(cfg: Config) -> Config:
     """The config by which tables, or rows of those in the host's memory, lie on the devices."""
-    return dataclasses.replace(
-        cfg, parallel=dataclasses.replace(cfg.parallel, table_memory="device")
-    )
+    where = dataclasses.replace(cfg.parallel, table_memory="device")
+    return dataclasses.replace(cfg, parallel=where)
 
 
 def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
@@ -299,6 +254,3 @@ def check(cfg: Config, params: dict, sizes: dict[str, int]) -> None:
                     f" of {name}; the nearest mesh does with {near}, the nearest {letter} is"
                     f" {-(-size // count) * count}"
                 )
-
-
-# --- inside a step ---

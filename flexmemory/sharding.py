@@ -7,24 +7,16 @@ mode): an operation that would need an unplanned transfer does not trace.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import P
 from jax.sharding import get_abstract_mesh
 
 AXES = ("data", "fsdp", "tensor")
-
-
 BATCH = ("data", "fsdp")  # a batch, and whatever follows from its tokens, is cut over both
-
-
-COLUMNS = (
-    "tensor",
-    "data",
-    "fsdp",
-    # of a table: tensor first, so that columns of all batch sections make one whole slice of a
-    # tensor axis
-)
+# columns of a table: tensor first, so that those of all sections make one slice of a tensor axis
+COLUMNS = ("tensor", "data", "fsdp")
 
 
 def sections_of(sizes: dict[str, int]) -> int:
@@ -33,7 +25,7 @@ def sections_of(sizes: dict[str, int]) -> int:
 
 
 def sections() -> int:
-    """Into how many pieces the mesh in force cuts a batch; 1 without one."""
+    """Into how many sections the mesh in force cuts a batch; 1 without one."""
     mesh = get_abstract_mesh()
     return 1 if mesh.empty else sections_of(mesh.shape)
 
@@ -46,19 +38,16 @@ def own_sections() -> tuple[int, ...]:
     if mesh.empty:
         return (0,)
     devices = mesh.devices.reshape(sections(), -1)  # tensor is the last axis
-    return tuple(
-        s
-        for s, row in enumerate(devices)
-        if any(device.process_index == jax.process_index() for device in row)
-    )
+    own = jax.process_index()
+    return tuple(s for s, row in enumerate(devices) if any(d.process_index == own for d in row))
 
 
-def names(entry) -> tuple[str, ...]:
+def names(entry: Any) -> tuple[str, ...]:
     """Axes of one entry of a spec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def spec_of(x) -> P:
+def spec_of(x: Any) -> P:
     """How the array is cut."""
     return jax.typeof(x).sharding.spec
 
@@ -70,7 +59,7 @@ def local(f: Callable, out_specs: Callable) -> Callable:
     if get_abstract_mesh().empty:
         return f
 
-    def call(*args):
+    def call(*args: Any) -> Any:
         specs = jax.tree.map(spec_of, args)
         return jax.shard_map(f, in_specs=specs, out_specs=out_specs(*specs))(*args)
 
@@ -83,10 +72,8 @@ def gathered(weight: jax.Array) -> jax.Array:
     """
     if get_abstract_mesh().empty:
         return weight
-    return jax.reshard(
-        weight,
-        P(*(tuple(a for a in names(entry) if a not in BATCH) or None for entry in spec_of(weight))),
-    )
+    kept = (tuple(a for a in names(entry) if a not in BATCH) or None for entry in spec_of(weight))
+    return jax.reshard(weight, P(*kept))
 
 
 def like(x: jax.Array, spec: P) -> jax.Array:
@@ -100,19 +87,13 @@ def sum_over_batch(grad: jax.Array, spec: P) -> jax.Array:
     """
     if get_abstract_mesh().empty:
         return grad
-    places = {
-        axis: next((i for i, entry in enumerate(spec) if axis in names(entry)), None)
-        for axis in BATCH
-    }
-    for axis in sorted(
-        BATCH, key=lambda axis: places[axis] is None
-    ):  # cut first: what the other axes sum is then a part
-        place = places[axis]
-        grad = (
-            jax.lax.psum(grad, axis)
-            if place is None
-            else jax.lax.psum_scatter(grad, axis, scatter_dimension=place, tiled=True)
-        )
+    cut = {axis: i for i, entry in enumerate(spec) for axis in names(entry) if axis in BATCH}
+    # axes that cut the gradient come first: what the others sum is then a part
+    for axis in sorted(BATCH, key=lambda axis: axis not in cut):
+        if axis in cut:
+            grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=cut[axis], tiled=True)
+        else:
+            grad = jax.lax.psum(grad, axis)
     return grad
 
 

@@ -29,6 +29,7 @@ import transformers
 from flexmemory.bench.train import CONFIGS, ROUNDS, no_compilation_cache, prepare
 from flexmemory.config import Config
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.parameters import join
 from flexmemory.models.transformer import per_layer
 from flexmemory.train.compiled import compile_step
 from flexmemory.train.step import init_state, make_train_step
@@ -136,7 +137,7 @@ def measure(scale: str, rounds: int) -> dict:
         "cuda" if torch.cuda.is_available() else "cpu",
     )
     state = init_state(cfg)
-    model = llama(cfg, state["params"], device)
+    model = llama(cfg, join(state["params"]), device)
     counts = {
         "flexmemory": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
         "torch": sum(p.numel() for p in model.parameters()),

@@ -70,7 +70,7 @@ def angular(trained: Trained) -> dict:
     edges}}]}. The paper names neither pairs nor ids nor this control. Only learned tables (stem
     layers) are meant; the paper's comparison with W_up x of a dense layer is left out.
     """
-    layers = [layer for layer, spec in enumerate(trained.specs) if spec.kind.startswith("stem")]
+    layers = [layer for layer, spec in enumerate(trained.specs) if spec.learned]
     if not layers:
         return not_applicable("no layer with a learned table")
     counts_V, rng = (

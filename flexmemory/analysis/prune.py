@@ -42,9 +42,8 @@ def pruned(trained: Trained) -> dict:
     active at kept = beta / 8 is (4 + beta) / 12 of the whole for d_ff = 8/3 d_model: flex's with
     that beta, and memoryllm's has no FFN weight at all.
     """
-    if any(
-        spec.kind not in ("dense", "parallel", "attn_only") for spec in trained.specs
-    ) or not any(spec.d_ffn for spec in trained.specs):
+    specs = trained.specs
+    if any(spec.row_width for spec in specs) or not any(spec.d_ffn for spec in specs):
         return not_applicable("only a model of dense layers, some with an FFN, is pruned")
     whole = account(trained.cfg.model)["active"]
     points = [{"rule": "none", "kept": 1.0, "active": whole, **scores(trained)}]
@@ -155,7 +154,7 @@ def run_layer(
     a_BTD = x_BTD + attn_BTD
     if not spec.d_ffn:
         return a_BTD, {}
-    h_BTD = block.ffn_norm(x_BTD if spec.kind == "parallel" else a_BTD)
+    h_BTD = block.ffn_norm(x_BTD if block.parallel else a_BTD)
     inner_BTF = gated(linear(h_BTD, block.ffn.gate[...]), linear(h_BTD, block.ffn.up[...]))
     norms = {
         name: jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=(0, 1)))

@@ -28,11 +28,10 @@ from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.models.blocks import KINDS, check_model, layer_specs
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import gather_rows
-from flexmemory.models.transformer import abstract_params
 from flexmemory.train.clock import peak_flops
 from flexmemory.train.compiled import compile_step
 from flexmemory.train.loop import resolve
-from flexmemory.train.step import init_optimizer, init_state, make_train_step
+from flexmemory.train.step import abstract_state, init_state, make_train_step
 
 
 def shape(layers: int, vocab: int, d_model: int, heads: int, d_ff: int, **more: Any) -> ModelConfig:
@@ -216,7 +215,7 @@ def variant(name: str, cfg: Config) -> Variant:
             naive = True
         elif option in tables:
             optimizer = dataclasses.replace(optimizer, table_optimizer=option)
-        elif kind == "flex":
+        elif KINDS[kind].takes_beta:
             model = dataclasses.replace(model, beta=option)
         else:
             raise UserError(
@@ -226,9 +225,7 @@ def variant(name: str, cfg: Config) -> Variant:
     specs = layer_specs(model)
     if naive and not any(spec.d_memory for spec in specs):
         raise UserError(f"kinds: {name!r}: {kind} computes no rows; leave out naive")
-    if set(options) & set(tables) and not any(
-        spec.row_width and not spec.d_memory for spec in specs
-    ):
+    if set(options) & set(tables) and not any(spec.learned for spec in specs):
         raise UserError(f"kinds: {name!r}: {kind} has no tables; leave out the table optimiser")
     return Variant(dataclasses.replace(cfg, model=model, optimizer=optimizer), naive)
 
@@ -380,17 +377,8 @@ def compile_times() -> dict:
     for layers in (DEPTHS[0], *DEPTHS):
         model = dataclasses.replace(cfg.model, pattern=f"memoryllm*{layers}")
         deep = dataclasses.replace(cfg, model=model)
-
-        def state(params: dict) -> dict:
-            return {
-                "params": params,
-                "optimizer": init_optimizer(deep, params),
-                "step": np.int32(0),
-            }
-
-        abstract = jax.eval_shape(state, abstract_params(model))
-        batch = prepare(deep, None)[1]
-        seconds.append(compile_seconds(compile_step(make_train_step(deep), abstract, batch)[1]))
+        step, batch = make_train_step(deep), prepare(deep, None)[1]
+        seconds.append(compile_seconds(compile_step(step, abstract_state(deep), batch)[1]))
     return {
         "kind": "memoryllm",
         "layers": list(DEPTHS),

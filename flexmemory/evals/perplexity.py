@@ -14,7 +14,7 @@ from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.loss import chunked_losses
 from flexmemory.models.memory import Rows
-from flexmemory.parallel import putter
+from flexmemory.parallel import batch_loader
 from flexmemory.sharding import own_sections, sections
 
 
@@ -73,7 +73,7 @@ def perplexity(
     limit = cfg.train.eval_tokens if max_tokens is None else max_tokens
     sums = []
     rows = cfg.data.batch_size // cfg.train.accum_steps  # what fits in training fits here
-    put = putter()
+    put = batch_loader()
     for batch in eval_batches(
         shards,
         seq_len=cfg.data.seq_len,

@@ -17,7 +17,7 @@ from flexmemory.evals.rows import RowsOf, live_rows, make_hidden
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import Rows
 from flexmemory.models.transformer import output_logits
-from flexmemory.parallel import putter
+from flexmemory.parallel import batch_loader
 from flexmemory.sharding import like, own_sections, sections
 
 BATCH = 32
@@ -77,7 +77,7 @@ def answer_accuracy(
         cfg.model.vocab_size,
     )
     backbone = {name: value for name, value in params.items() if name != "memory"}
-    put, cut, own = putter(), sections(), own_sections()
+    put, cut, own = batch_loader(), sections(), own_sections()
     count = -(-BATCH // cut) * cut
     own_sequences = places_of(own, count // cut)
     sizes = (

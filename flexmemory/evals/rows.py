@@ -5,6 +5,7 @@ int32 ids, repeats allowed, and what reads them.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +13,13 @@ import numpy as np
 from flexmemory.exchange import lookup
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import Rows
-from flexmemory.models.parameters import ADDRESSED, addressed_rows, combine, partition
+from flexmemory.models.parameters import addressed_rows, join, split
 from flexmemory.models.transformer import build
 from flexmemory.tkv import encoding
+from flexmemory.tkv.format import Group
 from flexmemory.tkv.store import Store
 
-RowsOf = Callable[[np.ndarray], Rows]
+RowsOf = Callable[[Any], Rows]  # of ids_R, a NumPy or a JAX array
 
 
 def live_rows(cfg: ModelConfig, params: dict) -> RowsOf:
@@ -34,19 +36,15 @@ def stored_rows(store: Store) -> RowsOf:
     def rows(ids_R: np.ndarray) -> Rows:
         unique_U, inverse_R = np.unique(np.asarray(ids_R, np.int64), return_inverse=True)
         bundles = {
-            group.name: np.empty((len(unique_U), group.bundle_bytes), np.uint8)
-            for group in store.groups
+            g.name: np.empty((len(unique_U), g.bundle_bytes), np.uint8) for g in store.groups
         }
         store.read_bundles(unique_U, bundles)
-        return {
-            group.name: encoding.jitted_decode(
-                group.layout,
-                encoding.host_view(group.layout, bundles[group.name][inverse_R]),
-                bases[group.name],
-                dtype,
-            )
-            for group in store.groups
-        }
+
+        def decoded(group: Group) -> jax.Array:
+            view = encoding.host_view(group.layout, bundles[group.name][inverse_R])
+            return encoding.jitted_decode(group.layout, view, bases[group.name], dtype)
+
+        return {group.name: decoded(group) for group in store.groups}
 
     return rows
 
@@ -55,19 +53,21 @@ def stored_rows(store: Store) -> RowsOf:
 def live(
     params: dict, ids_R: jax.Array, places_R: jax.Array | None = None, *, cfg: ModelConfig
 ) -> Rows:
-    """Rows computed from the weights. places_R: see :func:`step.addressed_rows`."""
-    addressed, rest = partition(params, ADDRESSED)
-    return build(cfg)(combine(addressed_rows(addressed, ids_R, places_R), rest)).rows(None)
+    """Rows computed from the weights. places_R: see :func:`parameters.addressed_rows`."""
+    parts = split(params)
+    return build(cfg)(join(parts | addressed_rows(parts, ids_R, places_R))).rows(None)
 
 
-def make_hidden(cfg: ModelConfig):
+def make_hidden(cfg: ModelConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """``hidden(params, rows, batch, **switches) -> (x_BTD, head_DV)``, for use inside jit: final
     states of a batch with unique_ids, of which ``rows`` are the rows, and inverse. params: without
     ``memory``. switches: of :meth:`Transformer.hidden`.
     """
     merge_backbone = build(dataclasses.replace(cfg, tied_head=False), with_memory=False)
 
-    def hidden(params, rows, batch, **switches):
+    def hidden(
+        params: dict, rows: Rows, batch: dict, **switches: Any
+    ) -> tuple[jax.Array, jax.Array]:
         head_DV = params["embed"].T if cfg.tied_head else params["head"]
         embed = lookup({"embed": params["embed"]}, batch["unique_ids"])
         x_BTD, _ = merge_backbone(params | embed | {"head": head_DV}).hidden(

@@ -3,40 +3,34 @@ is counted by itself.
 
 Two counting conventions exist in the papers: MemoryLLM's Table 5 leaves embeddings and head out of
 total and active (``total``, ``active``); STEM counts both in, and does not subtract the
-up-projections that its tables replace (``paper_total`` for stem patterns). ``total_all`` and
-``active_all`` are what the model really holds.
+up-projections that its tables replace (``paper_total`` of a model with learned rows).
+``total_all`` and ``active_all`` are what the model really holds.
 """
 
 import math
+from typing import Any
 
 import jax
 
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.config import ModelConfig
+from flexmemory.models.parameters import split
+from flexmemory.models.patterns import LayerSpec
 from flexmemory.models.transformer import abstract_params
 
-DTYPE_BYTES = {
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "int8": 1,
-    "int4": 0.5,
-}  # rows only, without scales
+# of rows only, without scales
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
 
 
-def size(tree) -> int:
+def size(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def matmul_weights(tree) -> int:
-    """Weights that multiply activations: every tensor that is neither a norm's nor a table. Stacked
-    over layers, so at least 3 axes.
+def matmul_weights(tree: Any) -> int:
+    """Weights that multiply activations, of the parameters of stacked layers: all that have a
+    matrix's axes after the layers'; a gain has fewer.
     """
-    return sum(
-        math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if leaf.ndim > 2 and "table" not in jax.tree_util.keystr(path)
-    )
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree) if leaf.ndim > 2)
 
 
 def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
@@ -45,25 +39,23 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
     total, active: without embedding and head; active leaves out what the rows replace (live FFNs,
     tables). embed: embedding and head. flops_per_token: forward, rows handed in, averaged over a
     causal sequence of ``seq_len``, head included.
-    memory_flops_per_row: forward FLOPs that make one address's rows live (0 for tables).
+    memory_flops_per_row: forward FLOPs that compute one address's rows (0 for tables).
     row_bytes_per_token: with rows in the compute dtype. read_bytes_per_token: what decoding one
     token alone reads: all active weights, the head, one embedding and the rows, in the compute
     dtype. table_bytes: by row dtype. table_over_ffn: values of the folded table over the FFN
     weights that it replaces. residual: see :func:`residual`.
     """
-    specs, params = layer_specs(cfg), abstract_params(cfg)
-    memory = params.get("memory") or {}
-    embed = size(params["embed"]) + size(params.get("head", {}))
-    blocks = size(params["blocks"]) + size(params["norm"])
-    total, active = blocks + size(memory), blocks
-    heads, width = cfg.n_heads, cfg.head_width
-    attention = (
-        4 * heads * width * (seq_len + 1) / 2 * len(specs)
-    )  # q k^T and p v over the causal half
-    flops = 2 * matmul_weights(params["blocks"]) + attention + 2 * cfg.d_model * cfg.vocab_size
+    specs, parts = layer_specs(cfg), split(abstract_params(cfg))
+    backbone = parts["backbone"]
+    embed = size(parts["embed"]) + size(backbone.get("head", {}))
+    active = size(backbone["blocks"]) + size(backbone["norm"])
+    total = size(parts) - embed
+    # q k^T and p v over the causal half
+    attention = 4 * cfg.n_heads * cfg.head_width * (seq_len + 1) / 2 * len(specs)
+    flops = 2 * matmul_weights(backbone["blocks"]) + attention + 2 * cfg.d_model * cfg.vocab_size
     row_values = sum(spec.row_width for spec in specs)
     replaced = sum(spec.replaces for spec in specs)
-    stem = [spec for spec in specs if spec.kind.startswith("stem")]
+    bytes_each, learned = DTYPE_BYTES[cfg.compute_dtype], [spec for spec in specs if spec.learned]
     return {
         "pattern": cfg.pattern,
         "layers": len(specs),
@@ -72,14 +64,13 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
         "embed": embed,
         "total_all": total + embed,
         "active_all": active + embed,
-        "paper_total": total + embed + sum(spec.replaces for spec in stem) if stem else total,
-        "paper_active": active + embed if stem else active,
+        "paper_total": total + embed + sum(spec.replaces for spec in learned) if learned else total,
+        "paper_active": active + embed if learned else active,
         "flops_per_token": round(flops),
-        "memory_flops_per_row": 2 * matmul_weights(memory),
-        "row_bytes_per_token": row_values * DTYPE_BYTES[cfg.compute_dtype],
+        "memory_flops_per_row": 2 * matmul_weights(backbone.get("memory", {})),
+        "row_bytes_per_token": row_values * bytes_each,
         "read_bytes_per_token": (
-            (active + cfg.d_model * (cfg.vocab_size + 1) + row_values)
-            * DTYPE_BYTES[cfg.compute_dtype]
+            (active + cfg.d_model * (cfg.vocab_size + 1) + row_values) * bytes_each
         ),
         "row_dtype": cfg.compute_dtype,
         "table_bytes": {
@@ -91,12 +82,12 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
     }
 
 
-def residual(cfg: ModelConfig, specs) -> float | None:
+def residual(cfg: ModelConfig, specs: tuple[LayerSpec, ...]) -> float | None:
     """How far rounding moves the FFN weights (FFN-C and FFN-M together) from the papers' nominal 8
     D^2 per layer, as a share of a layer's 12 D^2. None where the pattern has layers of another form
     (stem, attn_only).
     """
-    if any(spec.kind not in ("dense", "parallel", "memoryllm", "flex") for spec in specs):
+    if not all(spec.nominal for spec in specs):
         return None
     ffn = sum(
         3 * cfg.d_model * spec.d_memory
@@ -116,17 +107,13 @@ def train_flops_per_token(account_: dict, rows_per_token: float) -> float:
 def table(numbers: dict) -> str:
     """The numbers as an aligned text table."""
 
-    def count(n):
+    def count(n: int) -> str:
         return f"{n / 1e9:.3f} B" if n >= 1e9 else f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n:,}"
 
-    def bytes_(n):
-        return (
-            f"{n / 1e9:.3f} GB"
-            if n >= 1e9
-            else f"{n / 1e6:.2f} MB"
-            if n >= 1e6
-            else f"{n / 1e3:.2f} kB"
-        )
+    def bytes_(n: float) -> str:
+        if n >= 1e9:
+            return f"{n / 1e9:.3f} GB"
+        return f"{n / 1e6:.2f} MB" if n >= 1e6 else f"{n / 1e3:.2f} kB"
 
     lines = [f"{'pattern':<34}{numbers['pattern']}  ({numbers['layers']} layers)"]
     for key, what in (

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from flexmemory.models.config import ModelConfig
-from flexmemory.models.ffn import linear
+from flexmemory.models.ffn import linear, weight
 from flexmemory.sharding import local
 
 BLOCK = 128  # queries at once in cpu_attention: their scores stay in the cache
@@ -32,11 +34,9 @@ class Context:
     implementation: str
 
     def scaled(self, x: jax.Array) -> jax.Array:
-        return (
-            x
-            if isinstance(self.ffn_scale, float) and self.ffn_scale == 1.0
-            else x * jnp.asarray(self.ffn_scale, x.dtype)
-        )
+        if isinstance(self.ffn_scale, float) and self.ffn_scale == 1.0:
+            return x
+        return x * jnp.asarray(self.ffn_scale, x.dtype)
 
 
 def rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
@@ -48,9 +48,8 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
     angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_h
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
     left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(
-        x_BTNH.dtype
-    )
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
 
 
 def causal_attention(
@@ -58,14 +57,12 @@ def causal_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None,
-    implementation: str,
+    implementation: Any,
 ) -> jax.Array:
     """Causal attention, inside a document only where there are ``segments_BT``."""
-    mask = (
-        None
-        if segments_BT is None
-        else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-    )
+    mask = None
+    if segments_BT is not None:
+        mask = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation=implementation
     )
@@ -84,21 +81,18 @@ def cpu_attention(
     block = max(BLOCK, -(-length // 8))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def sequence(q_TNH, k_TKH, v_TKH, segments_T):
+    def sequence(
+        q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, segments_T: jax.Array | None
+    ) -> jax.Array:
         parts = []
         for start in range(0, length, block):
             stop = min(start + block, length)
             mask_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
             if segments_T is not None:
                 mask_TS &= segments_T[start:stop, None] == segments_T[:stop]
+            q, k, v = q_TNH[start:stop], k_TKH[:stop], v_TKH[:stop]
             parts.append(
-                jax.nn.dot_product_attention(
-                    q_TNH[start:stop],
-                    k_TKH[:stop],
-                    v_TKH[:stop],
-                    mask=mask_TS[None],
-                    implementation="xla",
-                )
+                jax.nn.dot_product_attention(q, k, v, mask=mask_TS[None], implementation="xla")
             )
         return jnp.concatenate(parts)
 
@@ -114,11 +108,10 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         d, n, k, h = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.head_width
-        init = nnx.initializers.normal(cfg.init_std)
-        self.q = nnx.Param(init(rngs.params(), (d, n, h), jnp.float32))
-        self.k = nnx.Param(init(rngs.params(), (d, k, h), jnp.float32))
-        self.v = nnx.Param(init(rngs.params(), (d, k, h), jnp.float32))
-        self.o = nnx.Param(init(rngs.params(), (n, h, d), jnp.float32))
+        self.q = weight(cfg, rngs, d, n, h)
+        self.k = weight(cfg, rngs, d, k, h)
+        self.v = weight(cfg, rngs, d, k, h)
+        self.o = weight(cfg, rngs, n, h, d)
         self.rope_base = cfg.rope_base
 
     def __call__(
@@ -132,49 +125,37 @@ class Attention(nnx.Module):
         """
         if cache is not None and ctx.segments_BT is not None:
             raise ValueError("segments_BT with a cache: a served sequence is one document")
-        dtype = h_BTD.dtype
-        q_BTNH = checkpoint_name(
-            rope(heads(h_BTD, self.q[...]), ctx.positions_BT, self.rope_base), "q"
-        )
-        k_BTKH = checkpoint_name(
-            rope(heads(h_BTD, self.k[...]), ctx.positions_BT, self.rope_base), "k"
-        )
+        dtype, at = h_BTD.dtype, ctx.positions_BT
+        q_BTNH = checkpoint_name(rope(heads(h_BTD, self.q[...]), at, self.rope_base), "q")
+        k_BTKH = checkpoint_name(rope(heads(h_BTD, self.k[...]), at, self.rope_base), "k")
         v_BTKH = checkpoint_name(heads(h_BTD, self.v[...]), "v")
         if cache is None:
-            attend = (
-                cpu_attention
-                if ctx.implementation == "cpu"
-                else functools.partial(causal_attention, implementation=ctx.implementation)
+            # every device's own sequences and heads: they know nothing of others
+            kernel: Callable = functools.partial(
+                causal_attention, implementation=ctx.implementation
             )
-            y_BTNH = local(attend, lambda q, k, v, segments: q)(
-                q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT
-            )  # sequences and heads know nothing of others
+            kernel = local(
+                cpu_attention if ctx.implementation == "cpu" else kernel,
+                lambda q, k, v, segments: q,
+            )
+            y_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT)
         else:
             b = jnp.arange(h_BTD.shape[0])[:, None]
             cache = {
-                "k": cache["k"].at[b, ctx.positions_BT].set(k_BTKH.astype(cache["k"].dtype)),
-                "v": cache["v"].at[b, ctx.positions_BT].set(v_BTKH.astype(cache["v"].dtype)),
+                "k": cache["k"].at[b, at].set(k_BTKH.astype(cache["k"].dtype)),
+                "v": cache["v"].at[b, at].set(v_BTKH.astype(cache["v"].dtype)),
             }
-            slots = jnp.arange(cache["k"].shape[1])
-            mask = (slots <= ctx.positions_BT[:, :, None])[:, None]
-            y_BTNH = jax.nn.dot_product_attention(
-                q_BTNH,
-                cache["k"].astype(dtype),
-                cache["v"].astype(dtype),
-                mask=mask,
-                implementation="xla",
-            )
+            mask = (jnp.arange(cache["k"].shape[1]) <= at[:, :, None])[:, None]
+            k, v = cache["k"].astype(dtype), cache["v"].astype(dtype)
+            y_BTNH = jax.nn.dot_product_attention(q_BTNH, k, v, mask=mask, implementation="xla")
         # as one matrix: for two contracted axes XLA's CPU compiler copies the whole weight,
         # transposed, in every step
         o_ED = self.o.reshape(-1, h_BTD.shape[-1])
-        return (
-            linear(checkpoint_name(y_BTNH, "attention").reshape(*h_BTD.shape[:2], -1), o_ED),
-            cache,
-        )
+        y_BTE = checkpoint_name(y_BTNH, "attention").reshape(*h_BTD.shape[:2], -1)
+        return linear(y_BTE, o_ED), cache
 
 
 def heads(h_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
     """h_BTD weight_DNH -> [B, T, N, H]"""
-    return linear(h_BTD, weight_DNH.reshape(len(weight_DNH), -1)).reshape(
-        *h_BTD.shape[:2], *weight_DNH.shape[1:]
-    )
+    flat_BTE = linear(h_BTD, weight_DNH.reshape(len(weight_DNH), -1))
+    return flat_BTE.reshape(*h_BTD.shape[:2], *weight_DNH.shape[1:])

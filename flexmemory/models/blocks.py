@@ -1,21 +1,26 @@
 """The layer kinds. A block takes the residual stream and, where it has a memory, this layer's row
 of every token.
 
-One class is one variant: ``spec`` resolves its widths, ``source`` makes its rows, ``__call__`` is
-its equation. x is the residual stream X_L, h its norm, row the value that the memory hands in.
+One class is one variant: ``spec`` resolves its widths, ``source`` makes its rows,
+``after_attention`` is its equation. x is the residual stream X_L, h its norm, row the value that
+the memory hands in.
 """
 
-import jax
-import jax.numpy as jnp
+from typing import Any
+
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from flexmemory.errors import UserError, nearest
 from flexmemory.models.attention import Attention, Context
 from flexmemory.models.config import ModelConfig
-from flexmemory.models.ffn import RMSNorm, Square, SwiGLU, gated, linear
-from flexmemory.models.memory import KEEPABLE, FFNRows, TableRows
+from flexmemory.models.ffn import RMSNorm, Square, SwiGLU, gated, linear, weight
+from flexmemory.models.memory import KEEPABLE, FFNRows, RowSource, TableRows
 from flexmemory.models.patterns import LayerSpec, flex_widths, parse_betas, parse_pattern
+
+Row = Any  # [B, T, W] in compute dtype, None for a kind without memory
+Output = tuple[Array, dict | None]  # (x_BTD of the next layer, updated KV cache)
 
 
 class AttnOnly(nnx.Module):
@@ -23,41 +28,50 @@ class AttnOnly(nnx.Module):
     this one.
     """
 
-    source: type | None = None  # makes the rows: see memory.TokenMemory
+    source: type[RowSource] | None = None  # what makes the rows
+    takes_beta = False  # is one of the numbers in ``model.beta`` meant for this layer?
 
-    @staticmethod
-    def spec(cfg: ModelConfig, beta: float) -> LayerSpec:
+    @classmethod
+    def spec(cls, cfg: ModelConfig, beta: float) -> LayerSpec:
+        """Widths of a layer. Raises UserError for a ``beta`` that the kind cannot have."""
         return LayerSpec("attn_only")
 
     def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attn = Attention(cfg, rngs)
 
-    def attend(self, x_BTD, ctx: Context, cache):
+    def attend(self, x_BTD: Array, ctx: Context, cache: dict | None) -> Output:
         """(Attn(norm x), cache)"""
         return self.attn(self.attn_norm(x_BTD), ctx, cache)
 
-    def __call__(self, x_BTD: jax.Array, row_BTW: jax.Array | None, ctx: Context, cache=None):
-        attn, cache = self.attend(x_BTD, ctx, cache)
-        return x_BTD + attn, cache
+    def __call__(
+        self, x_BTD: Array, row_BTW: Row, ctx: Context, cache: dict | None = None
+    ) -> Output:
+        """x_BTD in compute dtype; a cache as :class:`Attention` takes it."""
+        attn_BTD, cache = self.attend(x_BTD, ctx, cache)
+        return self.after_attention(x_BTD, x_BTD + attn_BTD, row_BTW, ctx), cache
+
+    def after_attention(self, x_BTD: Array, a_BTD: Array, row_BTW: Row, ctx: Context) -> Array:
+        """x' from A = x + Attn(norm x): a kind's own equation."""
+        return a_BTD
 
 
 class Dense(AttnOnly):
     """C layer: A = x + Attn(norm x); x' = A + SwiGLU(norm A) (MemoryLLM Eq 2.1-2.3)."""
 
-    @staticmethod
-    def spec(cfg, beta):
-        return LayerSpec("dense", d_ffn=cfg.d_ff)
+    parallel = False  # does the FFN read x instead of A?
 
-    def __init__(self, cfg, layer, rngs):
+    @classmethod
+    def spec(cls, cfg: ModelConfig, beta: float) -> LayerSpec:
+        return LayerSpec("parallel" if cls.parallel else "dense", d_ffn=cfg.d_ff, nominal=True)
+
+    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
         super().__init__(cfg, layer, rngs)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.ffn = SwiGLU(cfg, layer.d_ffn, rngs)
 
-    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
-        attn, cache = self.attend(x_BTD, ctx, cache)
-        a_BTD = x_BTD + attn
-        return a_BTD + ctx.scaled(self.ffn(self.ffn_norm(a_BTD))), cache
+    def after_attention(self, x_BTD: Array, a_BTD: Array, row_BTW: Row, ctx: Context) -> Array:
+        return a_BTD + ctx.scaled(self.ffn(self.ffn_norm(x_BTD if self.parallel else a_BTD)))
 
 
 class Parallel(Dense):
@@ -65,34 +79,23 @@ class Parallel(Dense):
     the context.
     """
 
-    @staticmethod
-    def spec(cfg, beta):
-        return LayerSpec("parallel", d_ffn=cfg.d_ff)
-
-    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
-        attn, cache = self.attend(x_BTD, ctx, cache)
-        return x_BTD + attn + ctx.scaled(self.ffn(self.ffn_norm(x_BTD))), cache
+    parallel = True
 
 
 class MemoryLLM(AttnOnly):
-    """M layer: x' = x + Attn(norm x) + row, row = SwiGLU_l(norm_l(E[id])) (MemoryLLM Eq 2.4-2.6). W
-    = D.
+    """M layer: x' = x + Attn(norm x) + row, row = SwiGLU_l(norm_l(E[id])) (MemoryLLM Eq 2.4-2.6).
+    W = D.
     """
 
     source = FFNRows
 
-    @staticmethod
-    def spec(cfg, beta):
-        return LayerSpec(
-            "memoryllm",
-            d_memory=cfg.d_ff,
-            row_width=cfg.d_model,
-            replaces=3 * cfg.d_model * cfg.d_ff,
-        )
+    @classmethod
+    def spec(cls, cfg: ModelConfig, beta: float) -> LayerSpec:
+        d, f = cfg.d_model, cfg.d_ff
+        return LayerSpec("memoryllm", d_memory=f, row_width=d, replaces=3 * d * f, nominal=True)
 
-    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
-        attn, cache = self.attend(x_BTD, ctx, cache)
-        return x_BTD + attn + ctx.scaled(row_BTW), cache
+    def after_attention(self, x_BTD: Array, a_BTD: Array, row_BTW: Row, ctx: Context) -> Array:
+        return a_BTD + ctx.scaled(row_BTW)
 
 
 class Flex(AttnOnly):
@@ -104,9 +107,10 @@ class Flex(AttnOnly):
     """
 
     source = FFNRows
+    takes_beta = True
 
-    @staticmethod
-    def spec(cfg, beta):
+    @classmethod
+    def spec(cls, cfg: ModelConfig, beta: float) -> LayerSpec:
         if beta == 0:
             return MemoryLLM.spec(cfg, beta)
         if beta == 8:
@@ -125,28 +129,20 @@ class Flex(AttnOnly):
                 f"config model.beta: {beta:g} leaves FFN-{'M' if not d_memory else 'C'} of d_ff"
                 f" {cfg.d_ff} without a unit; use {0 if d_memory else 8}"
             )
-        return LayerSpec(
-            "flex",
-            d_ffn=d_ffn,
-            d_memory=d_memory,
-            row_width=cfg.d_model,
-            square=square,
-            replaces=3 * cfg.d_model * d_memory,
-        )
+        replaces = 3 * cfg.d_model * d_memory
+        return LayerSpec("flex", d_ffn, d_memory, cfg.d_model, square, replaces, nominal=True)
 
-    def __init__(self, cfg, layer, rngs):
+    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
         super().__init__(cfg, layer, rngs)
+        self.parallel = cfg.ffn_c_input == "parallel"
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.ffn = (
+        self.ffn: SwiGLU | Square = (
             Square(cfg, layer.square, rngs) if layer.square else SwiGLU(cfg, layer.d_ffn, rngs)
         )
-        self.parallel = cfg.ffn_c_input == "parallel"
 
-    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
-        attn, cache = self.attend(x_BTD, ctx, cache)
-        a_BTD = x_BTD + attn
-        ffn_c = self.ffn(self.ffn_norm(x_BTD if self.parallel else a_BTD))
-        return a_BTD + ffn_c + ctx.scaled(row_BTW), cache
+    def after_attention(self, x_BTD: Array, a_BTD: Array, row_BTW: Row, ctx: Context) -> Array:
+        ffn_c_BTD = self.ffn(self.ffn_norm(x_BTD if self.parallel else a_BTD))
+        return a_BTD + ffn_c_BTD + ctx.scaled(row_BTW)
 
 
 class Stem(AttnOnly):
@@ -156,38 +152,30 @@ class Stem(AttnOnly):
 
     kind = "stem"
     source = TableRows
-    context_maps = ("gate",)  # the projections of h that stay
+    context_maps: tuple[str, ...] = ("gate",)  # the projections of h that stay
 
     @classmethod
-    def spec(cls, cfg, beta):
-        return LayerSpec(
-            cls.kind,
-            d_ffn=cfg.d_ff,
-            row_width=cfg.d_ff,
-            replaces=(2 - len(cls.context_maps)) * cfg.d_model * cfg.d_ff,
-        )
+    def spec(cls, cfg: ModelConfig, beta: float) -> LayerSpec:
+        replaces = (2 - len(cls.context_maps)) * cfg.d_model * cfg.d_ff
+        return LayerSpec(cls.kind, cfg.d_ff, 0, cfg.d_ff, replaces=replaces, learned=True)
 
-    def __init__(self, cfg, layer, rngs):
+    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
         super().__init__(cfg, layer, rngs)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        init = nnx.initializers.normal(cfg.init_std)
         for name in self.context_maps:
-            setattr(
-                self, name, nnx.Param(init(rngs.params(), (cfg.d_model, layer.d_ffn), jnp.float32))
-            )
-        self.down = nnx.Param(init(rngs.params(), (layer.d_ffn, cfg.d_model), jnp.float32))
+            setattr(self, name, weight(cfg, rngs, cfg.d_model, layer.d_ffn))
+        self.down = weight(cfg, rngs, layer.d_ffn, cfg.d_model)
 
-    def inner(self, h_BTD, row_BTF):
+    def inner(self, h_BTD: Array, row_BTF: Array) -> Array:
+        """What W_down reads, [B, T, F]."""
         return gated(self.context_map("gate", h_BTD), row_BTF)
 
-    def context_map(self, name, h_BTD):
+    def context_map(self, name: str, h_BTD: Array) -> Array:
         return checkpoint_name(linear(h_BTD, getattr(self, name)[...]), name)
 
-    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
-        attn, cache = self.attend(x_BTD, ctx, cache)
-        a_BTD = x_BTD + attn
+    def after_attention(self, x_BTD: Array, a_BTD: Array, row_BTW: Row, ctx: Context) -> Array:
         inner_BTF = self.inner(self.ffn_norm(a_BTD), row_BTW)
-        return a_BTD + ctx.scaled(linear(inner_BTF, self.down[...])), cache
+        return a_BTD + ctx.scaled(linear(inner_BTF, self.down[...]))
 
 
 class StemGate(Stem):
@@ -198,21 +186,21 @@ class StemGate(Stem):
     kind = "stem-gate"
     context_maps = ("up",)
 
-    def inner(self, h_BTD, row_BTF):
+    def inner(self, h_BTD: Array, row_BTF: Array) -> Array:
         return gated(row_BTF, self.context_map("up", h_BTD))
 
 
 class StemDagger(Stem):
-    """The row is added to the up-projection: W_down(SiLU(W_gate h) * (W_up h + row)) (STEM Eq 5)."""
+    """The row is added to the up-projection: W_down(SiLU(W_gate h) * (W_up h + row)), STEM Eq 5."""
 
     kind = "stem-dagger"
     context_maps = ("gate", "up")
 
-    def inner(self, h_BTD, row_BTF):
+    def inner(self, h_BTD: Array, row_BTF: Array) -> Array:
         return gated(self.context_map("gate", h_BTD), self.context_map("up", h_BTD) + row_BTF)
 
 
-KINDS = {
+KINDS: dict[str, type[AttnOnly]] = {
     "dense": Dense,
     "memoryllm": MemoryLLM,
     "flex": Flex,
@@ -228,10 +216,10 @@ def layer_specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
     """The resolved layers of a model, from input to output. Raises UserError on a bad pattern or
     beta.
     """
-    kinds = parse_pattern(model.pattern, KINDS)
-    n_flex = kinds.count("flex")
-    betas = iter(parse_betas(model.beta, n_flex) if n_flex else ())
-    return tuple(KINDS[kind].spec(model, next(betas) if kind == "flex" else 0.0) for kind in kinds)
+    blocks = [KINDS[kind] for kind in parse_pattern(model.pattern, KINDS)]
+    count = sum(block.takes_beta for block in blocks)
+    betas = iter(parse_betas(model.beta, count) if count else ())
+    return tuple(block.spec(model, next(betas) if block.takes_beta else 0.0) for block in blocks)
 
 
 def check_model(model: ModelConfig) -> None:

@@ -3,6 +3,7 @@ used.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,45 +28,37 @@ def linear(x: jax.Array, weight_DF: jax.Array) -> jax.Array:
     return contract(x, weight_DF, x.ndim - 1, 0, P(*spec_of(x)[:-1], spec_of(weight_DF)[1]))
 
 
-def _linear_forward(x, weight_DF):
+def _linear_forward(x: jax.Array, weight_DF: jax.Array) -> tuple:
     return linear(x, weight_DF), (x, weight_DF)
 
 
-def _linear_backward(residuals, grad):
+def _linear_backward(residuals: tuple, grad: jax.Array) -> tuple:
     x, weight_DF = residuals
     cut_x, used_DF = matching(x, weight_DF)
     x_ND, grad_NF = cut_x.reshape(-1, weight_DF.shape[0]), grad.reshape(-1, weight_DF.shape[1])
-    spec = spec_of(weight_DF)
+    spec, by_rows = spec_of(weight_DF), (((0,), (0,)), ((), ()))
 
-    def own(
-        x_ND, grad_NF
-    ):  # XLA would sum the whole gradient on every device and then cut it: twice the traffic
-        return sum_over_batch(
-            jax.lax.dot_general(
-                x_ND, grad_NF, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-            ),
-            spec,
-        )
+    # XLA would sum the whole gradient on every device and then cut it: twice the traffic
+    def own(x_ND: jax.Array, grad_NF: jax.Array) -> jax.Array:
+        product = jax.lax.dot_general(x_ND, grad_NF, by_rows, preferred_element_type=jnp.float32)
+        return sum_over_batch(product, spec)
 
     grad_DF = local(own, lambda *_: spec)(x_ND, grad_NF)
     return contract(grad, used_DF, grad.ndim - 1, 1, spec_of(x)), grad_DF.astype(weight_DF.dtype)
 
 
-def matching(x, weight_DF):
+def matching(x: jax.Array, weight_DF: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x, and the weight in its dtype whole over the batch's axes, both cut alike along D."""
     used_DF = gathered(weight_DF.astype(x.dtype))
     return like(x, P(*spec_of(x)[:-1], spec_of(used_DF)[0])), used_DF
 
 
-def contract(a, b, axis_a: int, axis_b: int, out: P, dtype=None):
+def contract(
+    a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, out: P, dtype: Any = None
+) -> jax.Array:
     """Sum of products over one axis of each; the result is cut as ``out`` says."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((axis_a,), (axis_b,)), ((), ())),
-        preferred_element_type=dtype,
-        out_sharding=sharding(out),
-    )
+    axes = (((axis_a,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype, out_sharding=sharding(out))
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -82,6 +75,11 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * scale_D).astype(x.dtype)
+
+
+def weight(cfg: ModelConfig, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    """A weight, float32, normal with ``cfg.init_std``."""
+    return nnx.Param(nnx.initializers.normal(cfg.init_std)(rngs.params(), shape, jnp.float32))
 
 
 class RMSNorm(nnx.Module):
@@ -116,16 +114,13 @@ class SwiGLU(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, d_ff: int, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(cfg.init_std)
-        self.gate = nnx.Param(init(rngs.params(), (cfg.d_model, d_ff), jnp.float32))
-        self.up = nnx.Param(init(rngs.params(), (cfg.d_model, d_ff), jnp.float32))
-        self.down = nnx.Param(init(rngs.params(), (d_ff, cfg.d_model), jnp.float32))
+        self.gate = weight(cfg, rngs, cfg.d_model, d_ff)
+        self.up = weight(cfg, rngs, cfg.d_model, d_ff)
+        self.down = weight(cfg, rngs, d_ff, cfg.d_model)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = (
-            checkpoint_name(linear(x, self.gate[...]), "gate"),
-            checkpoint_name(linear(x, self.up[...]), "up"),
-        )
+        gate = checkpoint_name(linear(x, self.gate[...]), "gate")
+        up = checkpoint_name(linear(x, self.up[...]), "up")
         return linear(gated(gate, up), self.down[...])
 
 
@@ -137,21 +132,18 @@ class Square(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, count: int, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(cfg.init_std)
-        shape = (cfg.d_model, cfg.d_model)
-        self.down = nnx.Param(init(rngs.params(), shape, jnp.float32))
-        if count >= 2:
-            self.gate = nnx.Param(init(rngs.params(), shape, jnp.float32))
-        if count == 3:
-            self.up = nnx.Param(init(rngs.params(), shape, jnp.float32))
         self.count = count
+        self.down = weight(cfg, rngs, cfg.d_model, cfg.d_model)
+        if count >= 2:
+            self.gate = weight(cfg, rngs, cfg.d_model, cfg.d_model)
+        if count == 3:
+            self.up = weight(cfg, rngs, cfg.d_model, cfg.d_model)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.count >= 2:
-            gate = checkpoint_name(linear(x, self.gate[...]), "gate")
-            x = (
-                gated(gate, checkpoint_name(linear(x, self.up[...]), "up"))
-                if self.count == 3
-                else jax.nn.silu(gate)
-            )
-        return linear(x, self.down[...])
+        if self.count == 1:
+            return linear(x, self.down[...])
+        gate = checkpoint_name(linear(x, self.gate[...]), "gate")
+        if self.count == 2:
+            return linear(jax.nn.silu(gate), self.down[...])
+        up = checkpoint_name(linear(x, self.up[...]), "up")
+        return linear(gated(gate, up), self.down[...])

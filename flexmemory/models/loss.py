@@ -36,37 +36,38 @@ def chunked_losses(
     weight_DV = gathered(head_DV.astype(x_BTD.dtype))
     vocab_axes = names(spec_of(weight_DV)[1])
 
-    def losses(x_BTD, weight_DV, targets_BT):
+    def losses(x_BTD: jax.Array, weight_DV: jax.Array, targets_BT: jax.Array) -> tuple:
         count = pieces(targets_BT.size, weight_DV.shape[1], chunk)
 
-        def piece(inputs):
-            _, _, _, lse_N, picked_N = _scores(*inputs, weight_DV, vocab_axes)
+        def piece(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x_ND, targets_N = inputs
+            _, _, _, lse_N, picked_N = _scores(x_ND, targets_N, weight_DV, vocab_axes)
             return lse_N - picked_N, lse_N**2
 
-        made = jax.lax.map(piece, (split(x_BTD, count), split(targets_BT, count)))
-        return jax.tree.map(lambda loss_CN: join(loss_CN, targets_BT.shape), made)
+        by_piece = jax.lax.map(piece, (split(x_BTD, count), split(targets_BT, count)))
+        return jax.tree.map(lambda loss_CN: join(loss_CN, targets_BT.shape), by_piece)
 
-    return local(losses, lambda x, weight, targets: (targets, targets))(
-        x_BTD, weight_DV, targets_BT
-    )
+    losses = local(losses, lambda x, weight, targets: (targets, targets))
+    return losses(x_BTD, weight_DV, targets_BT)
 
 
-def _scores(x_ND, targets_N, weight_DV, vocab_axes: tuple[str, ...]):
+def _scores(
+    x_ND: jax.Array, targets_N: jax.Array, weight_DV: jax.Array, vocab_axes: tuple[str, ...]
+) -> tuple[jax.Array, ...]:
     """(exp(logits - the largest) [N, V], their sum, place of the target in V, logsumexp, logit of
     the target), float32. ``vocab_axes``: mesh axes over which the vocabulary is cut; V is the own
     part, outside of which a place may lie, and all else but the first is of the whole.
     """
     logits_NV = _matmul(x_ND, weight_DV)
-    place_N = targets_N - (jax.lax.axis_index(vocab_axes) * weight_DV.shape[1] if vocab_axes else 0)
-    picked_N = jnp.take_along_axis(
-        logits_NV, jnp.clip(place_N, 0, weight_DV.shape[1] - 1)[:, None], axis=-1
-    )[:, 0]
+    own = weight_DV.shape[1]
+    place_N = targets_N - (jax.lax.axis_index(vocab_axes) * own if vocab_axes else 0)
+    near_N1 = jnp.clip(place_N, 0, own - 1)[:, None]
+    picked_N = jnp.take_along_axis(logits_NV, near_N1, axis=-1)[:, 0]
     top_N = logits_NV.max(axis=-1)
     if vocab_axes:
         top_N = jax.lax.pmax(top_N, vocab_axes)
-        picked_N = jax.lax.psum(
-            jnp.where((place_N >= 0) & (place_N < weight_DV.shape[1]), picked_N, 0), vocab_axes
-        )
+        is_own_N = (place_N >= 0) & (place_N < own)
+        picked_N = jax.lax.psum(jnp.where(is_own_N, picked_N, 0), vocab_axes)
     exp_NV = jnp.exp(logits_NV - top_N[:, None])
     sum_N = exp_NV.sum(axis=-1)
     if vocab_axes:
@@ -86,55 +87,61 @@ def mean_loss(
     """(loss + z_weight * z, (loss, z)): float32 sums over the batch of :func:`chunked_losses`,
     whose arguments it takes, over ``tokens``.
 
-    Only the first carries a gradient. It is made along with the loss, so that logits are computed
-    once and dropped piece by piece; that of head_DV is summed in float32. ``tokens`` and
+    Only the first output is differentiable; its gradient is computed piece by piece in the forward
+    pass, so that logits are computed once; that of head_DV is summed in float32. ``tokens`` and
     ``z_weight`` are plain numbers.
     """
     return _means(*chunked_losses(x_BTD, head_DV, targets_BT, chunk), tokens, z_weight)
 
 
-def _means(ce_BT, z_BT, tokens, z_weight):
+def _means(ce_BT: jax.Array, z_BT: jax.Array, tokens: int, z_weight: float) -> tuple:
     loss, z = ce_BT.sum() / tokens, z_BT.sum() / tokens
     return loss + z_weight * z, (loss, z)
 
 
-def _forward(x_BTD, head_DV, targets_BT, tokens, z_weight, chunk):
+def _forward(
+    x_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    tokens: int,
+    z_weight: float,
+    chunk: int | None,
+) -> tuple:
     head_spec, weight_DV = spec_of(head_DV), gathered(head_DV.astype(x_BTD.dtype))
     vocab_axes = names(spec_of(weight_DV)[1])
 
-    def losses(x_BTD, weight_DV, targets_BT):
-        def piece(grad_DV, inputs):
+    def losses(x_BTD: jax.Array, weight_DV: jax.Array, targets_BT: jax.Array) -> tuple:
+        def piece(grad_DV: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple:
             x_ND, targets_N = inputs
-            exp_NV, sum_N, place_N, lse_N, picked_N = _scores(
-                x_ND, targets_N, weight_DV, vocab_axes
-            )
+            scores = _scores(x_ND, targets_N, weight_DV, vocab_axes)
+            exp_NV, sum_N, place_N, lse_N, picked_N = scores
             # d ce = softmax - onehot; d lse^2 = 2 lse softmax
             scale_N = (1 + 2 * z_weight * lse_N) / (sum_N * tokens)
             hit_NV = jnp.arange(exp_NV.shape[1]) == place_N[:, None]
             grad_NV = (exp_NV * scale_N[:, None] - hit_NV / tokens).astype(x_ND.dtype)
             grad_ND = _matmul(grad_NV, weight_DV.T)
-            grad_ND = (jax.lax.psum(grad_ND, vocab_axes) if vocab_axes else grad_ND).astype(
-                x_ND.dtype
-            )
-            return grad_DV + _matmul(x_ND.T, grad_NV), (lse_N - picked_N, lse_N**2, grad_ND)
+            grad_ND = jax.lax.psum(grad_ND, vocab_axes) if vocab_axes else grad_ND
+            losses = lse_N - picked_N, lse_N**2, grad_ND.astype(x_ND.dtype)
+            return grad_DV + _matmul(x_ND.T, grad_NV), losses
 
         count = pieces(targets_BT.size, weight_DV.shape[1], chunk)
         # a token that only fills up the last piece has x = 0: it adds nothing to grad_DV, and join
         # drops the rest
         zeros_DV = varying(jnp.zeros(weight_DV.shape, jnp.float32), vocab_axes)
-        grad_DV, (ce_CN, z_CN, grad_CND) = jax.lax.scan(
-            piece, zeros_DV, (split(x_BTD, count), split(targets_BT, count))
-        )
-        ce_BT, z_BT, grad_BTD = (join(a_CN, targets_BT.shape) for a_CN in (ce_CN, z_CN, grad_CND))
+        inputs = split(x_BTD, count), split(targets_BT, count)
+        by_piece: tuple[jax.Array, ...]
+        grad_DV, by_piece = jax.lax.scan(piece, zeros_DV, inputs)
+        ce_BT, z_BT, grad_BTD = (join(a_CN, targets_BT.shape) for a_CN in by_piece)
         return ce_BT, z_BT, grad_BTD, sum_over_batch(grad_DV, head_spec)
 
-    ce_BT, z_BT, grad_BTD, grad_DV = local(
-        losses, lambda x, weight, targets: (targets, targets, x, head_spec)
-    )(x_BTD, weight_DV, targets_BT)
+    losses = local(losses, lambda x, weight, targets: (targets, targets, x, head_spec))
+    ce_BT, z_BT, grad_BTD, grad_DV = losses(x_BTD, weight_DV, targets_BT)
     return _means(ce_BT, z_BT, tokens, z_weight), (grad_BTD, grad_DV)
 
 
-def _backward(tokens, z_weight, chunk, residuals, cotangents):
+def _backward(
+    tokens: int, z_weight: float, chunk: int | None, residuals: tuple, cotangents: tuple
+) -> tuple:
     grad_BTD, grad_DV = residuals
     by, _ = cotangents  # 1 in a plain gradient, which XLA leaves out
     return grad_BTD * by.astype(grad_BTD.dtype), grad_DV * by, None
@@ -143,7 +150,7 @@ def _backward(tokens, z_weight, chunk, residuals, cotangents):
 mean_loss.defvjp(_forward, _backward)
 
 
-def _matmul(a, b):
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
@@ -161,7 +168,7 @@ def split(a_BT: jax.Array, count: int) -> jax.Array:
     return a_T.reshape(-1, count, *a_T.shape[1:]).swapaxes(0, 1)
 
 
-def join(a_CN: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def join(a_CN: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse of :func:`split`: [C, N, ...] -> [B, T, ...]."""
     a_T = a_CN.swapaxes(0, 1).reshape(-1, *a_CN.shape[2:])
     return a_T[: shape[0] * shape[1]].reshape(*shape, *a_CN.shape[2:])

@@ -8,6 +8,7 @@ come from the live weights (training), from a fold over every address (export) o
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from flexmemory.models.patterns import LayerSpec
 from flexmemory.sharding import local
 
 Rows = dict[str, jax.Array]  # group name -> rows_LRW of the group's memory layers, in layer order
+TABLE_BLOCK = 256  # rows of a table whose first values come from one key
 
 
 @jax.custom_vjp
@@ -36,29 +38,48 @@ def gather_rows(rows_RW: jax.Array, inverse_BT: jax.Array) -> jax.Array:
     )(rows_RW, inverse_BT)
 
 
-def _gather_forward(rows_RW, inverse_BT):
+def _gather_forward(rows_RW: jax.Array, inverse_BT: jax.Array) -> tuple:
     return gather_rows(rows_RW, inverse_BT), (inverse_BT, rows_RW)
 
 
-def _gather_backward(residuals, grad_BTW):
-    def add(inverse_BT, rows_RW, grad_BTW):  # rows only for their shape and dtype
-        grad_RW = (
-            jnp.zeros(rows_RW.shape, jnp.float32)
-            .at[inverse_BT]
-            .add(grad_BTW.astype(jnp.float32), mode="clip")
-        )
+def _gather_backward(residuals: tuple, grad_BTW: jax.Array) -> tuple:
+    def add(inverse_BT: jax.Array, rows_RW: jax.Array, grad_BTW: jax.Array) -> jax.Array:
+        zeros_RW = jnp.zeros(rows_RW.shape, jnp.float32)  # rows only for their shape and dtype
+        grad_RW = zeros_RW.at[inverse_BT].add(grad_BTW.astype(jnp.float32), mode="clip")
         return grad_RW.astype(rows_RW.dtype)
 
-    return local(add, lambda inverse, rows, grad: rows)(*residuals, grad_BTW), np.zeros(
-        residuals[0].shape, jax.dtypes.float0
-    )
+    grad_RW = local(add, lambda inverse, rows, grad: rows)(*residuals, grad_BTW)
+    return grad_RW, np.zeros(residuals[0].shape, jax.dtypes.float0)
 
 
 gather_rows.defvjp(_gather_forward, _gather_backward)
 
 
-class FFNRows(nnx.Module):
-    """Live row of one layer: a SwiGLU of the normed token embedding (MemoryLLM Eq 2.4-2.5). W = D."""
+class RowSource(nnx.Module):
+    """What makes the rows of one layer: built as ``source(cfg, layer, rngs)``, called as
+    ``source(ids_R, e_RD) -> rows_RW`` with addresses (see :func:`take_rows`) and their token
+    embeddings.
+
+    A source with a learned table sets ``self.table = empty_table(cfg, width)``, reads it by
+    :func:`take_rows` and gives the table's ``table_std``.
+    """
+
+    stacking = "vmap"  # over the layers of a stack; with "scan" one layer is computed at a time
+
+    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
+        pass
+
+    @staticmethod
+    def table_std(cfg: ModelConfig, layer: LayerSpec) -> float:
+        """Standard deviation of the table's first values, which are normal."""
+        raise NotImplementedError("a source with a table gives table_std")
+
+    def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+
+class FFNRows(RowSource):
+    """Live row of one layer: a SwiGLU of the normed token embedding (MemoryLLM Eq 2.4). W = D."""
 
     # in a fold, an evaluation or under remat one layer's [R, F] activations are alive at a time
     stacking = "scan"
@@ -67,41 +88,61 @@ class FFNRows(nnx.Module):
         self.norm = None if cfg.x0_norm_shared else x0_norm(cfg)
         self.ffn = SwiGLU(cfg, layer.d_memory, rngs)
 
-    def __call__(self, ids_R: jax.Array, e_RD: jax.Array) -> jax.Array:
+    def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
         return self.ffn(e_RD if self.norm is None else self.norm(e_RD))
 
 
-class TableRows(nnx.Module):
-    """Learned row of one layer: table [V, W] float32, Xavier-normal as the STEM code initialises
-    it, or normal with ``cfg.table_init_std``.
+class TableRows(RowSource):
+    """Learned row of one layer: the row of a table [V, W] float32, at first Xavier-normal as the
+    STEM code initialises it, or normal with ``cfg.table_init_std``.
     """
 
-    stacking = "vmap"  # tables lie side by side, [L, V, W]; scanning would copy whole ones
+    def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
+        self.table = empty_table(cfg, layer.row_width)
 
-    def __init__(
-        self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs, draw: Callable = jax.random.normal
-    ):
-        std = cfg.table_init_std or (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
-        self.table = nnx.Param(
-            std * draw(rngs.params(), (cfg.vocab_size, layer.row_width), jnp.float32)
-        )
+    @staticmethod
+    def table_std(cfg: ModelConfig, layer: LayerSpec) -> float:
+        return cfg.table_init_std or (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
 
     def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
         return take_rows(self.table[...], ids_R).astype(e_RD.dtype)
 
 
+def empty_table(cfg: ModelConfig, width: int) -> nnx.Param:
+    """A table [V, width] of zeros. ``transformer.init_params`` draws the first values, because a
+    table may be larger than a device.
+    """
+    return nnx.Param(jnp.zeros((cfg.vocab_size, width), jnp.float32))
+
+
+def first_rows(
+    keys_L: jax.Array, std: float, first: int | jax.Array, blocks: int, width: int
+) -> jax.Array:
+    """First values [L, blocks * TABLE_BLOCK, width], float32, of some rows of L tables. Block b of
+    a table, its TABLE_BLOCK rows from row b * TABLE_BLOCK on, is std * normal(fold_in(key, b)):
+    the same numbers however many blocks are drawn at a time. ``first``: number of the first block.
+    """
+
+    def block(key: jax.Array, b: jax.Array) -> jax.Array:
+        return std * jax.random.normal(jax.random.fold_in(key, b), (TABLE_BLOCK, width))
+
+    over_blocks = jax.vmap(block, (None, 0))
+    rows = jax.vmap(over_blocks, (0, None))(keys_L, first + jnp.arange(blocks))
+    return rows.reshape(len(keys_L), blocks * TABLE_BLOCK, width)
+
+
 def take_rows(table_VW: jax.Array, ids_R: jax.Array | None) -> jax.Array:
-    """rows_RW of the addresses ids_R; with None the table holds the rows asked for alone, in their
-    order: so it is trained.
+    """rows_RW of the addresses ids_R. ids_R=None: the table is already gathered to these rows, as
+    in a train step.
     """
     return table_VW if ids_R is None else table_VW[ids_R]
 
 
-def x0_norm(cfg: ModelConfig) -> nnx.Module:
+def x0_norm(cfg: ModelConfig) -> RMSNorm | LayerNorm:
     return (LayerNorm if cfg.x0_norm == "layernorm" else RMSNorm)(cfg.d_model, cfg.norm_eps)
 
 
-def apply_stack(body: Callable, carry, xs, length: int, scan: bool):
+def apply_stack(body: Callable, carry: Any, xs: Any, length: int, scan: bool) -> tuple[Any, Any]:
     """``lax.scan(body, carry, xs)``, or the same as an unrolled Python loop."""
     if scan and length > 1:
         return jax.lax.scan(body, carry, xs)
@@ -112,9 +153,9 @@ def apply_stack(body: Callable, carry, xs, length: int, scan: bool):
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *ys)
 
 
-# Tensors that a remat may keep, named by checkpoint_name where they are made: what attention reads
-# (q and k with RoPE) and gives before its output projection; the projections in front of an FFN's
-# SiLU and beside it, of the context and of a live row.
+# Tensors that a remat may keep, named by checkpoint_name where they are computed: what attention
+# reads (q and k with RoPE) and gives before its output projection; the projections in front of an
+# FFN's SiLU and beside it, of the context and of a live row.
 KEEPABLE = ("q", "k", "v", "attention", "gate", "up")
 
 
@@ -132,67 +173,57 @@ def row_groups(specs: tuple[LayerSpec, ...]) -> dict[str, list[int]]:
     """Group name -> indices of its memory layers. A group is one array of rows of one width."""
     groups: dict[str, list[int]] = {}
     for index, spec in enumerate(specs):
-        if spec.row_width:
-            groups.setdefault(f"w{spec.row_width}", []).append(index)
+        if spec.group:
+            groups.setdefault(spec.group, []).append(index)
     return groups
 
 
 def row_stacks(specs: tuple[LayerSpec, ...]) -> dict[str, list[tuple[str, list[int]]]]:
     """Group name -> [(name of a stack of parameters, indices of the memory layers whose rows it
-    makes)]. Layers with equal specs share a stack.
+    gives)]. Layers with equal specs share a stack.
     """
-    places: dict[tuple[str, LayerSpec], list[int]] = {}
-    for name, layers in row_groups(specs).items():
-        for index in layers:
-            places.setdefault((name, specs[index]), []).append(index)
+    layers_of: dict[LayerSpec, list[int]] = {}
+    for index in itertools.chain(*row_groups(specs).values()):
+        layers_of.setdefault(specs[index], []).append(index)
     stacks: dict[str, list[tuple[str, list[int]]]] = {}
-    for number, ((name, _), layers) in enumerate(places.items()):
-        stacks.setdefault(name, []).append((f"stack{number}", layers))
+    for number, (spec, layers) in enumerate(layers_of.items()):
+        stacks.setdefault(spec.group, []).append((f"stack{number}", layers))
     return stacks
 
 
-def rows_by_unit(rows: Rows, cuts) -> list[dict[str, jax.Array]]:
+def rows_by_unit(rows: Rows, cuts: tuple) -> list[Rows]:
     """Deals the rows out to the scanned stack: for each (unit, repeats) of ``patterns.segments``
     {"u<j>": rows [repeats, R, W]}.
     """
-    taken, made = dict.fromkeys(rows, 0), []
+    taken, units = dict.fromkeys(rows, 0), []
     for unit, repeats in cuts:
-        groups = [f"w{spec.row_width}" if spec.row_width else None for spec in unit]
-        mine = {}
+        groups, unit_rows = [spec.group for spec in unit], {}
         for j, group in enumerate(groups):
             if group:
                 first, step = taken[group] + groups[:j].count(group), groups.count(group)
-                mine[f"u{j}"] = rows[group][first : first + step * repeats : step]
-        for group in set(groups) - {None}:
+                unit_rows[f"u{j}"] = rows[group][first : first + step * repeats : step]
+        for group in set(groups) - {""}:
             taken[group] += groups.count(group) * repeats
-        made.append(mine)
-    return made
+        units.append(unit_rows)
+    return units
 
 
 class TokenMemory(nnx.Module):
-    """The row sources of all memory layers, stacks of parameters [n, ...] as :func:`row_stacks` has
-    them.
-
-    ``sources`` maps a layer kind to the class that makes its rows: built as ``source(cfg, layer,
-    rngs)``, called as ``source(ids_R, e_RD) -> rows_RW``.
+    """The row sources of all memory layers, in stacks of parameters [n, ...] as :func:`row_stacks`
+    has them. ``sources`` maps a layer kind to its RowSource.
     """
 
     def __init__(
         self,
         cfg: ModelConfig,
         specs: tuple[LayerSpec, ...],
-        sources: dict[str, type],
+        sources: dict[str, type[RowSource]],
         rngs: nnx.Rngs,
     ):
-        uses_e = any(
-            spec.d_memory for spec in specs
-        )  # a stack of learned tables alone reads no embedding
+        uses_e = any(spec.d_memory for spec in specs)  # learned tables alone read no embedding
         self.norm = x0_norm(cfg) if cfg.x0_norm_shared and uses_e else None
-        self.detach, self.scan, self.dtype = (
-            cfg.detach_x0,
-            cfg.scan_layers,
-            jnp.dtype(cfg.compute_dtype),
-        )
+        self.detach, self.scan = cfg.detach_x0, cfg.scan_layers
+        self.dtype = jnp.dtype(cfg.compute_dtype)
         self.remat, self.keep = cfg.remat, cfg.remat_keep
         groups, order, stacks = row_groups(specs), row_stacks(specs), {}
         for stack, layers in itertools.chain(*order.values()):
@@ -200,22 +231,15 @@ class TokenMemory(nnx.Module):
             source = sources[spec.kind]
             stacks[stack] = jax.vmap(lambda key: source(cfg, spec, key))(rngs.split(len(layers)))
         self.stacks = nnx.Dict(stacks)
-        # static: which stack fills which places of a group's layer axis
+        # static: which stack fills which layers of a group
         self.order = tuple(
-            (
-                name,
-                tuple(
-                    (stack, tuple(groups[name].index(i) for i in layers)) for stack, layers in parts
-                ),
-            )
-            for name, parts in order.items()
+            (g, tuple((stack, tuple(map(groups[g].index, layers))) for stack, layers in parts))
+            for g, parts in order.items()
         )
 
     def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> Rows:
-        """Rows of the addresses ids_R (int32) whose token embeddings are e_RD. Returns rows_LRW by
-        group.
-
-        ids_R: see :func:`take_rows`, through which every source reads its table.
+        """Rows of the addresses ids_R (int32, see :func:`take_rows`) whose token embeddings are
+        e_RD. Returns rows_LRW by group.
         """
         e_RD = e_RD.astype(self.dtype)
         if self.detach:
@@ -223,20 +247,20 @@ class TokenMemory(nnx.Module):
         if self.norm is not None:
             e_RD = self.norm(e_RD)
         rows = {}
-        for name, parts in self.order:
-            made, places = [], []
-            for stack, where in parts:
-                made.append(self._stack_rows(self.stacks[stack], ids_R, e_RD, len(where)))
-                places.extend(where)
-            rows_LRW = made[0] if len(made) == 1 else jnp.concatenate(made)
-            rows[name] = rows_LRW if places == sorted(places) else rows_LRW[np.argsort(places)]
+        for group, stacks in self.order:
+            parts = [self._stack_rows(self.stacks[s], ids_R, e_RD, len(at)) for s, at in stacks]
+            at = list(itertools.chain(*(at for _, at in stacks)))
+            rows_LRW = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+            rows[group] = rows_LRW if at == sorted(at) else rows_LRW[np.argsort(at)]
         return rows
 
-    def _stack_rows(self, stack, ids_R, e_RD, length: int) -> jax.Array:
+    def _stack_rows(
+        self, stack: RowSource, ids_R: jax.Array | None, e_RD: jax.Array, length: int
+    ) -> jax.Array:
         if stack.stacking == "vmap":
             return jax.vmap(lambda source: source(ids_R, e_RD))(stack)
 
-        def body(carry, source):
+        def body(carry: None, source: RowSource) -> tuple[None, jax.Array]:
             return carry, source(ids_R, e_RD)
 
         body = remat(body, length, self.scan, self.keep) if self.remat else body

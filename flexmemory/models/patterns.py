@@ -4,6 +4,8 @@ are scanned.
 
 import dataclasses
 import re
+from collections.abc import Collection
+from typing import NoReturn
 
 from flexmemory.errors import UserError, nearest
 
@@ -17,18 +19,23 @@ class LayerSpec:
     """
 
     kind: str  # a word of blocks.KINDS
-    d_ffn: int = (
-        0  # inner width of the FFN that stays in the block (dense, FFN-C, stem), 0 without one
-    )
-    d_memory: int = 0  # inner width of the FFN that makes the row (ToL), 0 for a learned table
+    d_ffn: int = 0  # inner width of the FFN that stays in the block (dense, FFN-C, stem), or 0
+    d_memory: int = 0  # inner width of the FFN that computes the row (ToL), 0 for a learned table
     row_width: int = 0  # W, width of the row handed to the block, 0 for a layer without memory
     square: int = 0  # flex with ffn_c_kind=square: number of D x D matrices in FFN-C
     replaces: int = 0  # FFN weights that the row stands for
+    nominal: bool = False  # FFN-C and FFN-M together are the papers' FFN of 8 D^2 weights
+    learned: bool = False  # the row is a row of a learned table, and nothing else computes it
+
+    @property
+    def group(self) -> str:
+        """Name of the layer's row group, see memory.row_groups; "" for a layer without memory."""
+        return f"w{self.row_width}" if self.row_width else ""
 
 
 # MemoryLLM Table 5 (rows h^2 and 3h^2 of the 1B model swapped back): FFN-M widths as printed follow
 # no single rounding rule, so they are listed; {(D, F): {beta: FFN-M width}}.
-TABLE5_FFN_M = {
+TABLE5_FFN_M: dict[tuple[int, int], dict[float, int]] = {
     (960, 2560): {1: 2240, 2: 1920, 3: 1600},
     (1600, 4272): {1: 3738, 2: 3200, 3: 2668},
     (2048, 5464): {1: 4778, 2: 4096, 3: 3418},
@@ -42,13 +49,12 @@ def flex_widths(d_model: int, d_ff: int, beta: float) -> tuple[int, int]:
     FFN-M is the paper's printed width where Table 5 has one, else (8 - beta)/8 of d_ff rounded to
     the nearest integer (d_ff itself stands for 8h/3).
     """
-    d_memory = TABLE5_FFN_M.get((d_model, d_ff), {}).get(beta)
-    if d_memory is None:
-        d_memory = int(d_ff * (8 - beta) / 8 + 0.5)
+    rounded = int(d_ff * (8 - beta) / 8 + 0.5)
+    d_memory = TABLE5_FFN_M.get((d_model, d_ff), {}).get(beta, rounded)
     return d_ff - d_memory, d_memory
 
 
-def parse_pattern(text: str, kinds) -> tuple[str, ...]:
+def parse_pattern(text: str, kinds: Collection[str]) -> tuple[str, ...]:
     """Expands a pattern into kind names. Grammar: item = (word | "(" items ")") ["*" count]; items
     are separated by spaces.
 
@@ -57,14 +63,14 @@ def parse_pattern(text: str, kinds) -> tuple[str, ...]:
     tokens = [(m.group(), m.start()) for m in re.finditer(r"[()]|\*|[^\s()*]+", text)]
     position = 0
 
-    def fail(at: int, what: str):
+    def fail(at: int, what: str) -> NoReturn:
         raise UserError(
             f"config model.pattern: {what}, at {at + 1} in {text!r}: {text[:at]}>>>{text[at:]}"
         )
 
     def items(depth: int) -> list[str]:
         nonlocal position
-        made = []
+        layers: list[str] = []
         if depth > MAX_DEPTH:
             fail(tokens[position - 1][1], f"more than {MAX_DEPTH} groups inside each other")
         while position < len(tokens):
@@ -73,9 +79,9 @@ def parse_pattern(text: str, kinds) -> tuple[str, ...]:
             if word == ")":
                 if not depth:
                     fail(at, "')' without '('")
-                if not made:
+                if not layers:
                     fail(at, "empty group")
-                return made
+                return layers
             if word == "(":
                 part = items(depth + 1)
             elif word == "*":
@@ -89,20 +95,18 @@ def parse_pattern(text: str, kinds) -> tuple[str, ...]:
                 position += 1
                 count, at = tokens[position] if position < len(tokens) else ("", len(text))
                 if not count.isdecimal() or not count.strip("0"):
-                    fail(
-                        at if count else star,
-                        f"a whole number above 0 must follow '*', not {count!r}",
-                    )
+                    what = f"a whole number above 0 must follow '*', not {count!r}"
+                    fail(at if count else star, what)
                 position += 1
                 if len(count) > 9 or len(part) * int(count) > MAX_LAYERS:
                     fail(at, f"more than {MAX_LAYERS} layers")
                 part = part * int(count)
-            made += part
-            if len(made) > MAX_LAYERS:
+            layers += part
+            if len(layers) > MAX_LAYERS:
                 fail(at, f"more than {MAX_LAYERS} layers")
         if depth:
             fail(len(text), "missing ')'")
-        return made
+        return layers
 
     layers = items(0)
     if not layers:
@@ -139,7 +143,8 @@ def segments(specs: tuple[LayerSpec, ...]) -> tuple[tuple[tuple[LayerSpec, ...],
     """Cuts the stack into (repeating unit, repeats), greedily from the input: the unit that covers
     most, the shortest first.
     """
-    cuts, start = [], 0
+    cuts: list[tuple[tuple[LayerSpec, ...], int]] = []
+    start = 0
     while start < len(specs):
         best, covered = 1, 1
         for period in range(1, (len(specs) - start) // 2 + 1):

@@ -15,9 +15,9 @@ import numpy as np
 
 from flexmemory.errors import UserError
 from flexmemory.files import PAGE, allocate
-from flexmemory.models.blocks import KINDS, layer_specs
+from flexmemory.models.blocks import layer_specs
 from flexmemory.models.config import ModelConfig
-from flexmemory.models.memory import Rows, TableRows, row_stacks, take_rows
+from flexmemory.models.memory import Rows, row_stacks, take_rows
 from flexmemory.models.parameters import is_table
 from flexmemory.models.transformer import build
 from flexmemory.tkv import format
@@ -177,7 +177,7 @@ def learned_tables(
     """
     specs, learned = layer_specs(cfg), {}
     for group in groups:
-        tables = all(KINDS[specs[layer].kind].source is TableRows for layer in group.layers)
+        tables = all(specs[layer].learned for layer in group.layers)
         # else they are computed, or rounded
         if tables and group.layout.exact and cfg.compute_dtype == "float32":
             table_of = {

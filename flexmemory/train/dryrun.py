@@ -17,6 +17,7 @@ from flexmemory.data.pipeline import padded_rows
 from flexmemory.errors import UserError
 from flexmemory.models.accounting import account, train_flops_per_token
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.parameters import is_table, join, path_name
 from flexmemory.train.collectives import collectives, traffic
 from flexmemory.train.compiled import memory
 from flexmemory.train.host_tables import IN_FLIGHT, with_rows
@@ -145,20 +146,22 @@ def dry_run(cfg: Config, mesh: Mesh | AbstractMesh, rows: int, compiled: bool = 
     sizes = dict(mesh.shape)
     count, sections = math.prod(sizes.values()), parallel.sections_of(sizes)
     state = abstract_state(cfg)
-    parallel.check(cfg, state["params"], sizes)
+    parallel.check(cfg, join(state["params"]), sizes)
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
-        whole = jax.tree.leaves(jax.tree.map(_at, state, parallel.placed(cfg, state)))
+        whole = jax.tree.leaves(join(jax.tree.map(_at, state, parallel.placed(cfg, state))))
         state, batch = abstract_step(cfg, mesh, rows)
         traced = make_train_step(cfg).trace(state, batch)
     parts, arrays, more = dict.fromkeys((*PARTS, HOST), 0), [], 0
-    for (path, leaf), there in zip(jax.tree_util.tree_leaves_with_path(state), whole, strict=True):
-        name, own = parallel.path_name(path), _own_bytes(leaf)
+    for (path, leaf), there in zip(
+        jax.tree_util.tree_leaves_with_path(join(state)), whole, strict=True
+    ):
+        name, own = path_name(path), _own_bytes(leaf)
         spec = str(leaf.sharding.spec)
         arrays.append({"name": name, "shape": leaf.shape, "bytes": own, "spec": spec})
-        kind = "table" if name.endswith(".table") else "weight"
+        kind = "table" if is_table(path, leaf) else "weight"
         part = f"{kind}s" if name.startswith("params.") else f"{kind} moments"
         parts[part] += own
-        if cfg.parallel.table_memory == "host" and parallel.is_table(path, leaf):
+        if cfg.parallel.table_memory == "host" and kind == "table":
             others = (IN_FLIGHT - 1) * own  # of other batches, beside the step
             parts[part] += others
             parts[HOST] += _own_bytes(there)

@@ -9,42 +9,40 @@ the columns of its own devices.
 """
 
 import functools
-import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax import P
-from jax.extend.random import define_prng_impl, threefry2x32_p
 
 from flexmemory.config import Config
 from flexmemory.evals.rows import RowsOf, live
-from flexmemory.models.parameters import is_table, keys
-from flexmemory.models.transformer import initialiser
+from flexmemory.models.memory import TABLE_BLOCK, Rows
+from flexmemory.models.parameters import is_table, join, keys, split
+from flexmemory.models.transformer import drawing, first_table, fresh_params
 from flexmemory.parallel import on_devices, placed
 from flexmemory.sharding import local
-from flexmemory.train.step import abstract_state, init_optimizer
+from flexmemory.train.step import abstract_state
 
-BLOCK_BYTES = 256 << 20  # of a fresh table, made on the devices at a time
+DRAW_BYTES = 256 << 20  # of a table's first values, drawn on the devices at a time
 COPYING = 8  # threads that copy rows, at most
-IN_FLIGHT = (
-    3  # batches whose rows may be on the devices at a time: one in work, one coming, one going
-)
+# batches whose rows may be on the devices at a time: one in work, one coming, one going
+IN_FLIGHT = 3
 
 Arrays = dict[int, jax.Array]  # leaf of the state -> rows
 
 
 class HostTables:
     """The tables of a train state and their moments, or numbers per row: its leaves for which
-    ``parallel.is_table`` is true.
+    ``parameters.is_table`` is true.
 
     ``given``: a state as a checkpoint gives it; by default that of ``step.init_state``. The
-    training loop begins with ``state`` and makes, for every batch of :meth:`ahead`, ``state =
+    training loop begins with ``state`` and does, for every batch of :meth:`ahead`, ``state =
     rows_in(state)``, the step, and ``rows_out(state)``: the tables in its state have the rows of
     one batch. What fails in the background is raised by a later call.
     """
@@ -52,10 +50,9 @@ class HostTables:
     def __init__(self, cfg: Config, given: dict | None = None):
         abstract, self._model = abstract_state(cfg), cfg.model
         paths, self._tree = jax.tree_util.tree_flatten_with_path(abstract)
-        self._shapes = {
-            i: leaf.shape for i, (path, leaf) in enumerate(paths) if is_table(path, leaf)
-        }
-        self._params = [i for i in self._shapes if keys(paths[i][0])[0] == "params"]
+        self._shapes = {i: a.shape for i, (path, a) in enumerate(paths) if is_table(path, a)}
+        names = [keys(path) for path, _ in paths]
+        self._params = [i for i in self._shapes if names[i][0] == "params"]
         self._whole_places, self._places = (
             jax.tree.leaves(placed(where, abstract)) for where in (cfg, on_devices(cfg))
         )
@@ -69,28 +66,23 @@ class HostTables:
             for i, shape in self._shapes.items()
         }
         if given is None:
-            leaves = self._fresh(cfg, paths)
+            leaves = self._fresh(cfg.train.seed, [a for _, a in paths], names)
         else:
             leaves = jax.tree.leaves(given)
             for i in self._shapes:
-                for shard in leaves[i].addressable_shards:
-                    self._tables[i][_columns(shard.index)][:] = shard.data
-        self.state = self._tree.unflatten(
-            [paths[i][1] if i in self._shapes else leaf for i, leaf in enumerate(leaves)]
-        )
-        self._thread = ThreadPoolExecutor(
-            1, "tables"
-        )  # one, so that reads and writes keep their order
-        self._copying = ThreadPoolExecutor(min(COPYING, os.cpu_count()), "rows")
+                self._write(i, leaves[i])
+        shapes = [a if i in self._shapes else leaves[i] for i, (_, a) in enumerate(paths)]
+        self.state = jax.tree.unflatten(self._tree, shapes)
+        # one thread, so that reads and writes keep their order
+        self._thread = ThreadPoolExecutor(1, "tables")
+        self._copying = ThreadPoolExecutor(min(COPYING, os.cpu_count() or 1), "rows")
         self._coming: deque[Future] = deque()  # rows of the batches to come
         self._going: deque[Future] = deque()  # rows of steps, on their way back
-        self._fetched: np.ndarray | None = (
-            None  # table_ids of the batch whose rows were read last; the thread's own
-        )
-        self._ids, self._made = (
-            None,
-            {},
-        )  # table_ids of the step under way, rows that the step before it made
+        # table_ids of the batch whose rows were read last; the thread's own
+        self._fetched: np.ndarray | None = None
+        # table_ids of the step under way, and the rows that the step before it has changed
+        self._ids = np.zeros(0, np.int32)
+        self._changed: Arrays = {}
 
     def ahead(self, batches: Iterable[dict]) -> Iterator[dict]:
         """The batches; each is given when the rows of the one after it have been asked for."""
@@ -105,28 +97,23 @@ class HostTables:
 
     def rows_in(self, state: dict) -> dict:
         """The state with the rows of the next batch: waits until they have been read."""
-        self._ids, rows, places_C = self._coming.popleft().result()
+        self._ids, rows, from_C = self._coming.popleft().result()
         while self._going and self._going[0].done():
             self._going.popleft().result()
-        if self._made:
-            rows = dict(
-                zip(
-                    rows,
-                    _renewed(list(rows.values()), list(self._made.values()), places_C),
-                    strict=True,
-                )
-            )
+        if self._changed:
+            new = _renewed(list(rows.values()), list(self._changed.values()), from_C)
+            rows = dict(zip(rows, new, strict=True))
         return self._with(state, rows)
 
     def rows_out(self, state: dict) -> None:
-        """Sends the rows of a state that the step has made, or is about to make, back into the
+        """Sends the rows of a state that the step has changed, or is about to change, back into the
         tables; waits for nothing.
         """
         leaves = jax.tree.leaves(state)
-        self._made = {i: leaves[i] for i in self._shapes}
-        for rows in self._made.values():
+        self._changed = {i: leaves[i] for i in self._shapes}
+        for rows in self._changed.values():
             rows.copy_to_host_async()
-        self._going.append(self._thread.submit(self._put_back, self._ids, self._made))
+        self._going.append(self._thread.submit(self._put_back, self._ids, self._changed))
 
     def whole(self, state: dict) -> dict:
         """A state like that of ``step.init_state``, with a copy of the tables in ``pinned_host``
@@ -134,33 +121,26 @@ class HostTables:
         """
         self._settle()
 
-        def copy(i, shape):
-            return jax.make_array_from_callback(
-                shape, self._whole_places[i], lambda index: self._tables[i][_columns(index)].copy()
-            )
+        def copy(i: int) -> jax.Array:
+            part = lambda index: self._tables[i][_columns(index)].copy()
+            return jax.make_array_from_callback(self._shapes[i], self._whole_places[i], part)
 
-        return self._with(state, {i: copy(i, shape) for i, shape in self._shapes.items()})
+        return self._with(state, {i: copy(i) for i in self._shapes})
 
     def rows_of(self, state: dict) -> RowsOf:
         """Rows of any ids for an evaluation of ``state``, until the next :meth:`rows_out`."""
         self._settle()
 
-        def rows(ids_R):
+        def rows(ids_R: jax.Array) -> Rows:
             ids_N = np.asarray(_everywhere(ids_R))  # of all sections, which have many in common
-            seen_V = np.zeros(self._vocab, bool)
+            seen_V = np.zeros(self._model.vocab_size, bool)
             seen_V[ids_N] = True
-            ids_C = np.zeros(min(len(ids_N), self._vocab), np.int32)
+            ids_C = np.zeros(min(len(ids_N), len(seen_V)), np.int32)
             ids_C[: seen_V.sum()] = np.flatnonzero(seen_V)
             place_V = np.cumsum(seen_V, dtype=np.int32) - 1
-            places_R = jax.make_array_from_callback(
-                ids_N.shape, ids_R.sharding, place_V[ids_N].__getitem__
-            )
-            return live(
-                self._with(state, self._read(self._params, ids_C))["params"],
-                ids_R,
-                places_R,
-                cfg=self._model,
-            )
+            places_R = _spread(place_V[ids_N], ids_R.sharding)
+            params = self._with(state, self._read(self._params, ids_C))["params"]
+            return live(join(params), ids_R, places_R, cfg=self._model)
 
         return rows
 
@@ -170,9 +150,9 @@ class HostTables:
         self._copying.shutdown()
 
     def _with(self, state: dict, arrays: Arrays) -> dict:
-        return self._tree.unflatten(
-            [arrays.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(state))]
-        )
+        leaves = jax.tree.leaves(state)
+        leaves = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(self._tree, leaves)
 
     def _settle(self) -> None:
         """Waits until the rows of all steps are in the tables."""
@@ -183,19 +163,13 @@ class HostTables:
 
     def _fetch(self, table_ids: jax.Array) -> tuple[np.ndarray, Arrays, jax.Array]:
         """(table_ids, their rows, the place of each among the batch before, or -1)"""
-        ids_C = np.asarray(table_ids)
-        place_V = np.full(self._vocab + 1, -1, np.int32)
+        ids_C, vocab = np.asarray(table_ids), self._model.vocab_size
+        place_V = np.full(vocab + 1, -1, np.int32)
         if self._fetched is not None:
             place_V[self._fetched] = np.arange(len(self._fetched), dtype=np.int32)
-            place_V[self._vocab] = -1  # no row
+            place_V[vocab] = -1  # no row
         self._fetched = ids_C
-        return (
-            ids_C,
-            self._read(self._shapes, ids_C),
-            jax.make_array_from_callback(
-                ids_C.shape, table_ids.sharding, place_V[ids_C].__getitem__
-            ),
-        )
+        return ids_C, self._read(self._shapes, ids_C), _spread(place_V[ids_C], table_ids.sharding)
 
     def _read(self, leaves: Iterable[int], ids_C: np.ndarray) -> Arrays:
         """Rows of some leaves on the devices, [L, C, W] or [L, C]; an id equal to V gets the last
@@ -207,133 +181,83 @@ class HostTables:
             for columns, table in self._tables[i].items()
         }
         self._copy(
-            [
-                (np.take, layer, ids_C, 0, rows, "clip")
-                for (i, columns), out in parts.items()
-                for layer, rows in zip(self._tables[i][columns], out, strict=True)
-            ]
+            (np.take, layer, ids_C, 0, rows, "clip")
+            for (i, columns), part in parts.items()
+            for layer, rows in zip(self._tables[i][columns], part, strict=True)
         )
-        shapes = {i: (self._shapes[i][0], len(ids_C), *self._shapes[i][2:]) for i in leaves}
-        return {
-            i: jax.make_array_from_callback(
-                shapes[i], self._places[i], lambda index, i=i: parts[i, _columns(index)]
-            )
-            for i in leaves
-        }
 
-    def _put_back(self, ids_C: np.ndarray, made: Arrays) -> None:
-        real_C = ids_C < self._vocab
-        in_front = bool(
-            real_C[: real_C.sum()].all()
-        )  # what is no row stands behind those that are one, unless C is V
-        places, ids = slice(real_C.sum()) if in_front else real_C, ids_C[real_C]
+        def array(i: int) -> jax.Array:
+            shape = self._shapes[i][0], len(ids_C), *self._shapes[i][2:]
+            part = lambda index: parts[i, _columns(index)]
+            return jax.make_array_from_callback(shape, self._places[i], part)
+
+        return {i: array(i) for i in leaves}
+
+    def _put_back(self, ids_C: np.ndarray, changed: Arrays) -> None:
+        real_C = ids_C < self._model.vocab_size
+        count = real_C.sum()
+        # what is no row stands behind those that are one, unless C is V
+        places = slice(count) if real_C[:count].all() else real_C
         parts = {
             (i, _columns(shard.index)): np.asarray(shard.data)
-            for i, rows in made.items()
+            for i, rows in changed.items()
             for shard in rows.addressable_shards
         }
         self._copy(
-            [
-                (_put, layer, ids, rows, places)
-                for (i, columns), part in parts.items()
-                for layer, rows in zip(self._tables[i][columns], part, strict=True)
-            ]
+            (_put, layer, ids_C[real_C], rows, places)
+            for (i, columns), part in parts.items()
+            for layer, rows in zip(self._tables[i][columns], part, strict=True)
         )
 
-    def _copy(self, jobs: list[tuple]) -> None:
+    def _copy(self, jobs: Iterable[tuple]) -> None:
         for future in [self._copying.submit(*job) for job in jobs]:
             future.result()
 
-    def _fresh(self, cfg: Config, paths) -> list:
-        """Leaves of ``step.init_state``; the tables are filled in, a block at a time, and are None."""
-        model, seed, names = cfg.model, cfg.train.seed, [keys(path) for path, _ in paths]
-        rest = [i for i in range(len(paths)) if i not in self._shapes]
-        weights = [i for i in rest if names[i][0] == "params"]
+    # --- first values ---
 
-        def pick_weights(params):
-            flat = traverse_util.flatten_dict(params)
-            return [flat[names[i][1:]] for i in weights]
-
-        def others(leaves):
-            leaves = dict(zip(weights, leaves, strict=True)) | {
-                i: jnp.zeros(self._shapes[i]) for i in self._params
-            }
-            params = traverse_util.unflatten_dict(
-                {names[i][1:]: leaf for i, leaf in leaves.items()}
-            )
-            made = jax.tree.leaves(
-                {
-                    "params": params,
-                    "optimizer": init_optimizer(cfg, params),
-                    "step": jnp.zeros((), jnp.int32),
-                }
-            )
-            return [made[i] for i in rest]  # a table's moments begin with zeros, as they are
-
-        made = initialiser(model, seed, pick_weights, [self._places[i] for i in weights])()
-        made = jax.jit(others, out_shardings=[self._places[i] for i in rest], donate_argnums=0)(
-            made
+    def _fresh(self, seed: int, abstract: list, names: list[tuple[str, ...]]) -> list:
+        """Leaves of ``step.init_state``; the tables are drawn into the host's memory, some blocks
+        at a time, and are None.
+        """
+        model, tables, leaves = self._model, self._shapes, [None] * len(names)
+        weights = [i for i, name in enumerate(names) if name[0] == "params" and i not in tables]
+        # moments and counts begin with zeros
+        rest = [i for i, name in enumerate(names) if name[0] != "params" and i not in tables]
+        draws = (
+            (weights, lambda: jax.tree.leaves(split(fresh_params(model, seed)) | {"tables": {}})),
+            (rest, lambda: [jnp.zeros(abstract[i].shape, abstract[i].dtype) for i in rest]),
         )
+        for which, f in draws:
+            for i, leaf in zip(which, drawing(f, [self._places[i] for i in which])(), strict=True):
+                leaves[i] = leaf
         for i in self._params:
-            layers, vocab, width = self._shapes[i]
-            rows = min(vocab, max(1, BLOCK_BYTES // (layers * width * 4)))
-            block = initialiser(
-                model,
-                seed,
-                lambda params, i=i: traverse_util.flatten_dict(params)[names[i][1:]],
+            layers, vocab, width = tables[i]
+            blocks = -(-vocab // TABLE_BLOCK)
+            count = min(blocks, max(1, DRAW_BYTES // (layers * TABLE_BLOCK * width * 4)))
+            draw = drawing(
+                lambda first: first_table(model, seed, names[i][-2], width, first, count),
                 self._places[i],
-                functools.partial(_draw_rows, rows),
             )
-            for start in (min(start, vocab - rows) for start in range(0, vocab, rows)):
-                first = start * width  # of the numbers of a layer, as two of 32 bits
-                for shard in block(
-                    np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF)
-                ).addressable_shards:
-                    self._tables[i][_columns(shard.index)][:, start : start + rows] = shard.data
-        made = dict(zip(rest, made, strict=True))
-        return [made.get(i) for i in range(len(paths))]
+            for first in range(0, blocks, count):
+                first = min(first, blocks - count)
+                self._write(i, draw(np.int32(first)), first * TABLE_BLOCK)
+        return leaves
 
-    @property
-    def _vocab(self) -> int:
-        return self._model.vocab_size
+    def _write(self, i: int, rows: jax.Array, first: int = 0) -> None:
+        """Rows of a leaf into its table from row ``first`` on, as far as the table goes."""
+        for shard in rows.addressable_shards:
+            table = self._tables[i][_columns(shard.index)][:, first : first + rows.shape[1]]
+            table[:] = np.asarray(shard.data)[:, : table.shape[1]]
 
 
-def _draw_rows(
-    rows: int, high: jax.Array, low: jax.Array, key: jax.Array, shape: tuple[int, int], dtype
-) -> jax.Array:
-    """``jax.random.normal(key, shape, dtype)`` from its number high * 2^32 + low on, ``rows`` of
-    its rows, bit for bit: of such a key JAX makes the numbers of an array from their places in it.
-    """
-
-    def bits(words, width, shape):
-        places = words[3] + jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-        one, other = threefry2x32_p.bind(
-            words[0], words[1], words[2] + (places < words[3]).astype(jnp.uint32), places
-        )
-        return one ^ other
-
-    impl = define_prng_impl(
-        key_shape=(4,),
-        seed=None,
-        split=None,
-        fold_in=None,
-        random_bits=bits,
-        name="threefry2x32 from a place on",
-    )
-    words = jnp.append(jax.random.key_data(key), jnp.stack([high, low]))
-    return jax.random.normal(jax.random.wrap_key_data(words, impl=impl), (rows, shape[1]), dtype)
-
-
-def with_rows(abstract: dict, count: int) -> dict:
+def with_rows(abstract: Any, count: int) -> Any:
     """Shapes of a train state whose tables have ``count`` rows."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, a: (
-            jax.ShapeDtypeStruct((a.shape[0], count, *a.shape[2:]), a.dtype)
-            if is_table(path, a)
-            else a
-        ),
-        abstract,
-    )
+
+    def rows(path: tuple, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (a.shape[0], count, *a.shape[2:]) if is_table(path, a) else a.shape
+        return jax.ShapeDtypeStruct(shape, a.dtype)
+
+    return jax.tree_util.tree_map_with_path(rows, abstract)
 
 
 def _columns(index: tuple) -> tuple:
@@ -341,8 +265,13 @@ def _columns(index: tuple) -> tuple:
     return index[2:]
 
 
-def _put(layer: np.ndarray, ids: np.ndarray, rows: np.ndarray, places) -> None:
+def _put(layer: np.ndarray, ids: np.ndarray, rows: np.ndarray, places: np.ndarray | slice) -> None:
     layer[ids] = rows[places]
+
+
+def _spread(whole: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, on its devices."""
+    return jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
 
 
 @jax.jit
@@ -351,14 +280,12 @@ def _everywhere(ids_R: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _renewed(rows: list[jax.Array], made: list[jax.Array], places_C: jax.Array) -> list[jax.Array]:
-    """The rows, of which those with a place among ``made`` are taken from there."""
+def _renewed(rows: list[jax.Array], changed: list[jax.Array], from_C: jax.Array) -> list[jax.Array]:
+    """The rows, of which those with a place in ``changed`` are taken from there."""
 
-    def one(row, made, places_C):
-        taken = made.at[:, places_C].get(mode="clip")
-        return jnp.where((places_C >= 0).reshape(1, -1, *(1,) * (row.ndim - 2)), taken, row)
+    def one(row: jax.Array, changed: jax.Array, from_C: jax.Array) -> jax.Array:
+        taken = changed.at[:, from_C].get(mode="clip")
+        return jnp.where((from_C >= 0).reshape(1, -1, *(1,) * (row.ndim - 2)), taken, row)
 
-    return [
-        local(one, lambda row, made, places: row)(row, new, places_C)
-        for row, new in zip(rows, made, strict=True)
-    ]
+    renew = local(one, lambda row, changed, places: row)
+    return [renew(row, new, from_C) for row, new in zip(rows, changed, strict=True)]

@@ -26,6 +26,7 @@ from flexmemory.files import is_disk_full, write_json
 from flexmemory.machine import peak_device_bytes, peak_rss
 from flexmemory.models.accounting import account
 from flexmemory.models.blocks import layer_specs
+from flexmemory.models.parameters import join
 from flexmemory.models.transformer import abstract_params
 from flexmemory.progress import ProgressLine
 from flexmemory.run_folder import Writer, claim, complete_steps, leaves, started, summary_writer
@@ -205,7 +206,7 @@ class Run:
             ProgressLine(
                 "train", cfg.train.steps, "steps", self.progress, start=self.start
             ) as line,
-            prefetch(batches, self.start, cfg.train.steps, put=parallel.putter()) as loaded,
+            prefetch(batches, self.start, cfg.train.steps, put=parallel.batch_loader()) as loaded,
         ):
             stream = self.tables.ahead(loaded) if self.tables else loaded
             for step in range(self.start + 1, cfg.train.steps + 1):
@@ -268,7 +269,7 @@ class Run:
         result = self._evaluate(state, steps, val_shards)
         with self.clock.span("eval"):
             answers = answer_accuracy(
-                cfg, state["params"], tokenizer, questions, rows_of=self._rows_of(state)
+                cfg, join(state["params"]), tokenizer, questions, rows_of=self._rows_of(state)
             )
         seconds = self.clock.seconds()
         final = {
@@ -344,7 +345,11 @@ class Run:
     def _evaluate(self, state: dict, step: int, val_shards: TokenShards) -> dict:
         with self.clock.span("eval"):
             result = perplexity(
-                self.cfg, state["params"], val_shards, self.eval_step, rows_of=self._rows_of(state)
+                self.cfg,
+                join(state["params"]),
+                val_shards,
+                self.eval_step,
+                rows_of=self._rows_of(state),
             )
         result = {f"val_{name}": value for name, value in result.items()}
         self.write(step, result)

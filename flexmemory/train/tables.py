@@ -2,20 +2,18 @@
 however many rows a table has.
 
 Tables are any tree of float32 arrays [L, V, W]. The step works with their gathered rows [L, R, W]
-and never makes anything of size V·W:
+and computes nothing of size V·W:
 
     rows = exchange.lookup(tables, ids_R)
-    ...                                                     # gradients with respect to rows,
-    clipped together with all others updates, state = optimizer.update(grads, state, rows,
-    ids_R=ids_R)
-    tables = apply_rows(tables, updates, ids_R)             # in place where the caller donates the
-    tables and the state
+    grads = ...  # with respect to rows, clipped together with all others
+    updates, state = optimizer.update(grads, state, rows, ids_R=ids_R)
+    tables = apply_rows(tables, updates, ids_R)  # in place where the caller donates them
 
 ids_R is int32 [R], every id at most once. An entry equal to V is no row (padding, an id that the
 batch does not hold): whatever stands there in rows, gradients and updates changes nothing.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +28,7 @@ from flexmemory.train.optimizer import schedule
 class LazyAdamState(NamedTuple):
     """count: steps done, int32. mu, nu: moments shaped like the tables."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, which hides tuple.count
     mu: optax.Updates
     nu: optax.Updates
 
@@ -50,11 +48,11 @@ def make_table_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTran
     others.
     """
     scale = {
-        "lazy_adam": lambda: scale_by_lazy_adam(cfg.b1, cfg.b2, cfg.eps),
-        "rowwise_adagrad": lambda: scale_by_rowwise_adagrad(cfg.eps),
+        "lazy_adam": scale_by_lazy_adam(cfg.b1, cfg.b2, cfg.eps),
+        "rowwise_adagrad": scale_by_rowwise_adagrad(cfg.eps),
     }
     return optax.chain(
-        scale[cfg.table_optimizer](),
+        scale[cfg.table_optimizer],
         optax.add_decayed_weights(cfg.table_weight_decay),
         optax.scale(cfg.table_lr),
         optax.scale_by_learning_rate(schedule(cfg, steps)),
@@ -75,28 +73,24 @@ def scale_by_lazy_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
     the rate, where counts per row ([L, V] more state) would make it 1.
     """
 
-    def init(tables):
-        return LazyAdamState(
-            jnp.zeros((), jnp.int32),
-            jax.tree.map(jnp.zeros_like, tables),
-            jax.tree.map(jnp.zeros_like, tables),
-        )
+    def init(tables: Any) -> LazyAdamState:
+        mu, nu = (jax.tree.map(jnp.zeros_like, tables) for _ in range(2))
+        return LazyAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(grads, state, rows=None, *, ids_R, **_):
+    def update(grads: Any, state: Any, rows: Any = None, *, ids_R: jax.Array, **_: Any) -> tuple:
         count = optax.safe_increment(state.count)
         fix1, fix2 = 1 - b1**count, 1 - b2**count
 
-        def table(grad_LRW, mu_LVW, nu_LVW):
+        def table(grad_LRW: jax.Array, mu_LVW: jax.Array, nu_LVW: jax.Array) -> tuple:
             # a layer at a time: its rows are still in cache when they are written back, and
             # temporaries are [R, W]
-            def layer(l, carry):
+            def layer(l: jax.Array, carry: tuple) -> tuple:
                 update_LRW, mu_LVW, nu_LVW = carry
                 grad_RW = update_LRW[l]
                 # the barriers keep XLA from gathering twice, and from a gather that runs after the
                 # scatter: that would copy a whole table
-                mu_RW, nu_RW = jax.lax.optimization_barrier(
-                    (_gather(mu_LVW, l, ids_R), _gather(nu_LVW, l, ids_R))
-                )
+                moments = _gather(mu_LVW, l, ids_R), _gather(nu_LVW, l, ids_R)
+                mu_RW, nu_RW = jax.lax.optimization_barrier(moments)
                 mu_RW = b1 * mu_RW + (1 - b1) * grad_RW
                 nu_RW = b2 * nu_RW + (1 - b2) * grad_RW**2
                 update_RW = (mu_RW / fix1) / (jnp.sqrt(nu_RW / fix2) + eps)
@@ -109,9 +103,9 @@ def scale_by_lazy_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
             return jax.lax.fori_loop(0, len(mu_LVW), layer, (grad_LRW, mu_LVW, nu_LVW))
 
-        made = jax.tree.map(table, grads, state.mu, state.nu)
+        each = jax.tree.map(table, grads, state.mu, state.nu)
         updates, mu, nu = (
-            jax.tree.map(lambda _, parts, k=k: parts[k], grads, made) for k in range(3)
+            jax.tree.map(lambda _, parts, k=k: parts[k], grads, each) for k in range(3)
         )
         return updates, LazyAdamState(count, mu, nu)
 
@@ -130,52 +124,42 @@ def scale_by_rowwise_adagrad(eps: float) -> optax.GradientTransformationExtraArg
     not seen would not change under the dense form either, so sparse and dense are one, decay apart.
     """
 
-    def init(tables):
-        return RowwiseAdagradState(
-            jax.tree.map(lambda table_LVW: jnp.zeros(table_LVW.shape[:2], jnp.float32), tables)
-        )
+    def init(tables: Any) -> RowwiseAdagradState:
+        zeros = lambda table_LVW: jnp.zeros(table_LVW.shape[:2], jnp.float32)
+        return RowwiseAdagradState(jax.tree.map(zeros, tables))
 
-    def update(grads, state, rows=None, *, ids_R, **_):
-        sums = jax.tree.map(
-            lambda s_LV, grad_LRW: s_LV.at[_layers(s_LV), ids_R].add(
-                jnp.mean(grad_LRW**2, axis=-1), **SCATTER
-            ),
-            state.sums,
-            grads,
-        )
-        updates = jax.tree.map(
-            lambda grad_LRW, s_LV: (
-                grad_LRW / (jnp.sqrt(_gather(s_LV, _layers(s_LV), ids_R)) + eps)[..., None]
-            ),
-            grads,
-            sums,
-        )
-        return updates, RowwiseAdagradState(sums)
+    def update(grads: Any, state: Any, rows: Any = None, *, ids_R: jax.Array, **_: Any) -> tuple:
+        def summed(s_LV: jax.Array, grad_LRW: jax.Array) -> jax.Array:
+            at = s_LV.at[_layers(s_LV), ids_R]
+            return at.add(jnp.mean(grad_LRW**2, axis=-1), **SCATTER)
+
+        def scaled(grad_LRW: jax.Array, s_LV: jax.Array) -> jax.Array:
+            s_LR = _gather(s_LV, _layers(s_LV), ids_R)
+            return grad_LRW / (jnp.sqrt(s_LR) + eps)[..., None]
+
+        sums = jax.tree.map(summed, state.sums, grads)
+        return jax.tree.map(scaled, grads, sums), RowwiseAdagradState(sums)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def apply_rows(tables, updates, ids_R: jax.Array):
+def apply_rows(tables: Any, updates: Any, ids_R: jax.Array) -> Any:
     """The tables with update_LRW added to the rows ids_R; all other rows keep their bits."""
-    return jax.tree.map(
-        lambda table_LVW, update_LRW: table_LVW.at[_layers(table_LVW), ids_R].add(
-            update_LRW, **SCATTER
-        ),
-        tables,
-        updates,
-    )
+
+    def add(table_LVW: jax.Array, update_LRW: jax.Array) -> jax.Array:
+        return table_LVW.at[_layers(table_LVW), ids_R].add(update_LRW, **SCATTER)
+
+    return jax.tree.map(add, tables, updates)
 
 
-SCATTER = dict(mode="drop", unique_indices=True)
+SCATTER: Any = dict(mode="drop", unique_indices=True)
 
 
-def _gather(table, layers, ids_R):
+def _gather(table: jax.Array, layers: jax.Array, ids_R: jax.Array) -> jax.Array:
     # (layer, id) pairs here and above: see exchange._rows_at
-    cut = P(
-        *(None,) * (1 if isinstance(layers, int) or layers.ndim == 0 else 2), *spec_of(table)[2:]
-    )
+    cut = P(*(None,) * (1 if jnp.ndim(layers) == 0 else 2), *spec_of(table)[2:])
     return table.at[layers, ids_R].get(mode="clip", out_sharding=sharding(cut))
 
 
-def _layers(table) -> jax.Array:
+def _layers(table: jax.Array) -> jax.Array:
     return jnp.arange(len(table), dtype=jnp.int32)[:, None]

@@ -8,6 +8,7 @@ Nothing but this class and its entry in KINDS: training, labels, accounting, exp
 generation must find it.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -16,33 +17,38 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flexmemory.config import ParallelConfig
 from flexmemory.models.accounting import account
 from flexmemory.models.blocks import KINDS, Dense
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import RMSNorm
-from flexmemory.models.memory import take_rows
+from flexmemory.models.memory import TABLE_BLOCK, RowSource, empty_table, take_rows
 from flexmemory.models.patterns import LayerSpec
 from flexmemory.models.transformer import build, init_params
 from flexmemory.runtime.engine import Engine
 from flexmemory.runtime.rows import Budgets
 from flexmemory.runtime.verify import verify
 from flexmemory.tkv.export import export
-from flexmemory.train.loop import train
+from flexmemory.train import host_tables
+from flexmemory.train.loop import resolve, train
+from flexmemory.train.step import init_state
 
 W = 16
 
 
-class MekiRows(nnx.Module):
-    stacking = "vmap"
-
+class MekiRows(RowSource):
     def __init__(self, cfg, layer, rngs):
         init = nnx.initializers.normal(0.1)
-        self.table = nnx.Param(init(rngs.params(), (cfg.vocab_size, W), jnp.float32))
+        self.table = empty_table(cfg, W)
         self.gate = nnx.Param(init(rngs.params(), (cfg.d_model, layer.d_memory), jnp.float32))
         self.up = nnx.Param(init(rngs.params(), (cfg.d_model, layer.d_memory), jnp.float32))
         self.down = nnx.Param(init(rngs.params(), (layer.d_memory, W), jnp.float32))
         self.norm = RMSNorm(W, cfg.norm_eps)
         self.alpha, self.beta = nnx.Param(jnp.ones(())), nnx.Param(jnp.ones(()))
+
+    @staticmethod
+    def table_std(cfg, layer):
+        return 0.1
 
     def __call__(self, ids_R, e_RD):
         g_RW = (jax.nn.silu(e_RD @ self.gate) * (e_RD @ self.up)) @ self.down
@@ -52,8 +58,8 @@ class MekiRows(nnx.Module):
 class Meki(Dense):
     source = MekiRows
 
-    @staticmethod
-    def spec(cfg, beta):
+    @classmethod
+    def spec(cls, cfg, beta):
         return LayerSpec("meki", d_ffn=cfg.d_ff, d_memory=cfg.d_model // 2, row_width=W)
 
     def __init__(self, cfg, layer, rngs):
@@ -63,12 +69,10 @@ class Meki(Dense):
         self.down = nnx.Param(init(rngs.params(), (W, cfg.d_model), jnp.float32))
         self.out_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
 
-    def __call__(self, x_BTD, row_BTW, ctx, cache=None):
-        attn, cache = self.attend(x_BTD, ctx, cache)
-        a_BTD = x_BTD + attn
+    def after_attention(self, x_BTD, a_BTD, row_BTW, ctx):
         h_BTD = self.ffn_norm(a_BTD)
         meki_BTD = self.out_norm((row_BTW + jax.nn.sigmoid(h_BTD @ self.gate)) @ self.down)
-        return a_BTD + ctx.scaled(self.ffn(h_BTD) + meki_BTD), cache
+        return a_BTD + ctx.scaled(self.ffn(h_BTD) + meki_BTD)
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +127,19 @@ def test_it_trains_folds_and_is_served_from_disk(tiny_config, tmp_path):
         )
         == 4
     )
+
+
+def test_its_tables_may_lie_in_the_hosts_memory(tiny_config, tmp_path, monkeypatch):
+    """Also those larger than what is drawn at a time: here every block of rows is drawn alone."""
+    monkeypatch.setattr(host_tables, "DRAW_BYTES", 1)
+    sets = {"optimizer.table_optimizer": "lazy_adam", "model.vocab_size": 2 * TABLE_BLOCK + 40}
+    cfg, _, _ = resolve(tiny_config("meki stem", **sets, **{"train.steps": 3}))
+    on_host = dataclasses.replace(cfg, parallel=ParallelConfig(table_memory="host"))
+    with contextlib.closing(host_tables.HostTables(on_host)) as tables:
+        fresh = tables.whole(tables.state)
+    params = jax.tree.leaves(fresh["params"]["tables"])
+    assert sorted(float(np.std(table)).__round__(2) for table in params) == [0.06, 0.1]
+    for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves(init_state(cfg)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    results = [train(c, tmp_path / c.parallel.table_memory, progress=False) for c in (cfg, on_host)]
+    assert results[0]["val_loss"] == results[1]["val_loss"]

@@ -22,7 +22,7 @@ from flexmemory.config import Config, DataConfig, OptimizerConfig, ParallelConfi
 from flexmemory.data.pipeline import unique_rows
 from flexmemory.models.blocks import check_model
 from flexmemory.models.config import ModelConfig
-from flexmemory.models.transformer import abstract_params, initialiser
+from flexmemory.models.transformer import abstract_params, drawing, fresh_params
 from flexmemory.train.collectives import collectives
 from flexmemory.train.compiled import memory
 from flexmemory.train.host_tables import HostTables
@@ -85,7 +85,7 @@ def run(cfg: Config, devices=None):
     """
     mesh = parallel.make_mesh(cfg.parallel, devices)
     with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
-        step, put, losses = make_train_step(cfg), parallel.putter(), []
+        step, put, losses = make_train_step(cfg), parallel.batch_loader(), []
         if cfg.parallel.table_memory == "host":
             tables = HostTables(cfg)
             state = tables.whole(tables.state)
@@ -200,9 +200,9 @@ def traffic():
             "stem stem", "fsdp", "fsdp=8", "lazy_adam", vocab_size=v, d_model=8, n_heads=2, d_ff=256
         )
         with jax.set_mesh(parallel.make_mesh(cfg.parallel)):
-            state, put = init_state(cfg), parallel.putter()
+            state, put = init_state(cfg), parallel.batch_loader()
             batch = put(next(batches(cfg, 8)))
-            table = state["params"]["memory"]["stacks"]["stack0"]["table"]
+            table = state["params"]["tables"]["memory"]["stacks"]["stack0"]["table"]
 
             def update(table, unique_R, ids_C, places_R, cfg=cfg):
                 from flexmemory.train.tables import apply_rows, make_table_optimizer
@@ -210,7 +210,7 @@ def traffic():
                 optimizer, tables = make_table_optimizer(cfg.optimizer, STEPS), {"a": table}
                 moments = optimizer.init(tables)
                 rows = exchange.lookup(tables, unique_R)
-                grads, whole = exchange.combine(rows, rows, ids_C, places_R, tables)
+                grads, whole = exchange.sum_over_sections(rows, rows, ids_C, places_R, tables)
                 updates, moments = optimizer.update(grads, moments, whole, ids_R=ids_C)
                 return apply_rows(tables, updates, ids_C), moments
 
@@ -239,7 +239,7 @@ def fresh():
     cfg = config("stem*4", "fsdp", "fsdp=8", vocab_size=8192, d_ff=256)
     with jax.set_mesh(parallel.make_mesh(cfg.parallel)):
         places = parallel.placed(cfg, abstract_params(cfg.model))
-        need = memory(initialiser(cfg.model, 0, lambda params: params, places).lower().compile())
+        need = memory(drawing(lambda: fresh_params(cfg.model, 0), places).lower().compile())
     return {"device": need["temporaries"] + need["outputs"], "tables": 4 * 8192 * 256 * 4}
 
 

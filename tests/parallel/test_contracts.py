@@ -90,8 +90,8 @@ def test_steps_of_all_kinds_trace_at_full_size(size, plan):
 
 
 def test_a_parameter_without_a_place_raises():
-    with pytest.raises(ValueError, match="parameter blocks.mystery has no place in a plan"):
-        parallel.param_specs(
+    with pytest.raises(ValueError, match="parameter blocks.mystery is of no known kind"):
+        parallel.state_specs(
             parallel.Plan(), {"blocks": {"mystery": jax.ShapeDtypeStruct((3, 4), "float32")}}
         )
 

@@ -20,7 +20,7 @@ from flexmemory import files
 from flexmemory.errors import UserError
 from flexmemory.files import PAGE
 from flexmemory.models.blocks import KINDS
-from flexmemory.models.memory import TableRows
+from flexmemory.models.config import ModelConfig
 from flexmemory.run_folder import load_params
 from flexmemory.tkv import arrays, backbone, fold, format
 from flexmemory.tkv import export as export_module
@@ -33,7 +33,7 @@ from flexmemory.train.loop import train
 
 from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes
 
-TABLES = " ".join(kind for kind, block in KINDS.items() if block.source is TableRows)
+TABLES = " ".join(kind for kind, block in KINDS.items() if block.spec(ModelConfig(), 3.0).learned)
 FOLD_ROWS = 32
 
 

@@ -13,6 +13,8 @@ from flexmemory.bench.train import prepare
 from flexmemory.config import ParallelConfig
 from flexmemory.data.pipeline import unique_rows
 from flexmemory.errors import UserError
+from flexmemory.models.memory import TABLE_BLOCK
+from flexmemory.models.transformer import TABLE_KEYS
 from flexmemory.run_folder import load_params, read_metrics
 from flexmemory.train import host_tables
 from flexmemory.train.host_tables import HostTables
@@ -82,41 +84,25 @@ def test_a_run_is_the_same_to_the_bit_and_may_move_in_the_middle(
     )
 
 
-@pytest.mark.parametrize("block_bytes", [1 << 28, 4 * 88 * 130])
-def test_fresh_tables_are_drawn_block_by_block_as_if_whole(block_bytes, tiny_config, monkeypatch):
-    monkeypatch.setattr(host_tables, "BLOCK_BYTES", block_bytes)
+@pytest.mark.parametrize("draw_bytes", [1 << 28, 1])
+def test_fresh_tables_are_drawn_block_by_block_as_if_whole(draw_bytes, tiny_config, monkeypatch):
+    monkeypatch.setattr(host_tables, "DRAW_BYTES", draw_bytes)
     cfg, _, _ = resolve(tiny_config(PATTERN, **{"optimizer.table_optimizer": "lazy_adam"}))
     tables = HostTables(on_host(cfg))
     assert same(tables.whole(tables.state), init_state(cfg))
     tables.close()
 
 
-def test_numbers_beyond_the_first_four_thousand_million_are_jaxs_too():
-    """Rows on both sides of place 2^32, against JAX's bits of 64-bit places and its way from bits
-    to normal numbers.
-    """
-    from jax.extend.random import threefry2x32_p
-
-    key, width, start = jax.random.key(7), 1 << 20, (1 << 12) - 1
-    first = start * width
-    drawn = host_tables._draw_rows(
-        2, np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF), key, (1 << 13, width), np.float32
-    )
-    for row, high, low in ((0, 0, first), (1, 1, 0)):
-        places = np.arange(low, low + width, dtype=np.uint64).astype(np.uint32)
-        one, other = threefry2x32_p.bind(
-            *jax.random.key_data(key), np.full(width, high, np.uint32), places
-        )
-        lowest = np.nextafter(np.float32(-1), np.float32(0))
-        uniform = (np.asarray((one ^ other) >> 9 | np.uint32(0x3F800000)).view(np.float32) - 1) * (
-            1 - lowest
-        ) + lowest
-        np.testing.assert_allclose(
-            np.asarray(drawn[row]),
-            np.sqrt(2) * jax.scipy.special.erfinv(uniform),
-            rtol=1e-5,
-            atol=1e-5,
-        )
+def test_first_rows_are_those_of_the_key_and_the_block_alone(tiny_config):
+    """Whatever the vocabulary, the other layers and the number of rows drawn at a time."""
+    cfg, _, _ = resolve(tiny_config("dense stem", **{"model.vocab_size": 2 * TABLE_BLOCK + 40}))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.train.seed), TABLE_KEYS), 1)
+    (table_LVW,) = jax.tree.leaves(init_state(cfg)["params"]["tables"])
+    std = np.float32((2 / (table_LVW.shape[1] + table_LVW.shape[2])) ** 0.5)
+    for block in range(3):
+        rows = jax.random.normal(jax.random.fold_in(key, block), (TABLE_BLOCK, cfg.model.d_ff))
+        got = table_LVW[0, block * TABLE_BLOCK :][:TABLE_BLOCK]
+        np.testing.assert_allclose(got, std * rows[: len(got)], rtol=1e-6)
 
 
 def batches(cfg, count):

@@ -1,7 +1,6 @@
 """Loss, accumulation, and the golden first step of every kind."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from flexmemory.data.pipeline import make_batches, unique_rows
 from flexmemory.data.shards import TokenShards
 from flexmemory.exchange import dense_gradient, lookup
 from flexmemory.models.blocks import KINDS
-from flexmemory.models.parameters import ADDRESSED, combine, partition, path_name
+from flexmemory.models.parameters import join, path_name, split
 from flexmemory.models.transformer import abstract_params
 from flexmemory.train.loop import resolve
-from flexmemory.train.step import init_optimizer, init_state, make_gradients, make_train_step
+from flexmemory.train.step import abstract_state, init_state, make_gradients, make_train_step
 
 GOLDEN = Path(__file__).parent / "golden_first_step.json"
 
@@ -92,12 +91,14 @@ def full_gradients(cfg):
     gradients = make_gradients(cfg)
 
     def call(params, batch):
-        addressed, weights = partition(params, ADDRESSED)
-        (row_grads, grads), sums = gradients(lookup(addressed, batch["unique_ids"]), weights, batch)
+        parts = split(params)
+        addressed = {name: parts[name] for name in ("embed", "tables")}
+        rows = lookup(addressed, batch["unique_ids"])
+        (row_grads, grads), sums = gradients(rows, parts["backbone"], batch)
         ids_R = jnp.where(
             batch["places"] < len(batch["table_ids"]), batch["unique_ids"], cfg.model.vocab_size
         )
-        return combine(grads, dense_gradient(row_grads, ids_R, addressed)), sums
+        return join({"backbone": grads, **dense_gradient(row_grads, ids_R, addressed)}), sums
 
     return call
 
@@ -124,7 +125,7 @@ def test_rows_once_per_unique_id_are_rows_once_per_token(kind, tiny_config):
     batch, vocab = batch_of(cfg), cfg.model.vocab_size
     gradients, params, count = (
         jax.jit(full_gradients(cfg)),
-        init_state(cfg)["params"],
+        join(init_state(cfg)["params"]),
         batch["ids"].size,
     )
     one = np.full_like(batch["ids"], 7)
@@ -192,7 +193,7 @@ def test_only_touched_rows_of_a_table_and_its_moments_move(table_optimizer, tiny
     before = jax.tree.map(np.array, state)
     after = jax.tree.map(np.array, make_train_step(cfg)(state, batch)[0])
     tables = [
-        (before["params"]["memory"]["stacks"], after["params"]["memory"]["stacks"]),
+        (before["params"]["tables"], after["params"]["tables"]),
         (before["optimizer"]["tables"], after["optimizer"]["tables"]),
     ]
     seen = 0
@@ -274,13 +275,7 @@ def test_a_sparse_step_makes_nothing_of_the_size_of_a_table(tiny_config):
         cfg = dataclasses.replace(
             cfg, optimizer=dataclasses.replace(cfg.optimizer, table_optimizer=name)
         )
-        params = abstract_params(cfg.model)
-        state = {
-            "params": params,
-            "optimizer": jax.eval_shape(functools.partial(init_optimizer, cfg), params),
-            "step": jnp.zeros((), jnp.int32),
-        }
-        compiled = make_train_step(cfg).lower(state, batch_of(cfg)).compile()
+        compiled = make_train_step(cfg).lower(abstract_state(cfg), batch_of(cfg)).compile()
         temporary[name] = compiled.memory_analysis().temp_size_in_bytes
     table = 50_000 * 256 * 4
     assert (
@@ -294,7 +289,7 @@ def test_a_bfloat16_step_is_a_float32_step_within_its_bound(tiny_config):
     made = {}
     for dtype in ("float32", "bfloat16"):
         cfg, _, _ = resolve(tiny_config("flex memoryllm stem", **{"model.compute_dtype": dtype}))
-        made[dtype] = jax.jit(full_gradients(cfg))(init_state(cfg)["params"], batch_of(cfg))
+        made[dtype] = jax.jit(full_gradients(cfg))(join(init_state(cfg)["params"]), batch_of(cfg))
     (want, (loss, _)), (got, (low_loss, _)) = made["float32"], made["bfloat16"]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got))
     assert float(low_loss) == pytest.approx(float(loss), rel=1e-4)

@@ -16,7 +16,7 @@ from flexmemory.config import OptimizerConfig
 from flexmemory.exchange import lookup
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.config import ModelConfig
-from flexmemory.models.parameters import combine, label_params, partition
+from flexmemory.models.parameters import join, label_params, split
 from flexmemory.models.transformer import abstract_params, init_params
 from flexmemory.train.optimizer import schedule
 from flexmemory.train.tables import apply_rows, make_table_optimizer, scale_by_lazy_adam
@@ -244,28 +244,24 @@ def test_the_state_survives_a_checkpoint(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_split_and_merge(kind):
+def test_split_and_join(kind):
     params = abstract_params(
         ModelConfig(pattern=f"{kind}*2 dense", vocab_size=20, d_model=32, d_ff=88)
     )
-    tables, rest = partition(params, ("table",))
-    assert set(jax.tree.leaves(label_params(tables))) == (
+    parts = split(params)
+    assert list(parts) == ["backbone", "embed", "tables"] and parts["embed"] is params["embed"]
+    assert set(jax.tree.leaves(label_params(parts["tables"]))) == (
         {"table"} if kind.startswith("stem") else set()
     )
-    assert "table" not in jax.tree.leaves(label_params(rest))
-    merged = combine(tables, rest)
-    assert jax.tree.structure(merged) == jax.tree.structure(params) and jax.tree.leaves(
-        merged
-    ) == jax.tree.leaves(params)
+    assert not {"table", "embed"} & set(jax.tree.leaves(label_params(parts["backbone"])))
+    assert join(parts) == params and join({"a": (parts, 1)}) == {"a": (params, 1)}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_without_tables_has_an_optimizer_that_does_nothing(name):
-    tables, rest = partition(
-        init_params(ModelConfig(pattern="dense", vocab_size=20, d_model=32, d_ff=88), 0), ("table",)
-    )
-    made, _ = run(config(name), tables, [(np.arange(R), {})])
-    assert made == {} and combine(made, rest).keys() == rest.keys()
+    params = init_params(ModelConfig(pattern="dense", vocab_size=20, d_model=32, d_ff=88), 0)
+    made, _ = run(config(name), split(params)["tables"], [(np.arange(R), {})])
+    assert made == {}
 
 
 def test_gathered_rows_are_the_tables_rows():
