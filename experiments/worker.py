@@ -1,8 +1,8 @@
 """Does whole runs in this process: text, training, measures. python -m experiments.worker OUT NAME
 [NAME ...]
 
-With "-" in place of the names they are read from stdin, a line each, so that a launcher keeps one
-warm process per device. What a run prints goes to OUT/NAME/log.txt; the words for the launcher,
+With "-" in place of the names they are read from stdin, a line each, up to an empty line, so that a
+launcher keeps one process per device (experiments.local). What a run prints goes to OUT/NAME/log.txt; the words for the launcher,
 "start NAME", "done NAME SECONDS", "failed NAME MESSAGE", to stdout. A run that fails does not end
 the others.
 """
@@ -22,6 +22,7 @@ import jax
 
 from experiments import plan as plans
 from experiments.budgets import solve
+from experiments.local import runs_from_launcher
 from experiments.sweeps import with_fields
 from flexmemory.cli.flags import Parser
 from flexmemory.cli.train import asked_to_stop
@@ -39,11 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         plan = plans.read(args.out)
-        names = (line.strip() for line in sys.stdin) if args.names == ["-"] else args.names
-        return work(args.out, plan, filter(None, names))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+        names = runs_from_launcher() if args.names == ["-"] else iter(args.names)
+        return work(args.out, plan, names)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = False) -> int:

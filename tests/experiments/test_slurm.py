@@ -27,6 +27,7 @@ SCRIPT = Path(__file__).with_name("slurm_node.sh")
 FAKE = """
 import json, os, signal, sys, time
 from pathlib import Path
+from experiments.local import runs_from_launcher
 
 class Stopped(Exception): pass
 
@@ -34,8 +35,8 @@ def stop(number, frame): raise Stopped
 
 signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
-out, names = Path(sys.argv[1]), sys.argv[2:]
-for name in (line.strip() for line in sys.stdin) if names == ["-"] else names:
+out = Path(sys.argv[1])
+for name in runs_from_launcher():
     folder, action = out / name, name.split("-")[0]
     folder.mkdir(parents=True, exist_ok=True)
     print("start", name, flush=True)
