@@ -56,14 +56,14 @@ def run_local(
     failed, whose failed.json says why.
 
     steps: training steps of each run, for the table. devices: how many to use, see :func:`places`.
-    worker: the command of a worker. The first Ctrl-C or SIGTERM lets every worker stop at a
-    checkpoint, the second kills them; KeyboardInterrupt is raised when the last has ended. Raises
-    UserError where no worker starts.
+    worker: the command of a worker. The first Ctrl-C, SIGTERM or SIGUSR2 (SLURM's warning) lets
+    every worker stop at a checkpoint, the second kills them; KeyboardInterrupt is raised when the
+    last has ended. Raises UserError where no worker starts.
     """
     out, free, waiting, workers = Path(out), deque(places(devices)), deque(names), {}
     refused, answered = "", 0
     with (
-        caught(signal.SIGINT, signal.SIGTERM) as signals,
+        caught(signal.SIGINT, signal.SIGTERM, signal.SIGUSR2) as signals,
         Board(out, names, steps) as board,
         ThreadPoolExecutor(len(free)) as pool,
     ):

@@ -156,10 +156,7 @@ def ratio_figure(name, title, runs, value, y):
             for group in by_variant(of(runs, place)).values()
         ]
         series.append(
-            Series(
-                place,
-                tuple(sorted((x, m, s or 0.0) for x, m, s in points if m is not None)),
-            )
+            Series(place, tuple(sorted((x, m, s or 0.0) for x, m, s in points if m is not None)))
         )
     return Figure(
         name,
