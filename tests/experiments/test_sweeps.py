@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import fabricated_runs
 import pytest
 
 from experiments import budgets, catalogue, plan, scales, sweeps
@@ -18,10 +19,20 @@ from experiments.sweeps import (
     with_fields,
     zipped,
 )
+from experiments.verdicts import VERDICTS
 from flexmemory.config import Config
 from flexmemory.errors import UserError
 from flexmemory.models.accounting import account
 
+KNOWN = (  # why a claim is not run at smoke scale
+    "not implemented",
+    "no such block",
+    "flexmemory bench decode",
+    "well above chance",
+    "the text is too short",
+    "a person must read",
+    "of its active parameters",
+)
 SMALL = {"model.d_model": 64, "model.d_ff": 172, "model.vocab_size": 512}
 
 
@@ -160,6 +171,21 @@ def test_every_experiment_is_whole(name):
     assert claims and (
         not rows or all(claim.verdict == "not run" and claim.detail for claim in claims)
     )
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_every_experiment_shows_and_judges_its_runs(name):
+    module = catalogue.load(name)
+    runs = fabricated_runs.runs_of(name, "smoke")
+    shown = module.analyse(runs)
+    assert shown["rows"] and all(figure.series for figure in shown["figures"])
+    json.dumps([shown["rows"], [figure.to_dict() for figure in shown["figures"]]], allow_nan=False)
+    claims = module.claims(runs)
+    assert claims and all(claim.verdict in VERDICTS for claim in claims)
+    missing = [claim.detail for claim in claims if claim.verdict == "not run"]
+    assert all(any(reason in why for reason in KNOWN) for why in missing), missing
+    for part in (runs[: len(runs) // 2], runs[len(runs) // 2 :]):  # while runs are going
+        module.analyse(part), module.claims(part)
 
 
 @pytest.mark.parametrize("scale", scales.SCALES)
