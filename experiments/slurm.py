@@ -82,14 +82,14 @@ def options_of(words: list[str]) -> Options:
 
 def launch(out: Path, names: list[str], options: Options, worker: tuple[str, ...] = WORKER) -> str:
     """Submits what is missing of the runs, and says what that was and where the others are."""
-    from experiments import plan as plans
+    from experiments import runs as run_list
 
     lines = [
         f"failed before: {name}: {(more.splitlines() or [''])[-1]}"
         for name, (state, more) in states(out, names).items()
         if state == "failed"
     ]
-    if job := submit(out, names, plans.steps(plans.read(out)), options, worker):
+    if job := submit(out, names, run_list.steps(run_list.read(out)), options, worker):
         count = sum(task.partition("_")[0] == job for task in submitted(out).values())
         lines.append(f"job {job}: {count} runs submitted; its logs are in {out / 'slurm'}")
     now = [state for state, _ in states(out, names).values()]

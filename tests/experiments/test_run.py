@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import catalogue, plan, run
+from experiments import catalogue, run
 from experiments import list as listing
+from experiments import runs as run_list
 from experiments.verdicts import VERDICTS
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_dry_run_prints_what_would_start_and_nothing_else(capsys, tmp_path):
     out = tmp_path / "x"
     assert run.main(["e1", "s25", "--scale=cpu", f"--out={out}", "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    made = plan.make(["e1", "s25"], "cpu")
+    made = run_list.make(["e1", "s25"], "cpu")
     assert sum("prepare" in line for line in lines) == 2, "two vocabularies, so two texts"
     assert [line.split()[-1] for line in lines if "experiments.worker" in line] == list(made.runs)
     assert not out.exists()
@@ -56,7 +57,7 @@ def test_dry_run_prints_what_would_start_and_nothing_else(capsys, tmp_path):
 
 def test_status_says_where_every_run_stands(capsys, tmp_path):
     out = tmp_path / "x"
-    made = plan.claim(out, plan.make(["e4"], "smoke"))
+    made = run_list.claim(out, run_list.make(["e4"], "smoke"))
     assert list(made.runs) == ["memoryllm-s0", "memoryllm-shared-norm-s0"]
     for name in made.runs:
         (out / name).mkdir()
@@ -107,7 +108,9 @@ def test_an_experiment_at_smoke_scale(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "not empty and not a folder of runs" in result.stderr
     foreign.parent.rmdir()
-    plan.claim(out, plan.make(["e10"], "smoke"))  # a folder of runs, to which e4's are added
+    run_list.claim(
+        out, run_list.make(["e10"], "smoke")
+    )  # a folder of runs, to which e4's are added
     foreign.parent.mkdir()
     foreign.write_text("not a run's")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -184,7 +184,7 @@ def test_only_what_is_missing_is_submitted(node, out, worker):
     control("scancel", f"{first}_1")
     wait_until(out, ["waits-a", "waits-b"], ["queued", "unknown"])
     (out / "go").touch()
-    (out / "plan.json").write_text(
+    (out / "runs.json").write_text(
         json.dumps(
             {
                 "scale": "smoke",
