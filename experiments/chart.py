@@ -32,11 +32,13 @@ def mean_of(
     return mean_spread([path(run) if callable(path) else number(run, path) for run in runs])
 
 
-def means(runs: list[dict], **columns) -> list[dict]:
-    """One row per variant: its name, its seeds, and of each column (a dotted path or a function of
-    the run) mean and ``_std`` where it varies.
+def means(runs: list[dict], paths: str = "", **columns) -> list[dict]:
+    """One row per variant: its name, its seeds, and of each column mean and ``_std`` where it
+    varies. ``paths``: dotted paths, whose last part names the column; ``columns``: by name, a
+    dotted path or a function of the run.
     """
     rows = []
+    columns = {path.rpartition(".")[2]: path for path in paths.split()} | columns
     for variant, group in by_variant(runs).items():
         row = {"variant": variant, "family": family(group[0]), "seeds": len(group)}
         for column, path in columns.items():
@@ -65,6 +67,11 @@ def bars(name: str, title: str, runs: list[dict], path, y: str, caption: str = "
         tuple(series),
         ticks=tuple(ticks),
     )
+
+
+def loss_bars(title: str, runs: list[dict]) -> Figure:
+    """:func:`bars` of the validation loss."""
+    return bars("loss", title, runs, "result.val_loss", "validation loss, nat per token")
 
 
 def scatter(
@@ -241,7 +248,7 @@ def layer_lines(
     )
 
 
-def measured(runs: list[dict], measure: str, part: str, columns: Iterable[str]) -> list[dict]:
+def measured(runs: list[dict], measure: str, part: str, columns: str) -> list[dict]:
     """One row per variant and entry of a measure's list ``part`` (points or layers): ``columns`` as
     means over the seeds, texts as they are.
     """
@@ -254,7 +261,7 @@ def measured(runs: list[dict], measure: str, part: str, columns: Iterable[str]) 
         ]
         for entries in zip(*lists, strict=False):
             row = {"variant": variant, "family": family(group[0]), "seeds": len(entries)}
-            for column in columns:
+            for column in columns.split():
                 values = [number(entry, column) for entry in entries]
                 row[column.replace(".", "_")] = (
                     values[0]

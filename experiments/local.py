@@ -1,9 +1,9 @@
-"""Runs on this machine: one worker process per device, fed one run at a time, and a table of how
-far they are.
+"""Runs on this machine: a queue of runs, one worker process per device, and a table of how far they
+are.
 
-A worker that is idle ends when the launcher does, because its stdin does. A busy one gets SIGINT on
-Linux when the launcher dies, however it dies, and stops at a checkpoint; elsewhere it finishes its
-run and ends then.
+The launcher writes the name of a run to a worker's stdin and reads from its stdout when the run
+starts and ends. A worker does many runs, so that JAX starts once per device. An empty line ends it;
+where the launcher dies, stdin ends without one, and the worker stops at a checkpoint.
 """
 
 import contextlib
@@ -13,15 +13,17 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import selectors
+import queue
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -36,32 +38,11 @@ from flexmemory.progress import eta
 WORKER = (sys.executable, "-m", "experiments.worker")
 ROOT = Path(__file__).resolve().parents[1]  # where a worker finds this package
 TAIL = 12  # lines of a failed run's log that are shown and kept
-POLL = 0.2  # seconds in which a signal is noticed at the latest
-MOST = 8  # workers on a CPU where nobody says how many
-EVERY = 20.0  # seconds between lines of progress where there is no terminal
-ASKED = (
-    -signal.SIGINT,
-    -signal.SIGTERM,
-    128 + signal.SIGINT,
-    128 + signal.SIGTERM,
-)  # how a worker ends that was asked to
-
-# What a worker process does before it becomes the worker: arguments are the launcher's process, the
-# cores, the command. SIGUSR2, which SLURM sends to every process of a job, is for the launcher
-# alone; a shell's background job would ignore SIGINT.
-BEFORE = """
-import ctypes, os, signal, sys
-launcher, cores, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
-    if os.getppid() != launcher:
-        sys.exit("the launcher is gone")
-if cores:
-    os.sched_setaffinity(0, map(int, cores.split(",")))
-os.execvp(command[0], command)
-"""
+POLL = 0.2  # seconds between two looks at signals and workers
+MAX_CPU_WORKERS = 8  # where --devices does not say how many
+LOG_EVERY = 20.0  # seconds between lines of progress where there is no terminal
+INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR2, 128 + signal.SIGINT)
+STATES = {"start": "running", "stopped": "waiting", "done": "done", "failed": "failed"}
 
 
 def run_local(
@@ -70,90 +51,90 @@ def run_local(
     steps: dict[str, int],
     devices: int | None = None,
     worker: tuple[str, ...] = WORKER,
-    interval: float = 0.5,
 ) -> list[str]:
-    """Does the runs, as many at a time as there are devices; returns the names that failed, whose
-    failed.json says why.
+    """Does the runs, as many at a time as there are devices; returns the names of those that
+    failed, whose failed.json says why.
 
-    steps: training steps of each run, for the table. devices: how many to use, of :func:`places`.
-    interval: seconds between two looks at the runs' metrics. The first Ctrl-C or SIGTERM lets every
-    worker stop at a checkpoint, a second one kills them; either way KeyboardInterrupt is raised
-    when the last has ended. Raises UserError where no worker gets as far as its first run; runs
-    that were going on elsewhere are finished before.
+    steps: training steps of each run, for the table. devices: how many to use, see :func:`places`.
+    worker: the command of a worker. The first Ctrl-C, SIGTERM or SIGUSR2 (SLURM's warning) lets
+    every worker stop at a checkpoint, the second kills them; KeyboardInterrupt is raised when the
+    last has ended. Raises UserError where no worker starts.
     """
-    out, free, waiting, refused, told = Path(out), deque(places(devices)), deque(names), "", 0
-    with contextlib.ExitStack() as closing:
-        asked = closing.enter_context(noted((signal.SIGINT, signal.SIGTERM)))
-        board = closing.enter_context(Board(out, names, steps, interval))
-        workers = closing.enter_context(selectors.DefaultSelector())
-        closing.callback(
-            lambda: [one.close() for one in all_of(workers)]
-        )  # none is left but after an error in here
-        while all_of(workers) or (waiting and free and not asked):
-            while waiting and free and not asked:
-                one = Worker(free.popleft(), out, worker)
-                workers.register(one.process.stdout, selectors.EVENT_READ, one)
-                one.feed(waiting.popleft())
-            if told < len(asked):
-                told += 1
-                board.say(
-                    "stopping at a checkpoint; again to stop at once"
-                    if told == 1
-                    else "stopping at once"
-                )
-                for one in all_of(workers):
-                    one.process.send_signal(signal.SIGINT) if told == 1 else one.kill()
-            gone = [one for one in all_of(workers) if one.process.poll() is not None]
-            ready = [key.data for key, _ in workers.select(POLL)]
-            for one in all_of(workers):
-                for word, name, rest in one.words() if one in ready else ():
-                    one.begun = True
-                    if word in ("done", "failed"):
-                        one.feed(waiting.popleft() if waiting and not asked else None)
-                    board.event(word, name, rest)
-                one.ended = one.ended or (
-                    one in gone and one not in ready
-                )  # what it started may hold its stdout open
-                if not one.ended:
-                    continue
-                workers.unregister(one.process.stdout)
-                code = one.close()
-                if code in ASKED and not asked:
-                    time.sleep(1)  # a signal to all processes of a job comes to them in no order
-                if one.name is None or asked:
-                    free.append(one.place)
-                elif one.begun:
-                    bury(out, one, code)
-                    board.event("failed", one.name, f"worker {ending(code)}")
-                    free.append(one.place)
-                # its device or its installation is bad, not the run: the device gets no other
-                else:
-                    refused = (
-                        f"{one.place.name}, {ending(code)}: {(one.errors(1) or ['no message'])[0]}"
-                    )
-                    board.say(f"no worker starts on {refused}")
-                    waiting.appendleft(one.name)
-            board.tick()
-    if asked:
+    out, free, waiting, workers = Path(out), deque(places(devices)), deque(names), {}
+    refused, answered = "", 0
+    with (
+        caught(signal.SIGINT, signal.SIGTERM, signal.SIGUSR2) as signals,
+        Board(out, names, steps) as board,
+        ThreadPoolExecutor(len(free)) as pool,
+    ):
+        try:
+            while workers or (waiting and free and not signals):
+                while waiting and free and not signals:
+                    one = Worker(free.popleft(), out, worker)
+                    task = pool.submit(one.serve, waiting.popleft(), waiting, signals, board)
+                    workers[task] = one
+                if answered < len(signals):
+                    answered += 1
+                    first = answered == 1
+                    now = "at a checkpoint; again to stop at once" if first else "at once"
+                    board.say(f"stopping {now}")
+                    for one in workers.values():
+                        one.process.send_signal(signal.SIGINT) if first else one.kill()
+                ended, _ = wait(workers, POLL, FIRST_COMPLETED)
+                for one in workers.values():
+                    if one.process.poll() is not None:
+                        one.kill()  # its children, which may hold its stdout open
+                for task in ended:
+                    one, code = workers.pop(task), task.result()
+                    if code in INTERRUPTED and not signals:
+                        time.sleep(1)  # a signal to a whole job reaches the launcher a little later
+                    if one.name is None or signals:
+                        free.append(one.place)
+                    elif one.ready:
+                        save_failure(out, one, code)
+                        board.event("failed", one.name, f"worker {ending(code)}")
+                        free.append(one.place)
+                    else:  # the device or the installation is bad, not the run
+                        why = (one.errors(1) or ["no message"])[0]
+                        refused = f"{one.place.name}, {ending(code)}: {why}"
+                        board.say(f"no worker starts on {refused}")
+                        waiting.appendleft(one.name)
+                board.tick()
+        finally:
+            for one in workers.values():
+                one.kill()
+    if signals:
         raise KeyboardInterrupt
     if waiting:
         raise UserError(f"no worker starts; the last one, on {refused}")
     return [name for name in names if board.states[name] == "failed"]
 
 
-def all_of(workers: selectors.BaseSelector) -> list["Worker"]:
-    return [key.data for key in workers.get_map().values()]
+def runs_from_launcher() -> Iterator[str]:
+    """The worker's end: names of runs from stdin, up to an empty line. Where stdin ends before it,
+    the launcher is dead, and this process gets SIGINT.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SLURM sends it to all, for the launcher
+    names: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            names.put(line.strip())
+            if not line.strip():
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=read, daemon=True).start()
+    yield from iter(names.get, "")
 
 
 @contextlib.contextmanager
-def noted(signals: tuple[int, ...]) -> Iterator[list[int]]:
-    """Those of ``signals`` received so far, which do nothing else meanwhile."""
-    asked: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: asked.append(number)) for number in signals
-    }
+def caught(*numbers: int) -> Iterator[list[int]]:
+    """A list of the signals of these numbers that came; they do nothing else meanwhile."""
+    signals: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in numbers}
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -161,8 +142,8 @@ def noted(signals: tuple[int, ...]) -> Iterator[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a worker runs: a name for people, the environment that leads to the device, and the
-    cores it keeps to (empty: all).
+    """Where a worker runs: a name for people, environment variables that choose the device, and the
+    cores it is kept on (empty: all).
     """
 
     name: str
@@ -171,52 +152,40 @@ class Place:
 
 
 def places(devices: int | None = None) -> list[Place]:
-    """One place per worker: every GPU; or the TPU chips together; or the CPU, by default in shares
-    of one core (of more where there are more than MOST), so that no run's number of threads depends
-    on how many run beside it. ``devices`` takes the first GPUs, or cuts the cores into so many
-    shares. Raises UserError for more than there are.
+    """One place per worker: every GPU; or all TPU chips together; or the CPU in shares of one core
+    (of more where there are more than MAX_CPU_WORKERS), so that a run has the same number of
+    threads whatever runs beside it. ``devices`` takes the first GPUs, or cuts the cores into so
+    many shares. Raises UserError for more than there are.
     """
-    found = accelerators()
-    if not found:
-        cores = (
-            sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        )  # Linux alone pins
-        most = len(cores) or os.cpu_count() or 1
-        count = devices or min(most, MOST)
-        found = (
-            [
-                Place(
-                    f"CPU {i}",
-                    {},
-                    tuple(cores[i * len(cores) // count : (i + 1) * len(cores) // count]),
-                )
-                for i in range(count)
-            ]
-            if count <= most
-            else []
-        )
+    available = accelerators()
+    if available:
+        most = len(available)
+        count = devices or most
     else:
-        count, most = devices or len(found), len(found)
+        pins = hasattr(os, "sched_getaffinity")  # Linux alone
+        cores = sorted(os.sched_getaffinity(0)) if pins else []
+        most = len(cores) or os.cpu_count() or 1
+        count = devices or min(most, MAX_CPU_WORKERS)
+        ends = [i * len(cores) // max(count, 1) for i in range(count + 1)]
+        available = [
+            Place(f"CPU {i}", {}, tuple(cores[ends[i] : ends[i + 1]])) for i in range(count)
+        ]
     if not 1 <= count <= most:
         raise UserError(f"--devices: {devices} is outside 1..{most}, what there is on this machine")
-    return found[:count]
+    return available[:count]
 
 
 def accelerators() -> list[Place]:
     """The places of GPUs or TPU chips, where JAX on this machine would use them. JAX is not asked:
     it would take the devices from the workers.
     """
-    wanted = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
+    platform = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
     plugins = {entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")}
-    if wanted in ("cuda", "gpu") or (
-        not wanted and any(name.startswith("xla_cuda") for name in plugins)
-    ):
+    cuda = any(name.startswith("xla_cuda") for name in plugins)
+    if platform in ("cuda", "gpu") or (not platform and cuda):
         return [Place(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus()]
-    if wanted == "tpu" or (
-        not wanted
-        and importlib.util.find_spec("libtpu")
-        and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
-    ):
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if platform == "tpu" or (not platform and chips and importlib.util.find_spec("libtpu")):
         return [Place("TPU")]
     return []
 
@@ -227,70 +196,54 @@ def gpus() -> list[str]:
     if visible is not None:
         return [gpu for word in visible.split(",") if (gpu := word.strip()) and gpu != "-1"]
     if shutil.which("nvidia-smi"):
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, check=False
-        ).stdout
+        command = ["nvidia-smi", "-L"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
     return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
 class Worker:
-    """A worker process on its place; ``name`` is the run it was given last and has not ended,
-    ``begun`` says whether it ever said a word.
-    """
+    """A worker process on its place. ``name``: its run; ``ready``: it has ever started one."""
 
     def __init__(self, place: Place, out: Path, command: tuple[str, ...]):
-        self.place, self.name, self.begun, self.ended, self.rest = place, None, False, False, b""
-        self.stderr = (
-            tempfile.TemporaryFile()
-        )  # what it says outside of runs, such as why it cannot start
+        self.place, self.name, self.ready = place, None, False
+        self.stderr = tempfile.TemporaryFile()  # what it says outside of runs
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        # in a session of its own, so that Ctrl-C comes to the launcher alone
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                "-c",
-                BEFORE,
-                str(os.getpid()),
-                ",".join(map(str, place.cores)),
-                *command,
-                str(out),
-                "-",
-            ],
+            [*command, str(out), "-"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr,
+            text=True,
+            errors="replace",
             env=os.environ | place.env | {"PYTHONPATH": path},
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C comes to the launcher alone
         )
+        if place.cores:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(self.process.pid, place.cores)
 
-    def feed(self, name: str | None) -> None:
-        """Gives it a run, or with None the end of its input."""
+    def serve(self, name: str, waiting: deque, signals: list, board: "Board") -> int:
+        """Does a run and then those that wait; returns the exit code, negative for a signal."""
         self.name = name
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # it is dead, which is seen when it is heard next
-            if name is None:
-                self.process.stdin.close()
-            else:
-                self.process.stdin.write(name.encode() + b"\n")
-                self.process.stdin.flush()
-
-    def words(self) -> list[tuple[str, str, str]]:
-        """(word, run, rest) of the lines that have come; to be asked when there is something to
-        read. Sets ``ended`` at the end of them.
-        """
-        content = os.read(self.process.stdout.fileno(), 65536)
-        self.ended = not content
-        *lines, self.rest = (self.rest + content).split(b"\n")
-        parts = [line.decode(errors="replace").split(" ", 2) for line in lines]
-        return [
-            (*part, "", "")[:3]
-            for part in parts
-            if part[0] in ("start", "done", "failed", "stopped")
-        ]
+        with contextlib.suppress(BrokenPipeError):  # it died, as the end of its stdout says
+            print(name, file=self.process.stdin, flush=True)
+            for line in self.process.stdout:
+                word, run, rest = (*line.rstrip("\n").split(" ", 2), "", "")[:3]
+                if word not in STATES:
+                    continue
+                self.ready = True
+                board.event(word, run, rest)
+                if word in ("done", "failed"):
+                    self.name = None
+                    with contextlib.suppress(IndexError):
+                        self.name = None if signals else waiting.popleft()
+                    print(self.name or "", file=self.process.stdin, flush=True)
+            self.process.stdin.close()
+        code = self.process.wait()
+        self.kill()  # what it started, where that is left
+        self.process.stdout.close()
+        return code
 
     def errors(self, lines: int) -> list[str]:
         self.stderr.seek(0)
@@ -301,219 +254,142 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def close(self) -> int:
-        """Its exit code, negative for a signal; one that is still there is killed."""
-        if not self.ended:
-            self.kill()
-        code = self.process.wait()
-        self.kill()  # what it started, where that is left
-        self.process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        return code
 
-
-def bury(out: Path, one: Worker, code: int) -> None:
-    """Writes what a worker could not: failed.json of the run it died in, with the last lines that
-    were said.
-    """
-    folder = out / one.name
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "failed.json",
-        {
-            "name": one.name,
-            "exit": code,
-            "error": "\n".join([f"worker {ending(code)}", *(tail(folder) or one.errors(TAIL))]),
-        },
-    )
+def save_failure(out: Path, worker: Worker, code: int) -> None:
+    """Writes failed.json of the run that a worker died in, with the last lines of output."""
+    lines = [f"worker {ending(code)}", *(tail(out / worker.name) or worker.errors(TAIL))]
+    (out / worker.name).mkdir(parents=True, exist_ok=True)
+    failure = {"name": worker.name, "exit": code, "error": "\n".join(lines)}
+    write_json(out / worker.name / "failed.json", failure)
 
 
 def ending(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def tail(folder: Path) -> list[str]:
-    """The last lines of a run's log."""
+def last_lines(path: Path, size: int) -> list[str]:
+    """The lines in the last bytes of a file; [] where there is none."""
     try:
-        with open(folder / "log.txt", "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 200 * TAIL * 4))
-            return file.read().decode(errors="replace").splitlines()[-TAIL:]
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            return file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
 
 
+def tail(folder: Path) -> list[str]:
+    """The last lines of a run's log."""
+    return last_lines(folder / "log.txt", 800 * TAIL)[-TAIL:]
+
+
 def progress(folder: Path) -> dict[str, float]:
-    """The latest "step", "loss", "tokens_per_s" and "step_tokens" of a run, from the end of its
-    metrics.jsonl; those that are there.
-    """
-    try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return {}
-    found = {}
-    for line in lines:
-        try:
+    """The latest "step", "loss", "tokens_per_s", "step_tokens" of a run, those that are there."""
+    latest: dict[str, float] = {}
+    for line in last_lines(folder / "metrics.jsonl", 8192):
+        with contextlib.suppress(ValueError, AttributeError, KeyError):  # a line that is cut
             row = json.loads(line)
-            found |= {
-                key: row[key]
-                for key in ("step", "loss", "tokens_per_s")
-                if row.get(key) is not None
-            }
-            found |= {"step_tokens": row["tokens"] / row["step"]} if "tokens" in row else {}
-        except (
-            ValueError,
-            AttributeError,
-            KeyError,
-        ):  # cut: the first line by us, the last by its writer
-            continue
-    return found
+            keys = ("step", "loss", "tokens_per_s")
+            latest |= {key: row[key] for key in keys if row.get(key) is not None}
+            latest |= {"step_tokens": row["tokens"] / row["step"]} if "tokens" in row else {}
+    return latest
 
 
 class Board:
-    """Where each run stands, on stderr: a live table on a terminal, few lines elsewhere."""
+    """Where each run stands, on stderr: a live table on a terminal, a few lines elsewhere."""
 
-    def __init__(self, out: Path, names: list[str], steps: dict[str, int], interval: float):
-        self.out, self.steps, self.interval = out, steps, interval
-        self.states = dict.fromkeys(names, "waiting")
-        self.began = self.looked = self.printed = time.monotonic()
+    def __init__(self, out: Path, names: list[str], steps: dict[str, int]):
+        self.out, self.steps, self.states = out, steps, dict.fromkeys(names, "waiting")
+        self.began = self.printed = time.monotonic()
         self.seen = {name: progress(out / name) for name in names}
-        self.first = {name: seen.get("step", 0) for name, seen in self.seen.items()}
+        self.before = sum(seen.get("step", 0) for seen in self.seen.values())
         self.console = Console(stderr=True)
-        self.live = (
-            Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        )
+        self.live = Live(console=self.console, auto_refresh=False)
+        self.terminal = self.console.is_terminal
 
     def __enter__(self):
-        if self.live:
+        if self.terminal:
             self.live.start()
         return self
 
     def __exit__(self, *exc):
-        if self.live:
-            self._draw()
+        if self.terminal:
+            self.draw()
             self.live.stop()
 
     def say(self, text: str) -> None:
-        if self.live:
+        if self.terminal:
             self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def event(self, word: str, name: str, rest: str) -> None:
-        """``word``: start, done, failed or stopped, as workers say them."""
-        self.states[name] = {"start": "running", "stopped": "waiting"}.get(word, word)
-        self.seen[name] = progress(self.out / name)
+        """``word``: start, done, failed or stopped, as workers print them."""
+        self.states[name], self.seen[name] = STATES[word], progress(self.out / name)
         if word == "failed":
-            self.say(
-                "\n".join(
-                    [
-                        f"failed {name}: {rest}; the last lines of {self.out / name / 'log.txt'}:",
-                        *(f"    {line}" for line in tail(self.out / name)),
-                    ]
-                )
-            )
-        elif not self.live:
-            self.say(
-                f"{word} {name}" + (f" after {eta(float(rest))}" if word == "done" and rest else "")
-            )
+            log = self.out / name / "log.txt"
+            head = f"failed {name}: {rest}; the last lines of {log}:"
+            self.say("\n    ".join([head, *tail(self.out / name)]))
+        elif not self.terminal:
+            after = f" after {eta(float(rest))}" if word == "done" and rest else ""
+            self.say(f"{word} {name}{after}")
 
     def tick(self) -> None:
         """Shows what has changed, where it is time to."""
-        now = time.monotonic()
-        if self.live and now - self.looked >= self.interval:
-            self.looked = now
-            self._draw()
-        elif not self.live and now - self.printed >= EVERY:
-            self.printed = now
-            self._look()
+        if self.terminal:
+            self.draw()
+        elif time.monotonic() - self.printed >= LOG_EVERY:
+            self.printed = time.monotonic()
+            self.look()
             self.say(self.summary())
 
+    def look(self) -> None:
+        running = [name for name, state in self.states.items() if state == "running"]
+        self.seen |= {name: progress(self.out / name) for name in running}
+
+    def step(self, name: str) -> int:
+        return self.steps[name] if self.states[name] == "done" else self.seen[name].get("step", 0)
+
     def summary(self) -> str:
-        counts = [
-            f"{count} {state}"
-            for state in ("done", "failed", "running", "waiting")
-            if (count := list(self.states.values()).count(state))
-        ]
-        return f"{len(self.states)} runs: {', '.join(counts)}" + (
-            f"; {eta(left)} left" if (left := self.left()) is not None else ""
-        )
+        states, left = list(self.states.values()), self.left()
+        order = ("done", "failed", "running", "waiting")
+        counts = ", ".join(f"{n} {state}" for state in order if (n := states.count(state)))
+        return f"{len(states)} runs: {counts}" + ("" if left is None else f"; {eta(left)} left")
 
     def left(self) -> float | None:
-        """Seconds until all are done, were each step to take what the steps so far took; None
-        before the first or after the last.
+        """Seconds until all are done, at the rate of the steps since the start; None before the
+        first step and after the last.
         """
-        open_steps = sum(
-            self.steps[name] - self.seen[name].get("step", 0)
-            for name, state in self.states.items()
-            if state in ("running", "waiting")
-        )
-        made = sum(
-            self.steps[name] if state == "done" else self.seen[name].get("step", 0)
-            for name, state in self.states.items()
-        ) - sum(self.first.values())
-        return (
-            open_steps * (time.monotonic() - self.began) / made
-            if made > 0 and open_steps > 0
-            else None
-        )
+        going = [name for name, state in self.states.items() if state in ("running", "waiting")]
+        remaining = sum(self.steps[name] - self.step(name) for name in going)
+        trained = sum(map(self.step, self.states)) - self.before
+        if trained <= 0 or remaining <= 0:
+            return None
+        return remaining * (time.monotonic() - self.began) / trained
 
     def rows(self, most: int) -> list[tuple[str, ...]]:
         """(run, state, step, loss, rate, left) of at most so many runs: those that run and those
         that failed first.
         """
-        order = sorted(
-            self.states,
-            key=lambda name: ("running", "failed", "waiting", "done").index(self.states[name]),
-        )
-        made = []
-        for name in order[:most]:
-            seen, state = self.seen[name], self.states[name]
-            rate, step = (
-                seen.get("tokens_per_s"),
-                self.steps[name] if state == "done" else seen.get("step", 0),
-            )
-            seconds = (
-                (self.steps[name] - step) * seen["step_tokens"] / rate
-                if state == "running" and rate and "step_tokens" in seen
-                else None
-            )
-            made.append(
-                (
-                    name,
-                    state,
-                    f"{step:,}/{self.steps[name]:,}",
-                    f"{seen['loss']:.4f}" if "loss" in seen else "",
-                    f"{rate:,.0f} tokens/s" if rate and state == "running" else "",
-                    "" if seconds is None else eta(seconds),
-                )
-            )
-        return made
+        order = ("running", "failed", "waiting", "done")
+        rows = []
+        for name in sorted(self.states, key=lambda name: order.index(self.states[name]))[:most]:
+            seen, step, state = self.seen[name], self.step(name), self.states[name]
+            rate = seen.get("tokens_per_s") if state == "running" else None
+            left = ""
+            if rate and "step_tokens" in seen:
+                left = eta((self.steps[name] - step) * seen["step_tokens"] / rate)
+            loss = f"{seen['loss']:.4f}" if "loss" in seen else ""
+            speed = f"{rate:,.0f} tokens/s" if rate else ""
+            rows.append((name, state, f"{step:,}/{self.steps[name]:,}", loss, speed, left))
+        return rows
 
-    def _look(self) -> None:
-        for name, state in self.states.items():
-            if state == "running":
-                self.seen[name] = progress(self.out / name)
-
-    def _draw(self) -> None:
-        self._look()
+    def draw(self) -> None:
+        self.look()
         table = Table(box=None, pad_edge=False)
-        for column, right in (
-            ("run", False),
-            ("state", False),
-            ("step", True),
-            ("loss", True),
-            ("rate", True),
-            ("left", True),
-        ):
-            table.add_column(
-                column, justify="right" if right else "left", no_wrap=True, overflow="ellipsis"
-            )
+        for column in ("run", "state", "step", "loss", "rate", "left"):
+            side = "left" if column in ("run", "state") else "right"
+            table.add_column(column, justify=side, no_wrap=True, overflow="ellipsis")
+        styles = {"failed": "red", "done": "dim", "waiting": "dim"}
         for row in self.rows(max(1, self.console.height - 3)):
-            table.add_row(
-                *map(Text, row),
-                style={"failed": "red", "done": "dim", "waiting": "dim"}.get(row[1], ""),
-            )
+            table.add_row(*map(Text, row), style=styles.get(row[1], ""))
         self.live.update(Group(table, Text(self.summary())), refresh=True)

@@ -3,7 +3,7 @@ report.tex and the verdict table.
 
     python -m experiments.report runs/cpu [runs/gpu ...]
 
-Reads what the runner left: OUT/plan.json (scale, experiments, expected runs),
+Reads what the runner left: OUT/runs.json (scale, experiments, expected runs),
 OUT/<run>/trained.json and measures/ (a finished run), failed.json, run.json, config.json and
 metrics.jsonl. It works while runs are still going and says what is missing. Equal inputs give equal
 bytes.
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from experiments import catalogue, report_page, tables
-from experiments import plan as plans
+from experiments import runs as run_list
 from experiments.chart import family_of
 from experiments.plots import STYLES
 from experiments.sweeps import variant_of
@@ -47,15 +47,18 @@ def collect(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
     modules: experiment name -> module, instead of the catalogue's. Returns {"scale", "experiments":
     one :func:`section` each, "expected", "finished", "verdicts": {verdict: count}, "steps":
     distinct ones, "environment", "accounting", "failed", "missing", "runs": {name: files to link}}.
-    Raises UserError when ``out`` is no such folder or its plan.json cannot be read.
+    Raises UserError when ``out`` is no such folder or its runs.json cannot be read.
     """
-    out, plan = Path(out), plans.read(out)
+    out, listed = Path(out), run_list.read(out)
     wanted = dict.fromkeys(
-        [*plan.experiments, *(name for run in plan.runs.values() for name in run["experiments"])]
+        [
+            *listed.experiments,
+            *(name for run in listed.runs.values() for name in run["experiments"]),
+        ]
     )
     known = {name: load(name, modules) for name in wanted}
-    steps, done, failed, missing = plans.steps(plan), {}, {}, {}
-    for name, run in plan.runs.items():
+    steps, done, failed, missing = run_list.steps(listed), {}, {}, {}
+    for name, run in listed.runs.items():
         folder = out / name
         found, failure = (
             finished(out, run, [known[other] for other in run["experiments"]]),
@@ -76,30 +79,30 @@ def collect(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
                 "steps": steps[name],
                 "begun": (folder / "log.txt").exists(),
             }
-    scale = plan.scale + (f", equal {plan.budget}" if plan.budget else "")
+    scale = listed.scale + (f", equal {listed.budget}" if listed.budget else "")
     experiments = [
-        section(out, name, known[name], plan, failed, missing) | {"scale": scale}
-        for name in plan.experiments
+        section(out, name, known[name], listed, failed, missing) | {"scale": scale}
+        for name in listed.experiments
     ]
     claims = [claim for experiment in experiments for claim in experiment["claims"]]
     return _clean(
         {
             "scale": scale,
             "experiments": experiments,
-            "expected": len(plan.runs),
+            "expected": len(listed.runs),
             "finished": len(done),
             "verdicts": {
                 verdict: sum(claim["verdict"] == verdict for claim in claims)
                 for verdict in VERDICTS
             },
             "steps": sorted(set(steps.values())),
-            "environment": environment(out, list(plan.runs)),
+            "environment": environment(out, list(listed.runs)),
             "accounting": accounting(list(done.values())),
             "failed": list(failed.values()),
             "missing": list(missing.values()),
             "runs": {
                 name: [file for file in LINKED if (out / name / file).exists()]
-                for name in plan.runs
+                for name in listed.runs
             },
         }
     )
@@ -116,10 +119,10 @@ def load(name: str, modules: dict[str, ModuleType] | None) -> ModuleType | str:
 
 
 def finished(out: Path, run: dict, needed: list[ModuleType | str]) -> dict | None:
-    """As ``plan.finished`` with the measures of these experiments, also where one cannot be loaded;
+    """As ``run_list.finished`` with the measures of these experiments, also where one cannot be loaded;
     numbers that are not finite are None.
     """
-    found = plans.finished(
+    found = run_list.finished(
         out,
         run,
         {function.__name__ for module in needed for function in getattr(module, "MEASURES", ())},
@@ -131,7 +134,7 @@ def section(
     out: Path,
     name: str,
     experiment: ModuleType | str,
-    plan: plans.Plan,
+    listed: run_list.RunList,
     failed: dict,
     missing: dict,
 ) -> dict:
@@ -142,9 +145,9 @@ def section(
     {"analyse" | "claims" | "file": last line of what went wrong}}. ``experiment`` as :func:`load`
     returns it.
     """
-    names = [run["name"] for run in plan.runs.values() if name in run["experiments"]]
+    names = [run["name"] for run in listed.runs.values() if name in run["experiments"]]
     runs = [
-        found for run in names if (found := finished(out, plan.runs[run], [experiment]))
+        found for run in names if (found := finished(out, listed.runs[run], [experiment]))
     ]  # another experiment's measures may be missing
     there = {run["name"] for run in runs}
     entry = {
@@ -193,7 +196,7 @@ def section(
         )
         or []
     )
-    planned = {plans.seed_of(plan.runs[run]["overrides"]) for run in names}
+    planned = {run_list.seed_of(listed.runs[run]["overrides"]) for run in names}
     for claim in claims:
         if (
             0 < claim["seeds"] < len(planned)
@@ -400,10 +403,10 @@ def curves(out: Path, results: dict) -> dict[str, list[dict] | str]:
     """{experiment: its loss curves, or the name of an earlier experiment of the very same runs};
     see :func:`mean_curves`.
     """
-    plan = plans.read(out)
+    listed = run_list.read(out)
     made, seen = {}, {}
     for experiment in results["experiments"]:
-        runs = [run for run in plan.runs.values() if experiment["name"] in run["experiments"]]
+        runs = [run for run in listed.runs.values() if experiment["name"] in run["experiments"]]
         names = tuple(run["name"] for run in runs)
         if names in seen:
             made[experiment["name"]] = seen[names]

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from experiments import catalogue
-from experiments import plan as plans
+from experiments import runs as run_list
 from flexmemory.cli.flags import Parser, for_user
 from flexmemory.cli.main import piped
 from flexmemory.errors import UserError, nearest
@@ -82,28 +82,28 @@ def main(argv: list[str] | None = None) -> int:
 def run(args, rest: list[str]) -> int:
     check(args, rest)
     out = args.out or Path("runs") / args.scale
-    plan = plans.make(
+    listed = run_list.make(
         chosen(args), args.scale, source=args.source, seeds=seeds_of(args.seeds), budget=args.budget
     )
     if args.dry_run:
-        print(dry_run(out, plans.merged(out, plan), args, rest))
+        print(dry_run(out, run_list.merged(out, listed), args, rest))
         return 0
     if args.status:
-        print(status(out, plans.merged(out, plan), args))
+        print(status(out, run_list.merged(out, listed), args))
         return 0
     if args.launcher == "here":
-        return here(out, plan, args)
-    plans.merged(out, plan)  # raises before anything is written
-    with plans.locked(out):
-        return launched(out, plans.claim(out, plan), args, rest)
+        return here(out, listed, args)
+    run_list.merged(out, listed)  # raises before anything is written
+    with run_list.locked(out):
+        return launched(out, run_list.claim(out, listed), args, rest)
 
 
-def launched(out: Path, plan: plans.Plan, args, rest: list[str]) -> int:
-    for folder, arguments in texts(out, plan).items():
+def launched(out: Path, listed: run_list.RunList, args, rest: list[str]) -> int:
+    for folder, arguments in texts(out, listed).items():
         from flexmemory.data.prepare import prepare
 
         prepare(out=folder, **arguments)
-    todo = plans.unfinished(out, plan)
+    todo = run_list.unfinished(out, listed)
     if args.launcher == "slurm":
         from experiments import slurm
 
@@ -112,7 +112,7 @@ def launched(out: Path, plan: plans.Plan, args, rest: list[str]) -> int:
     else:
         from experiments.local import run_local
 
-        failed = run_local(out, todo, plans.steps(plan), args.devices)
+        failed = run_local(out, todo, run_list.steps(listed), args.devices)
     return report(out, failed)
 
 
@@ -165,12 +165,15 @@ def seeds_of(text: str | None) -> list[int] | None:
         raise UserError(f"--seeds {text!r}: give whole numbers, e.g. 0,1") from None
 
 
-def texts(out: Path, plan: plans.Plan) -> dict[Path, dict]:
+def texts(out: Path, listed: run_list.RunList) -> dict[Path, dict]:
     """{data folder: arguments of prepare}, each text once."""
-    return {plans.data_folder(out, run): plans.prepare_arguments(run) for run in plan.runs.values()}
+    return {
+        run_list.data_folder(out, run): run_list.prepare_arguments(run)
+        for run in listed.runs.values()
+    }
 
 
-def dry_run(out: Path, plan: plans.Plan, args, rest: list[str]) -> str:
+def dry_run(out: Path, listed: run_list.RunList, args, rest: list[str]) -> str:
     """The commands that would start, in their order."""
     lines = [
         command(
@@ -179,9 +182,9 @@ def dry_run(out: Path, plan: plans.Plan, args, rest: list[str]) -> str:
             *(f"--{key}={value}" for key, value in arguments.items()),
             f"--out={folder}",
         )
-        for folder, arguments in texts(out, plan).items()
+        for folder, arguments in texts(out, listed).items()
     ]
-    todo = plans.unfinished(out, plan)
+    todo = run_list.unfinished(out, listed)
     if args.launcher == "slurm":
         from experiments import slurm
 
@@ -189,12 +192,12 @@ def dry_run(out: Path, plan: plans.Plan, args, rest: list[str]) -> str:
     return "\n".join([*lines, *(command("experiments.worker", str(out), name) for name in todo)])
 
 
-def status(out: Path, plan: plans.Plan, args) -> str:
+def status(out: Path, listed: run_list.RunList, args) -> str:
     """A line per run: finished, failed with its last line, how far it is, or not started; with
     --launcher=slurm what SLURM says of the unfinished.
     """
-    todo, steps = plans.unfinished(out, plan), plans.steps(plan)
-    states = {name: ("finished", "") for name in plan.runs if name not in todo}
+    todo, steps = run_list.unfinished(out, listed), run_list.steps(listed)
+    states = {name: ("finished", "") for name in listed.runs if name not in todo}
     if args.launcher == "slurm":
         from experiments import slurm
 
@@ -211,20 +214,20 @@ def status(out: Path, plan: plans.Plan, args) -> str:
                 if metrics
                 else ("not started", "")
             )
-    width = max(map(len, plan.runs), default=0)
+    width = max(map(len, listed.runs), default=0)
     lines = [
         f"{name:<{width}}  {state} {(more.strip().splitlines() or [''])[-1]}".rstrip()
-        for name in plan.runs
+        for name in listed.runs
         for state, more in [states[name]]
     ]
-    return "\n".join([*lines, f"{len(plan.runs) - len(todo)} of {len(plan.runs)} finished"])
+    return "\n".join([*lines, f"{len(listed.runs) - len(todo)} of {len(listed.runs)} finished"])
 
 
 def command(module: str, *rest: str) -> str:
     return shlex.join(["python", "-m", module, *rest])
 
 
-def here(out: Path, plan: plans.Plan, args) -> int:
+def here(out: Path, listed: run_list.RunList, args) -> int:
     """Does the runs in this process, one after another; of several processes each calls this, and
     all train each run together.
     """
@@ -234,19 +237,19 @@ def here(out: Path, plan: plans.Plan, args) -> int:
     if args.distributed:
         cluster.start()
 
-    def first() -> plans.Plan:
+    def first() -> run_list.RunList:
         from flexmemory.data.prepare import prepare
 
-        claimed = plans.claim(out, plan)
+        claimed = run_list.claim(out, listed)
         for folder, arguments in texts(out, claimed).items():
             prepare(out=folder, **arguments)
         return claimed
 
     cluster.together(first, first_only=True)
-    plan = plans.read(out)
-    todo = plans.unfinished(out, plan)
+    listed = run_list.read(out)
+    todo = run_list.unfinished(out, listed)
     cluster.agree({f"out: the runs to do in {out} (is it on a file system that all see?)": todo})
-    code = work(out, plan, iter(todo), together=args.distributed)
+    code = work(out, listed, iter(todo), together=args.distributed)
     if code == 130:
         return code
     if args.distributed:

@@ -1,14 +1,16 @@
-"""Runs on a cluster with SLURM, through submitit: one array job per call, each task of it a run or
-a few.
+"""Runs on a cluster with SLURM, through submitit's public interface: one array job per call, each
+task of it a run or a few.
 
 A task is the local launcher (experiments.local) with the devices that SLURM gave it. OUT must be
 seen by all nodes at the same path; OUT/slurm holds submitit's files and logs, and JOB.json for
 every job, {"job", "tasks": [[run, ...], ...]}.
 
-What ends a job early lets its runs stop at a checkpoint first, from which they go on: SLURM itself
-puts a preempted job back into the queue; the task does so before the time limit (SLURM's signal
-comes 90 seconds earlier) and where it was asked to end while the job goes on, as at the start of a
-grace time.
+What ends a job early lets its runs stop at a checkpoint, from which they go on. SLURM itself
+requeues a preempted job. The task requeues itself before the time limit (SLURM warns it by SIGUSR2
+90 seconds earlier) and where it is told to end while the job goes on, as in a grace time.
+
+submitit's job.state asks sacct alone, and a site without accounts would see every job as unknown
+and submit it again. So states come from squeue first.
 """
 
 import contextlib
@@ -23,7 +25,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -32,29 +33,13 @@ from flexmemory.errors import UserError
 from flexmemory.files import write_json
 
 TIME = "4:00:00"
+NO_SLURM = "--launcher=slurm: no {} on this machine; run on a login node, or use --launcher=local"
 TIMEOUTS = 100  # time limits after which a task is given up
-OURS = (
-    "array",
-    "error",
-    "nodes",
-    "ntasks",
-    "ntasks_per_node",
-    "open_mode",
-    "output",
-    "requeue",
-    "signal",
-)  # of sbatch's options
-QUEUED = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-RUNNING = {
-    "RUNNING",
-    "COMPLETING",
-    "CONFIGURING",
-    "RESIZING",
-    "SIGNALING",
-    "STAGE_OUT",
-    "STOPPED",
-    "SUSPENDED",
-}
+OURS = set("array error nodes ntasks ntasks_per_node open_mode output requeue signal".split())
+QUEUED = set("PENDING REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT".split())
+RUNNING = set(
+    "RUNNING COMPLETING CONFIGURING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +58,7 @@ def options_of(words: list[str]) -> Options:
     """The options of a command line: --slurm.KEY=VALUE or --slurm.KEY for sbatch, --runs_per_job=N,
     --max_parallel=N. Raises UserError on anything else.
     """
-    made, numbers = {}, {}
+    sbatch, numbers = {}, {}
     for word in words:
         name, _, value = word.partition("=")
         key = name.removeprefix("--slurm.").replace("-", "_")
@@ -90,37 +75,28 @@ def options_of(words: list[str]) -> Options:
         elif key in OURS:
             raise UserError(f"{name}: the launcher sets it; leave it out")
         else:
-            made[key] = value
-    minutes(made.get("time", TIME))
-    return Options(made, **numbers)
+            sbatch[key] = value
+    minutes(sbatch.get("time", TIME))
+    return Options(sbatch, **numbers)
 
 
 def launch(out: Path, names: list[str], options: Options, worker: tuple[str, ...] = WORKER) -> str:
     """Submits what is missing of the runs, and says what that was and where the others are."""
-    from experiments import plan as plans
+    from experiments import runs as run_list
 
-    before = states(out, names)
-    job = submit(out, names, plans.steps(plans.read(out)), options, worker)
     lines = [
         f"failed before: {name}: {(more.splitlines() or [''])[-1]}"
-        for name, (state, more) in before.items()
+        for name, (state, more) in states(out, names).items()
         if state == "failed"
     ]
-    if job:
+    if job := submit(out, names, run_list.steps(run_list.read(out)), options, worker):
         count = sum(task.partition("_")[0] == job for task in submitted(out).values())
-        lines += [f"job {job}: {count} runs submitted; its logs are in {out / 'slurm'}"]
-    after = [state for state, _ in states(out, names).values()]
-    where = (
-        ", ".join(f"{after.count(state)} {state}" for state in dict.fromkeys(after))
-        or "all are finished"
-    )
-    return "\n".join(
-        [
-            *lines,
-            f"{len(names)} unfinished runs: {where}" if after else where,
-            "the same command again shows where they are and submits what is missing",
-        ]
-    )
+        lines.append(f"job {job}: {count} runs submitted; its logs are in {out / 'slurm'}")
+    now = [state for state, _ in states(out, names).values()]
+    counts = ", ".join(f"{now.count(state)} {state}" for state in dict.fromkeys(now))
+    lines.append(f"{len(names)} unfinished runs: {counts}" if now else "all are finished")
+    lines.append("the same command again shows where they are and submits what is missing")
+    return "\n".join(lines)
 
 
 def submit(
@@ -139,58 +115,42 @@ def submit(
     submitit = load_submitit()
     for program in ("sbatch", "srun", "squeue"):
         if not shutil.which(program):
-            raise UserError(
-                f"--launcher=slurm: no {program} on this machine; run on a login node, or use"
-                " --launcher=local"
-            )
+            raise UserError(NO_SLURM.format(program))
     names = missing(out, names)
     if not names:
         return None
     for name in names:  # of an earlier try, or of other settings, or the run would not be asked for
         (out / name / "failed.json").unlink(missing_ok=True)
         (out / name / "done.json").unlink(missing_ok=True)
-    tasks, folder = tasks_of(out, names, steps, options, worker), out.absolute() / "slurm"
+    tasks, folder = tasks_of(names, options), out.absolute() / "slurm"
     executor = submitit.SlurmExecutor(folder, max_num_timeout=TIMEOUTS)
     executor.update_parameters(**parameters(out, options, len(tasks)))
+    steps = {name: steps.get(name, 0) for name in names}
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
-            jobs = executor.submit_array(tasks)
+            jobs = executor.map_array(Task(str(out.absolute()), steps, worker), tasks)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise UserError(f"sbatch: {one_line(str(error))}") from None
     job = jobs[0].job_id.partition("_")[0]
-    write_json(folder / f"{job}.json", {"job": job, "tasks": [list(task.names) for task in tasks]})
+    write_json(folder / f"{job}.json", {"job": job, "tasks": tasks})
     return job
 
 
 def dry(out: Path, names: list[str], options: Options, worker: tuple[str, ...] = WORKER) -> str:
-    """The sbatch file that :func:`submit` would hand in for these runs, and the worker's command of
+    """The options that :func:`submit` would give sbatch for these runs, and the worker's command of
     each task; nothing is written.
     """
-    load_submitit()
     if not names:
         return "nothing to submit"
-    from submitit.slurm.slurm import (
-        _make_sbatch_string,
-    )  # SlurmExecutor, which has it as a method, is not to be had without SLURM
-
-    tasks, folder = tasks_of(out, names, {}, options, worker), out.absolute() / "slurm"
-    command = (
-        f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    )
-    text = _make_sbatch_string(
-        command,
-        folder,
-        map_count=len(tasks) if len(tasks) > 1 else None,
-        **parameters(out, options, len(tasks)),
-    )
-    return (
-        text
-        + "".join(
-            f"\n# task {i}: {shlex.join([*worker, task.out, *task.names])}"
-            for i, task in enumerate(tasks)
-        )
-        + "\n"
-    )
+    tasks = tasks_of(names, options)
+    fields = parameters(out, options, len(tasks))
+    array = f"0-{len(tasks) - 1}%{fields['array_parallelism']}"
+    words = {"job-name": fields["job_name"], "time": fields["time"], "array": array}
+    words |= fields["additional_parameters"]
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in words.items()]
+    lines = [f"sbatch {shlex.join(flag.replace('_', '-') for flag in flags)}"]
+    commands = (shlex.join([*worker, str(out.absolute()), *task]) for task in tasks)
+    return "\n".join([*lines, *(f"# task {i}: {command}" for i, command in enumerate(commands))])
 
 
 def states(out: Path, names: list[str]) -> dict[str, tuple[str, str]]:
@@ -203,33 +163,29 @@ def states(out: Path, names: list[str]) -> dict[str, tuple[str, str]]:
         known = queue({tasks[name] for name in names if name in tasks})
     except UserError as error:
         trouble = str(error)
-    made, busy = {}, set()
-    for name in names:
+    busy: set[str] = set()
+
+    def state_of(name: str) -> tuple[str, str]:
         task, failed = tasks.get(name), read_failed(out / name)
         state = known.get(task, "")
         if (out / name / "done.json").exists():
-            made[name] = "finished", ""
-        elif state in QUEUED:
-            made[name] = "queued", task
-        elif failed is not None:
-            made[name] = "failed", failed
-        elif state in RUNNING:  # of a task's runs the first that is open, and those that have begun
-            made[name] = (
-                "queued" if task in busy and not (out / name / "log.txt").exists() else "running",
-                task,
-            )
+            return "finished", ""
+        if state in QUEUED:
+            return "queued", task
+        if failed is not None:
+            return "failed", failed
+        if state in RUNNING:  # of a task's runs the first that is open, and those that have begun
+            waits = task in busy and not (out / name / "log.txt").exists()
             busy.add(task)
-        elif task is None:
-            made[name] = "not submitted", ""
-        elif state and state != "COMPLETED":
-            made[name] = "failed", "\n".join([f"task {task}: {state}", *tail(out / name)])
-        else:
-            made[name] = (
-                "unknown",
-                trouble
-                or f"task {task} is no longer in the queue, and SLURM keeps no account of it",
-            )
-    return made
+            return "queued" if waits else "running", task
+        if task is None:
+            return "not submitted", ""
+        if state and state != "COMPLETED":
+            return "failed", "\n".join([f"task {task}: {state}", *tail(out / name)])
+        gone = f"task {task} is no longer in the queue, and SLURM keeps no account of it"
+        return "unknown", trouble or gone
+
+    return {name: state_of(name) for name in names}
 
 
 def missing(out: Path, names: list[str]) -> list[str]:
@@ -243,52 +199,33 @@ def missing(out: Path, names: list[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What one task of the array does, pickled by submitit."""
+    """What a task of the array does with its runs; pickled by submitit."""
 
     out: str
-    names: tuple[str, ...]
     steps: dict[str, int]
     worker: tuple[str, ...]
 
-    def __call__(self) -> list[str]:
+    def __call__(self, names: list[str]) -> list[str]:
         """Does the runs that are not done; returns those that failed."""
-        requeue, warned = (
-            signal.getsignal(signal.SIGUSR2),
-            [],
-        )  # submitit's handler keeps what checkpoint() returns, requeues the job, and exits
-
-        def warn(number, _):
-            warned.append(number)
-            os.kill(os.getpid(), signal.SIGTERM)  # the launcher lets its workers stop
-
-        signal.signal(signal.SIGUSR2, warn)
         out = Path(self.out)
+        todo = [name for name in names if not (out / name / "done.json").exists()]
         try:
-            names = [name for name in self.names if not (out / name / "done.json").exists()]
-            return run_local(out, names, self.steps, None if accelerators() else 1, self.worker)
+            return run_local(out, todo, self.steps, None if accelerators() else 1, self.worker)
         except KeyboardInterrupt:
             job = load_submitit().JobEnvironment().job_id
-            if (
-                warned
-                or said("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip() == "RUNNING"
-            ):
-                requeue(signal.SIGUSR2, None)
+            state = ask("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip()
+            if state == "RUNNING":  # SLURM does not requeue it by itself
+                signal.raise_signal(signal.SIGUSR2)  # submitit saves checkpoint() and requeues
             raise SystemExit(128 + signal.SIGTERM) from None
 
-    def checkpoint(self):
-        return load_submitit().helpers.DelayedSubmission(self)  # the runs go on from their folders
+    def checkpoint(self, names: list[str]):
+        return load_submitit().helpers.DelayedSubmission(self, names)  # goes on from the folders
 
 
-def tasks_of(
-    out: Path, names: list[str], steps: dict[str, int], options: Options, worker: tuple[str, ...]
-) -> list[Task]:
-    parts = [
-        names[i : i + options.runs_per_job] for i in range(0, len(names), options.runs_per_job)
-    ]
-    return [
-        Task(str(out.absolute()), tuple(part), {name: steps.get(name, 0) for name in part}, worker)
-        for part in parts
-    ]
+def tasks_of(names: list[str], options: Options) -> list[list[str]]:
+    """The runs of each task."""
+    n = options.runs_per_job
+    return [names[i : i + n] for i in range(0, len(names), n)]
 
 
 def parameters(out: Path, options: Options, tasks: int) -> dict:
@@ -312,29 +249,28 @@ def minutes(text: str) -> int:
     """Of a time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises UserError on
     anything else.
     """
-    found = re.fullmatch(
-        r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", text
-    )
-    if not found:
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdecimal() for part in [*parts, days or "0"]) or len(parts) > 3:
         raise UserError(
             f"--slurm.time: {text!r} is not a time; write minutes, H:MM:SS, or D-HH:MM:SS"
         )
-    days, *times = (int(part or 0) for part in found.groups())
-    hours, mins, seconds = times[0] + times[3], times[1] + times[4] + times[6], times[2] + times[5]
-    return max(1, math.ceil(days * 1440 + hours * 60 + mins + seconds / 60))
+    numbers = [int(part) for part in parts]
+    if dash or len(numbers) == 3:
+        hours, mins, seconds = [*numbers, 0, 0][:3]
+    else:
+        hours, (mins, seconds) = 0, [*numbers, 0][:2]
+    return max(1, math.ceil(int(days or 0) * 1440 + hours * 60 + mins + seconds / 60))
 
 
 def submitted(out: Path) -> dict[str, str]:
     """{run: the task of the last job it was submitted in}"""
-    made = {}
+    task_of = {}
     for path in sorted(out.glob("slurm/*.json"), key=lambda path: int(path.stem)):
         tasks = json.loads(path.read_text())["tasks"]
-        made |= {
-            name: f"{path.stem}_{i}" if len(tasks) > 1 else path.stem
-            for i, names in enumerate(tasks)
-            for name in names
-        }
-    return made
+        for i, names in enumerate(tasks):
+            task_of |= dict.fromkeys(names, f"{path.stem}_{i}" if len(tasks) > 1 else path.stem)
+    return task_of
 
 
 def queue(tasks: set[str]) -> dict[str, str]:
@@ -343,53 +279,37 @@ def queue(tasks: set[str]) -> dict[str, str]:
     """
     if not tasks:
         return {}
-    jobs = ",".join(sorted({task.partition("_")[0] for task in tasks}))
+    jobs = "--jobs=" + ",".join(sorted({task.partition("_")[0] for task in tasks}))
+    lines = ""
     try:
-        lines = said(
-            "squeue", "--noheader", "--array", "--states=all", f"--jobs={jobs}", "--format=%i|%T"
-        )
+        lines = ask("squeue", "--noheader", "--array", "--states=all", jobs, "--format=%i|%T")
     except UserError as error:
         if "Invalid job id" not in str(error):  # that is what it says of a single job that is gone
             raise
-        lines = ""
     known = dict(line.strip().split("|") for line in lines.splitlines())
     if tasks - known.keys():
         with contextlib.suppress(UserError):  # no accounts are kept
-            lines = said(
-                "sacct",
-                "--noheader",
-                "--allocations",
-                "--parsable2",
-                "--format=JobID,State",
-                f"--jobs={jobs}",
-            )
-            known = {
-                task: state.partition(" ")[0]
-                for task, _, state in (line.partition("|") for line in lines.splitlines())
-            } | known
+            columns = ("--parsable2", "--format=JobID,State")
+            lines = ask("sacct", "--noheader", "--allocations", *columns, jobs)
+            pairs = (line.partition("|")[::2] for line in lines.splitlines())
+            known = {task: state.partition(" ")[0] for task, state in pairs} | known
     return known
 
 
-def said(*command: str) -> str:
+def ask(*command: str) -> str:
     """What a command of SLURM prints. Raises UserError with its words where it fails."""
     try:
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise UserError(
-            f"--launcher=slurm: no {command[0]} on this machine; run on a login node, or use"
-            " --launcher=local"
-        ) from None
-    if made.returncode:
-        raise UserError(f"{command[0]}: {one_line(made.stderr)}")
-    return made.stdout
+        raise UserError(NO_SLURM.format(command[0])) from None
+    if result.returncode:
+        raise UserError(f"{command[0]}: {one_line(result.stderr)}")
+    return result.stdout
 
 
 def one_line(message: str) -> str:
-    lines = [
-        re.sub(r"^\w+(: | error: )(error: )?", "", line.strip())
-        for line in message.splitlines()
-        if line.strip()
-    ]
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    lines = [re.sub(r"^\w+(: | error: )(error: )?", "", line) for line in lines]
     return "; ".join(lines) or "no message"
 
 
@@ -403,6 +323,5 @@ def load_submitit() -> ModuleType:
     try:
         return importlib.import_module("submitit")
     except ImportError:
-        raise UserError(
-            "--launcher=slurm: needs submitit; pip install 'flexmemory[slurm]'"
-        ) from None
+        message = "--launcher=slurm: needs submitit; pip install 'flexmemory[slurm]'"
+        raise UserError(message) from None

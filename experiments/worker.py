@@ -1,8 +1,8 @@
 """Does whole runs in this process: text, training, measures. python -m experiments.worker OUT NAME
 [NAME ...]
 
-With "-" in place of the names they are read from stdin, a line each, so that a launcher keeps one
-warm process per device. What a run prints goes to OUT/NAME/log.txt; the words for the launcher,
+With "-" in place of the names they are read from stdin, a line each, up to an empty line, so that a
+launcher keeps one process per device (experiments.local). What a run prints goes to OUT/NAME/log.txt; the words for the launcher,
 "start NAME", "done NAME SECONDS", "failed NAME MESSAGE", to stdout. A run that fails does not end
 the others.
 """
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import jax
 
-from experiments import plan as plans
+from experiments import runs as run_list
 from experiments.budgets import solve
+from experiments.local import runs_from_launcher
 from experiments.sweeps import with_fields
 from flexmemory.cli.flags import Parser, for_user
 from flexmemory.cli.train import asked_to_stop
@@ -38,15 +39,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="+")
     try:
         args = parser.parse_args(argv)
-        plan = plans.read(args.out)
-        names = (line.strip() for line in sys.stdin) if args.names == ["-"] else args.names
-        return work(args.out, plan, filter(None, names))
+        listed = run_list.read(args.out)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+        names = runs_from_launcher() if args.names == ["-"] else iter(args.names)
+        return work(args.out, listed, names)
     except UserError as error:
         print(for_user(error), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
-def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = False) -> int:
+def work(out: Path, listed: run_list.RunList, names: Iterator[str], together: bool = False) -> int:
     """Does the runs; returns 0 when all came to their end, 1 when one failed, 130 when asked to
     stop.
 
@@ -57,7 +61,9 @@ def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = Fal
     from flexmemory.cluster import is_first
 
     start_process()
-    if plan.scale == "smoke":  # models that run for milliseconds are not worth the compiler's care
+    if (
+        listed.scale == "smoke"
+    ):  # models that run for milliseconds are not worth the compiler's care
         os.environ["XLA_FLAGS"] = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
         )
@@ -67,7 +73,7 @@ def work(out: Path, plan: plans.Plan, names: Iterator[str], together: bool = Fal
         began = time.perf_counter()
         print(f"start {name}", file=launcher)
         try:
-            run = plans.run_of(plan, name)
+            run = run_list.run_of(listed, name)
             with logged(out / name):
                 if together:
                     trained_run(out, run, plan="fsdp")
@@ -137,8 +143,8 @@ def do(out: Path, run: dict) -> None:
         "data_fingerprint": json.loads((folder / "run.json").read_text())["data_fingerprint"],
     }
     write_json(folder / "trained.json", trained)
-    model, identity = None, plans.identity(final)
-    for name, function in plans.measures_of(run).items():
+    model, identity = None, run_list.identity(final)
+    for name, function in run_list.measures_of(run).items():
         path = folder / "measures" / f"{name}.json"
         if path.exists() and json.loads(path.read_text()).get("of") == identity:
             continue
@@ -148,7 +154,7 @@ def do(out: Path, run: dict) -> None:
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"seconds": time.perf_counter() - began, "of": identity, "result": result})
     write_json(
-        folder / "done.json", {"name": run["name"], "measures": sorted(plans.measures_of(run))}
+        folder / "done.json", {"name": run["name"], "measures": sorted(run_list.measures_of(run))}
     )
 
 
@@ -177,7 +183,7 @@ def config_of(out: Path, run: dict) -> tuple[Config, dict | None]:
     """The run's config with the data's vocabulary, and its budget solved. Raises UserError where
     `prepare` has not made the data.
     """
-    data = plans.data_folder(out, run)
+    data = run_list.data_folder(out, run)
     fields = {
         "data.path": str(data.absolute()),
         "model.vocab_size": read_index(data)["vocab_size"],

@@ -34,10 +34,7 @@ def analyse(runs):
     )
     return {
         "rows": measured(
-            runs,
-            "outliers",
-            "layers",
-            ("layer", "keys", "above_3", "above_6", "fresh_above_3", "fresh_above_6"),
+            runs, "outliers", "layers", "layer keys above_3 above_6 fresh_above_3 fresh_above_6"
         ),
         "figures": [figure],
     }
@@ -46,10 +43,8 @@ def analyse(runs):
 def claims(runs):
     made = []
     for sigma in (6, 3):
-        text, paper = (
-            f"More coefficients above {sigma} σ in the last layers than in the first",
-            "more in the last layers (figure only)",
-        )
+        text = f"More coefficients above {sigma} σ in the last layers than in the first"
+        paper = "more in the last layers (figure only)"
 
         def late(run, third, key=f"above_{sigma}"):
             parts = thirds(layer_values(run, "outliers", key))

@@ -85,7 +85,7 @@ def analyse(runs):
             groups.get("dense", []),
             "pruned",
             "points",
-            ("rule", "kept", "active", "val_loss", "recall_acc", "reasoning_acc"),
+            "rule kept active val_loss recall_acc reasoning_acc",
         ),
         "figures": [figure],
     }
@@ -95,10 +95,8 @@ def claims(runs):
     made = []
     for rule in ("magnitude", "wanda"):
         for beta in BETAS:
-            text, paper = (
-                f"Flex β = {beta} beats a dense model pruned by {rule} to its active parameters",
-                "clearly better (figure only)",
-            )
+            text = f"Flex β = {beta} beats a dense model pruned by {rule} to its active parameters"
+            paper = "clearly better (figure only)"
             judged = [
                 run
                 | {

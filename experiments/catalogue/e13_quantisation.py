@@ -75,16 +75,7 @@ def analyse(runs):
             runs,
             "quantised",
             "points",
-            (
-                "dtype",
-                "scale_group",
-                "table_bytes",
-                "saved",
-                "relative_error",
-                "val_loss",
-                "recall_acc",
-                "reasoning_acc",
-            ),
+            "dtype scale_group table_bytes saved relative_error val_loss recall_acc reasoning_acc",
         ),
         "figures": [figure] if series else [],
     }

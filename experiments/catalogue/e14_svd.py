@@ -43,15 +43,7 @@ def analyse(runs):
             runs,
             "svd",
             "points",
-            (
-                "cut",
-                "table_bytes",
-                "saved",
-                "relative_error",
-                "val_loss",
-                "recall_acc",
-                "reasoning_acc",
-            ),
+            "cut table_bytes saved relative_error val_loss recall_acc reasoning_acc",
         ),
         "figures": [
             mean_lines(

@@ -64,7 +64,7 @@ def analyse(runs):
                 )
             )
     return {
-        "rows": measured(runs, "spectra", "layers", ("layer", "width", "effective_rank")),
+        "rows": measured(runs, "spectra", "layers", "layer width effective_rank"),
         "figures": figures,
     }
 
@@ -72,10 +72,8 @@ def analyse(runs):
 def claims(runs):
     made = []
     for variant in ("memoryllm", "flex-b3"):
-        text, paper = (
-            f"{variant}: the last layers' tables are easier to compress than the middle ones'",
-            "yes (figure only)",
-        )
+        text = f"{variant}: the last layers' tables are easier to compress than the middle ones'"
+        paper = "yes (figure only)"
 
         def rank(run, third):
             parts = thirds(layer_values(run, "spectra", "effective_rank"))

@@ -43,10 +43,7 @@ def analyse(runs):
     ]
     return {
         "rows": measured(
-            runs,
-            "drop_layer",
-            "layers",
-            ("layer", "kind", "val_loss", "recall_acc", "reasoning_acc"),
+            runs, "drop_layer", "layers", "layer kind val_loss recall_acc reasoning_acc"
         ),
         "figures": [f for f in figures if f.series],
     }
@@ -55,10 +52,8 @@ def analyse(runs):
 def claims(runs):
     runs, made = [run | {"variant": knowledge.model_of(run)} for run in runs], []
     for key, (word, sign, unit) in TASKS.items():
-        text, paper = (
-            f"The first layers' tables matter more for {word} than the middle ones'",
-            "only the first few matter (figure only)",
-        )
+        text = f"The first layers' tables matter more for {word} than the middle ones'"
+        paper = "only the first few matter (figure only)"
 
         def of(run, third, key=key):
             chance = (

@@ -42,14 +42,7 @@ def analyse(runs):
             runs,
             "drop_last",
             "points",
-            (
-                "dropped",
-                "table_bytes_gone",
-                "val_loss",
-                "perplexity_rise",
-                "recall_acc",
-                "reasoning_acc",
-            ),
+            "dropped table_bytes_gone val_loss perplexity_rise recall_acc reasoning_acc",
         ),
         "figures": [
             mean_lines(
@@ -67,13 +60,11 @@ def analyse(runs):
 def claims(runs):
     made = []
     for variant in ("memoryllm", "flex-b3"):
-        text, paper = (
-            (
-                f"{variant}: leaving out the last layer's table costs less than leaving out the"
-                " first one's"
-            ),
-            "not in the papers (proposed, not measured)",
+        text = (
+            f"{variant}: leaving out the last layer's table costs less than leaving out the"
+            " first one's"
         )
+        paper = "not in the papers (proposed, not measured)"
         found = within(
             runs,
             variant,

@@ -15,7 +15,7 @@ scale three of the paper's four models (not MemoryLLM 1B).
 """
 
 from experiments import scales
-from experiments.chart import bars, means
+from experiments.chart import loss_bars, means
 from experiments.verdicts import sign_claim
 
 IDS = ("E1",)
@@ -45,23 +45,12 @@ def sweep(scale):
 def analyse(runs):
     rows = means(
         runs,
-        total="account.total",
-        active="account.active",
-        active_all="account.active_all",
-        val_loss="result.val_loss",
+        "account.total account.active account.active_all result.val_loss",
         bits_per_byte="result.val_bits_per_byte",
     )
     return {
         "rows": rows,
-        "figures": [
-            bars(
-                "loss",
-                "Loss at equal total and equal active parameters",
-                runs,
-                "result.val_loss",
-                "validation loss, nat per token",
-            )
-        ],
+        "figures": [loss_bars("Loss at equal total and equal active parameters", runs)],
     }
 
 

@@ -13,7 +13,7 @@ Cost at cpu scale: five runs a seed, about five minutes on two cores; two of the
 """
 
 from experiments import scales
-from experiments.chart import bars, loss_against, means
+from experiments.chart import loss_against, loss_bars, means
 from experiments.verdicts import combined, judge, order_claim, sign_claim
 
 IDS = ("E2",)
@@ -33,23 +33,12 @@ def sweep(scale):
 def analyse(runs):
     runs = sorted(runs, key=lambda run: ORDER.index(run["variant"]))
     rows = means(
-        runs,
-        total="account.total",
-        active="account.active",
-        val_loss="result.val_loss",
-        recall_acc="result.recall_acc",
-        reasoning_acc="result.reasoning_acc",
+        runs, "account.total account.active result.val_loss result.recall_acc result.reasoning_acc"
     )
     return {
         "rows": rows,
         "figures": [
-            bars(
-                "loss",
-                "Loss from all compute to all memory, at equal total parameters",
-                runs,
-                "result.val_loss",
-                "validation loss, nat per token",
-            ),
+            loss_bars("Loss from all compute to all memory, at equal total parameters", runs),
             loss_against(runs, "active"),
             loss_against(runs, "read_bytes_per_token"),
         ],

@@ -57,13 +57,7 @@ def sweep(scale):
 
 
 def analyse(runs):
-    rows = means(
-        runs,
-        total="account.total",
-        active="account.active",
-        tokens="result.tokens",
-        val_loss="result.val_loss",
-    )
+    rows = means(runs, "account.total account.active result.tokens result.val_loss")
     return {
         "rows": rows,
         "figures": [
@@ -83,10 +77,8 @@ def analyse(runs):
 def claims(runs):
     made = []
     for size, what in (("", "the larger width"), ("-small", "the smaller width")):
-        text, paper = (
-            f"The gap of MemoryLLM to dense shrinks with tokens, {what}",
-            "shrinks from 25B to 150B tokens (figure only)",
-        )
+        text = f"The gap of MemoryLLM to dense shrinks with tokens, {what}"
+        paper = "shrinks from 25B to 150B tokens (figure only)"
         found = minus(
             difference(runs, f"memoryllm{size}", f"dense{size}"),
             difference(runs, f"memoryllm{size}-half", f"dense{size}-half"),
@@ -100,10 +92,8 @@ def claims(runs):
                 needs=f"dense{size}, memoryllm{size} and both after half the tokens",
             )
         )
-    text, paper = (
-        "Flex β = 3 beats a smaller dense model of about its active parameters",
-        "704M active against 737M (figure only)",
-    )
+    text = "Flex β = 3 beats a smaller dense model of about its active parameters"
+    paper = "704M active against 737M (figure only)"
     active = {run["variant"]: run["account"]["active"] for run in runs}
     like = [
         name

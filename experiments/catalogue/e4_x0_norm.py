@@ -8,7 +8,7 @@ Expected: with one norm shared by all layers the loss is higher.
 """
 
 from experiments import scales
-from experiments.chart import bars, means
+from experiments.chart import loss_bars, means
 from experiments.verdicts import sign_claim
 
 IDS = ("E4",)
@@ -24,16 +24,8 @@ def sweep(scale):
 
 def analyse(runs):
     return {
-        "rows": means(runs, val_loss="result.val_loss", bits_per_byte="result.val_bits_per_byte"),
-        "figures": [
-            bars(
-                "loss",
-                "A norm for each layer, or one for all",
-                runs,
-                "result.val_loss",
-                "validation loss, nat per token",
-            )
-        ],
+        "rows": means(runs, "result.val_loss", bits_per_byte="result.val_bits_per_byte"),
+        "figures": [loss_bars("A norm for each layer, or one for all", runs)],
     }
 
 

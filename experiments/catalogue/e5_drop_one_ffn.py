@@ -30,7 +30,7 @@ def analyse(runs):
             runs,
             "drop_layer",
             "layers",
-            ("layer", "kind", "val_loss", "perplexity_rise", "recall_acc", "reasoning_acc"),
+            "layer kind val_loss perplexity_rise recall_acc reasoning_acc",
         ),
         "figures": [
             by_layer(

@@ -35,10 +35,7 @@ def rises(run):
 def analyse(runs):
     return {
         "rows": measured(
-            runs,
-            "alpha",
-            "points",
-            ("alpha", "val_loss", "perplexity", "recall_acc", "reasoning_acc"),
+            runs, "alpha", "points", "alpha val_loss perplexity recall_acc reasoning_acc"
         ),
         "figures": [
             mean_lines(
@@ -54,10 +51,8 @@ def analyse(runs):
 
 
 def claims(runs):
-    text, paper = (
-        "Scaling FFNs by 0.5 costs the base model more than MemoryLLM",
-        "base degrades more (figure only)",
-    )
+    text = "Scaling FFNs by 0.5 costs the base model more than MemoryLLM"
+    paper = "base degrades more (figure only)"
     runs = [run | {"rise": dict(rises(run)).get(0.5)} for run in runs]
     found = difference(runs, "dense", "memoryllm", "rise")
     return [judge(text, paper, found, 1, needs="dense and memoryllm of one seed")]

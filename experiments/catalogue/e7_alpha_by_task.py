@@ -37,16 +37,7 @@ def analyse(runs):
             runs,
             "alpha",
             "points",
-            (
-                "alpha",
-                "val_loss",
-                "recall_acc",
-                "reasoning_acc",
-                "kinds.cloze",
-                "kinds.copy",
-                "kinds.lookup1",
-                "kinds.lookup2",
-            ),
+            "alpha val_loss recall_acc reasoning_acc kinds.cloze kinds.copy kinds.lookup1 kinds.lookup2",
         ),
         "figures": [
             mean_lines(
@@ -73,12 +64,10 @@ def claims(runs):
     runs = [run | {"variant": knowledge.model_of(run)} for run in runs]
     made = []
     for model in ("memoryllm", "flex-b3"):
-        text, paper = (
-            f"{model}: α = 0.5 costs recall more than copying in the context",
-            (
-                "above chance LAMBADA −70, SciQ −46, ARC-E −75 %; HellaSwag −34, Winogrande −95,"
-                " PIQA −11, BoolQ −6 %"
-            ),
+        text = f"{model}: α = 0.5 costs recall more than copying in the context"
+        paper = (
+            "above chance LAMBADA −70, SciQ −46, ARC-E −75 %; HellaSwag −34, Winogrande −95,"
+            " PIQA −11, BoolQ −6 %"
         )
         found = within(
             runs,

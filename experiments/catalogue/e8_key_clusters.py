@@ -71,10 +71,8 @@ def claims(runs):
         ("fresh", "a model before training"),
         ("permuted", "permuted coefficients"),
     ):
-        text, paper = (
-            f"Layer 0's coefficients cluster better than those of {words}",
-            "not in the papers (no control)",
-        )
+        text = f"Layer 0's coefficients cluster better than those of {words}"
+        paper = "not in the papers (no control)"
         found = within(
             runs,
             "memoryllm",

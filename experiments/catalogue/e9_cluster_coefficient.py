@@ -34,9 +34,7 @@ def analyse(runs):
         "mean silhouette",
     )
     return {
-        "rows": measured(
-            runs, "cluster_coefficient", "layers", ("layer", "coefficient", "fresh", "permuted")
-        ),
+        "rows": measured(runs, "cluster_coefficient", "layers", "layer coefficient fresh permuted"),
         "figures": [figure],
     }
 
@@ -44,10 +42,8 @@ def analyse(runs):
 def claims(runs):
     made = []
     for control, words in (("permuted", "permuted ones"), ("fresh", "those before training")):
-        text, paper = (
-            f"Coefficients cluster better than {words}, mean over the layers",
-            "not in the papers (no control)",
-        )
+        text = f"Coefficients cluster better than {words}, mean over the layers"
+        paper = "not in the papers (no control)"
         found = within(
             runs,
             "memoryllm",
@@ -55,13 +51,11 @@ def claims(runs):
             lambda run, control=control: layer_mean(run, control),
         )
         made.append(judge(text, paper, found, 1, "silhouette", needs="memoryllm"))
-    text, paper = (
-        (
-            "Coefficients form clear clusters: their silhouette is above 0.5 (our limit), mean over"
-            " the layers"
-        ),
-        "about 0.9 (figure, not defined)",
+    text = (
+        "Coefficients form clear clusters: their silhouette is above 0.5 (our limit), mean over"
+        " the layers"
     )
+    paper = "about 0.9 (figure, not defined)"
     found = within(runs, "memoryllm", lambda run: layer_mean(run, "coefficient"), lambda run: CLEAR)
     made.append(judge(text, paper, found, 1, "silhouette above the limit", needs="memoryllm"))
     text, paper = "The middle layers cluster less than the others", "a slight dip (figure only)"

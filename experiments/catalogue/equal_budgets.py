@@ -43,14 +43,7 @@ def sweep(scale):
 def analyse(runs):
     rows = means(
         runs,
-        d_model="config.model.d_model",
-        total="account.total",
-        active="account.active",
-        flops_per_token="account.flops_per_token",
-        read_bytes_per_token="account.read_bytes_per_token",
-        residual="budget.residual",
-        val_loss="result.val_loss",
-        recall_acc="result.recall_acc",
+        "config.model.d_model account.total account.active account.flops_per_token account.read_bytes_per_token budget.residual result.val_loss result.recall_acc",
     )
     return {
         "rows": rows,

@@ -156,10 +156,7 @@ def ratio_figure(name, title, runs, value, y):
             for group in by_variant(of(runs, place)).values()
         ]
         series.append(
-            Series(
-                place,
-                tuple(sorted((x, m, s or 0.0) for x, m, s in points if m is not None)),
-            )
+            Series(place, tuple(sorted((x, m, s or 0.0) for x, m, s in points if m is not None)))
         )
     return Figure(
         name,
@@ -207,9 +204,7 @@ def remaining(task):
 def analyse(runs):
     rows = means(
         runs,
-        total="account.total",
-        active="account.active",
-        recall_acc="result.recall_acc",
+        "account.total account.active result.recall_acc",
         bits_recalled=recalled,
         bits_per_parameter=lambda run: per(run, "total"),
         bits_per_active_parameter=lambda run: per(run, "active"),
@@ -313,10 +308,8 @@ def claims(runs):
                 lambda run: dict(remaining("recall")(run)).get(0.5),
                 lambda run: dict(remaining("copy")(run)).get(0.5),
             )
-            text, paper = (
-                f"{place}: α = 0.5 costs MemoryLLM more of its recall than of its copying",
-                "recall tasks fall, reasoning tasks hardly (Table 1)",
-            )
+            text = f"{place}: α = 0.5 costs MemoryLLM more of its recall than of its copying"
+            paper = "recall tasks fall, reasoning tasks hardly (Table 1)"
             made.append(
                 judge(
                     text,

@@ -37,7 +37,7 @@ def analyse(runs):
     )
     return {
         "rows": measured(
-            runs[:1], "unique_growth", "points", ("tokens", "unique", "lowest", "highest", "values")
+            runs[:1], "unique_growth", "points", "tokens unique lowest highest values"
         ),
         "figures": [curve] if runs else [],
     }

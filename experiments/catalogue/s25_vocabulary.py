@@ -95,10 +95,8 @@ def analyse(runs):
 def claims(runs):
     made, known = [], sizes(runs)
     for model in MODELS[1:]:
-        text, paper = (
-            f"A larger vocabulary helps {model} more than dense",
-            "not in the papers (asked by reviewers)",
-        )
+        text = f"A larger vocabulary helps {model} more than dense"
+        paper = "not in the papers (asked by reviewers)"
         found = (
             minus(
                 *(

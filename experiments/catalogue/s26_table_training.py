@@ -12,7 +12,7 @@ flexmemory's default is the same rate and no decay for tables.
 """
 
 from experiments import scales
-from experiments.chart import bars, means
+from experiments.chart import loss_bars, means
 from experiments.verdicts import sign_claim
 
 IDS = ("S26",)
@@ -37,16 +37,8 @@ def sweep(scale):
 
 def analyse(runs):
     return {
-        "rows": means(runs, val_loss="result.val_loss", recall_acc="result.recall_acc"),
-        "figures": [
-            bars(
-                "loss",
-                "Loss by how the tables are trained",
-                runs,
-                "result.val_loss",
-                "validation loss, nat per token",
-            )
-        ],
+        "rows": means(runs, "result.val_loss result.recall_acc"),
+        "figures": [loss_bars("Loss by how the tables are trained", runs)],
     }
 
 

@@ -8,7 +8,7 @@ of the same number of layers?
 """
 
 from experiments import scales
-from experiments.chart import bars, means
+from experiments.chart import loss_bars, means
 from experiments.verdicts import sign_claim
 
 IDS = ("S27",)
@@ -35,21 +35,8 @@ def sweep(scale):
 
 def analyse(runs):
     return {
-        "rows": means(
-            runs,
-            val_loss="result.val_loss",
-            recall_acc="result.recall_acc",
-            reasoning_acc="result.reasoning_acc",
-        ),
-        "figures": [
-            bars(
-                "loss",
-                "Loss by place of the STEM layers",
-                runs,
-                "result.val_loss",
-                "validation loss, nat per token",
-            )
-        ],
+        "rows": means(runs, "result.val_loss result.recall_acc result.reasoning_acc"),
+        "figures": [loss_bars("Loss by place of the STEM layers", runs)],
     }
 
 

@@ -13,7 +13,7 @@ Cost at cpu scale: four runs a seed, one of them E1's; at paper scale dense and 
 """
 
 from experiments import scales
-from experiments.chart import bars, loss_against, means
+from experiments.chart import loss_against, loss_bars, means
 from experiments.verdicts import order_claim, sign_claim
 
 IDS = ("S1", "S2", "S3", "S4", "S5")
@@ -33,9 +33,7 @@ def sweep(scale):
 def analyse(runs):
     rows = means(
         runs,
-        total="account.total",
-        active="account.active",
-        flops_per_token="account.flops_per_token",
+        "account.total account.active account.flops_per_token",
         table_bytes="account.table_bytes.float32",
         val_loss="result.val_loss",
         recall_acc="result.recall_acc",
@@ -44,13 +42,7 @@ def analyse(runs):
     return {
         "rows": rows,
         "figures": [
-            bars(
-                "loss",
-                "Loss by share of STEM layers",
-                runs,
-                "result.val_loss",
-                "validation loss, nat per token",
-            ),
+            loss_bars("Loss by share of STEM layers", runs),
             loss_against(runs, "flops_per_token"),
         ],
     }

@@ -10,7 +10,7 @@ stem-gate; stem-dagger slightly worse than stem although it computes more.
 """
 
 from experiments import scales
-from experiments.chart import bars, means
+from experiments.chart import loss_bars, means
 from experiments.verdicts import sign_claim
 
 IDS = ("S6", "S7")
@@ -32,25 +32,8 @@ def sweep(scale):
 
 
 def analyse(runs):
-    rows = means(
-        runs,
-        active="account.active",
-        val_loss="result.val_loss",
-        recall_acc="result.recall_acc",
-        reasoning_acc="result.reasoning_acc",
-    )
-    return {
-        "rows": rows,
-        "figures": [
-            bars(
-                "loss",
-                "Loss by what the table row does",
-                runs,
-                "result.val_loss",
-                "validation loss, nat per token",
-            )
-        ],
-    }
+    rows = means(runs, "account.active result.val_loss result.recall_acc result.reasoning_acc")
+    return {"rows": rows, "figures": [loss_bars("Loss by what the table row does", runs)]}
 
 
 def claims(runs):

@@ -11,8 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
+from sklearn.preprocessing import normalize
 
-from flexmemory.analysis import kmeans
 from flexmemory.analysis.trained import Trained, not_applicable
 from flexmemory.data.shards import read_train_counts
 from flexmemory.models.config import ModelConfig
@@ -21,11 +23,8 @@ from flexmemory.models.memory import row_groups
 from flexmemory.models.transformer import build
 
 AT_ONCE = 1024  # ids of one call
-PICTURED, EXAMPLES = 2000, 12
-CLUSTERED, JUDGED = (
-    4096,
-    1024,
-)  # tokens of a cluster coefficient: those that k-means sees, those of the silhouette
+RESTARTS, PICTURED, EXAMPLES = 4, 2000, 12
+CLUSTERED, JUDGED = 4096, 1024  # tokens of k-means and of the silhouette in a cluster coefficient
 SIGMAS = (3, 6)
 NOTHING = "no layer whose row an FFN of the token makes"
 
@@ -34,10 +33,9 @@ def clusters(trained: Trained) -> dict:
     """k-means on the first memory layer's coefficients of all tokens, MemoryLLM Fig 5, and their
     picture.
 
-    Every token's coefficients are scaled to length 1, so that clusters are of directions; the paper
-    names neither k nor distance. k, seeds and
-    restarts: :mod:`flexmemory.analysis.kmeans`. The picture is of the two leading principal
-    components (the paper's is t-SNE) and of PICTURED tokens at most.
+    Each token's coefficients are scaled to length 1, so that clusters are of directions. k is
+    :func:`choose_k`; the best of RESTARTS k-means++ starts counts. The picture shows the two
+    leading principal components (the paper's is t-SNE) of at most PICTURED tokens.
 
     {"layer", "k", "inertia": mean squared distance to the centre, "explained": by each component,
     "clusters": by size, [{"size", "seen": of them in the training data, "examples": texts of the
@@ -47,87 +45,79 @@ def clusters(trained: Trained) -> dict:
     if not layers:
         return not_applicable(NOTHING)
     used = min(trained.tokenizer.vocab_size, trained.cfg.model.vocab_size)
-    c_RF = kmeans.directions(
-        coefficients(trained.cfg.model, trained.params, layers[0], np.arange(used))
-    )
-    k = kmeans.choose_k(used)
-    centre_KF, label_R, inertia = kmeans.cluster(c_RF, k, trained.cfg.train.seed)
-    c_RF, label_R = np.asarray(c_RF), np.asarray(label_R)
-    sizes_K = np.bincount(label_R, minlength=k)
-    by_size = np.argsort(-sizes_K, kind="stable")
-    by_size = by_size[sizes_K[by_size] > 0]
+    c_RF = normalize(coefficients(trained.cfg.model, trained.params, layers[0], np.arange(used)))
+    k = choose_k(used)
+    fitted = kmeans(c_RF, k, trained.cfg.train.seed)
+    by_size = np.argsort(-np.bincount(fitted.labels_, minlength=k), kind="stable")
     explained, xy_R2 = _components(c_RF)
-    found, place_K, seen_V = [], np.zeros(k, int), read_train_counts(trained.cfg.data.path) > 0
+    entries, place_K, seen_V = [], np.zeros(k, int), read_train_counts(trained.cfg.data.path) > 0
     for place, cluster in enumerate(by_size):
-        members = np.flatnonzero(label_R == cluster)
-        distance = np.linalg.norm(c_RF[members] - np.asarray(centre_KF[cluster]), axis=1)
+        members = np.flatnonzero(fitted.labels_ == cluster)
+        distance = np.linalg.norm(c_RF[members] - fitted.cluster_centers_[cluster], axis=1)
         nearest = members[np.argsort(distance, kind="stable")[:EXAMPLES]]
-        found.append(
-            {
-                "size": int(sizes_K[cluster]),
-                "seen": int(seen_V[members].sum()),
-                "examples": [trained.tokenizer.decode([token]) for token in nearest],
-            }
-        )
+        examples = [trained.tokenizer.decode([token]) for token in nearest]
+        if len(members):
+            seen = int(seen_V[members].sum())
+            entries.append({"size": len(members), "seen": seen, "examples": examples})
         place_K[cluster] = place
     shown = np.sort(trained.rng("clusters").permutation(used)[:PICTURED])
     points = [
-        [round(float(x), 4), round(float(y), 4), int(place_K[label_R[token]])]
+        [round(float(x), 4), round(float(y), 4), int(place_K[fitted.labels_[token]])]
         for token, (x, y) in zip(shown, xy_R2[shown], strict=True)
     ]
-    return {
-        "applies": True,
-        "layer": layers[0],
-        "k": k,
-        "inertia": inertia / used,
-        "explained": explained,
-        "clusters": found,
-        "points": points,
-    }
+    facts = {"layer": layers[0], "k": k, "inertia": float(fitted.inertia_) / used}
+    lists = {"explained": explained, "clusters": entries, "points": points}
+    return {"applies": True} | facts | lists
 
 
 def cluster_coefficient(trained: Trained) -> dict:
     """How well the coefficients fall into clusters, layer by layer, MemoryLLM Fig 6a. The paper
-    does not define its number, so it is ours:
+    does not define its number, so it is ours.
 
-    the mean silhouette (cosine distance; -1 to 1) of JUDGED tokens under a k-means of CLUSTERED
-    tokens, the same for all layers; scaling and k as in ``clusters``. Controls: "fresh", the
-    weights before training, and "permuted", every key's coefficients dealt out anew among the
+    It is the mean silhouette (cosine distance; -1 to 1) of JUDGED tokens under a k-means of
+    CLUSTERED tokens, the same for all layers; scaling and k as in ``clusters``. Controls: "fresh",
+    the weights before training, and "permuted", every key's coefficients dealt out anew among the
     tokens, which keeps how a key is distributed and nothing of which keys go together. {"k",
     "layers": [{"layer", "kind", "coefficient", "fresh", "permuted"}]}.
     """
     layers = _layers(trained)
     if not layers:
         return not_applicable(NOTHING)
-    model, seed, fresh, rows = trained.cfg.model, trained.cfg.train.seed, trained.fresh_params, []
-    used = min(trained.tokenizer.vocab_size, model.vocab_size)
+    model, rows = trained.cfg.model, []
     rng = trained.rng("cluster_coefficient")
-    ids_R = rng.permutation(used)[:CLUSTERED]
-    k = kmeans.choose_k(len(ids_R))
+    ids_R = rng.permutation(min(trained.tokenizer.vocab_size, model.vocab_size))[:CLUSTERED]
+    k = choose_k(len(ids_R))
 
-    def coefficient(c_RF):
-        c_RF = kmeans.directions(c_RF)
-        _, label_R, _ = kmeans.cluster(c_RF, k, seed)
-        return float(
-            kmeans.silhouette(c_RF[:JUDGED], label_R[:JUDGED], k)
-        )  # ids_R are in random order
+    def coefficient(c_RF: np.ndarray) -> float:
+        c_RF = normalize(c_RF)
+        label_R = kmeans(c_RF, k, trained.cfg.train.seed).labels_
+        return silhouette(c_RF[:JUDGED], label_R[:JUDGED])  # ids_R are in random order
 
     for layer in layers:
-        own_RF = coefficients(model, trained.params, layer, ids_R)
-        fresh_RF, permuted_RF = (
-            coefficients(model, fresh, layer, ids_R),
-            jnp.asarray(rng.permuted(own_RF, axis=0)),
-        )
-        rows.append(
-            {
-                "layer": layer,
-                "kind": trained.specs[layer].kind,
-                "coefficient": coefficient(own_RF),
-                "fresh": coefficient(fresh_RF),
-                "permuted": coefficient(permuted_RF),
-            }
-        )
+        own_RF = np.asarray(coefficients(model, trained.params, layer, ids_R))
+        fresh_RF = np.asarray(coefficients(model, trained.fresh_params, layer, ids_R))
+        row = {"layer": layer, "kind": trained.specs[layer].kind}
+        row |= {"coefficient": coefficient(own_RF), "fresh": coefficient(fresh_RF)}
+        rows.append(row | {"permuted": coefficient(rng.permuted(own_RF, axis=0))})
     return {"applies": True, "k": k, "tokens": len(ids_R), "layers": rows}
+
+
+def choose_k(tokens: int) -> int:
+    """sqrt(tokens / 32), 4 at least and 16 at most: few enough to be read, some dozens of tokens in
+    each.
+    """
+    return max(4, min(16, round((tokens / 32) ** 0.5)))
+
+
+def kmeans(x_RF: np.ndarray, k: int, seed: int) -> KMeans:
+    return KMeans(k, n_init=RESTARTS, random_state=seed).fit(x_RF)
+
+
+def silhouette(x_RF: np.ndarray, label_R: np.ndarray) -> float:
+    """Mean silhouette by cosine distance; 0 where there is one cluster, or as many as rows."""
+    if not 1 < len(np.unique(label_R)) < len(label_R):
+        return 0.0
+    return float(silhouette_score(x_RF, label_R, metric="cosine"))
 
 
 def outliers(trained: Trained) -> dict:

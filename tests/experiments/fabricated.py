@@ -132,7 +132,7 @@ def folder(out: Path) -> Path:
                 )
     out.mkdir(exist_ok=True)
     names = ["e1_loss_order", "e2_same_runs", "e9_curves", "s17_broken", "gone"]
-    (out / "plan.json").write_text(json.dumps({"scale": "cpu", "experiments": names, "runs": runs}))
+    (out / "runs.json").write_text(json.dumps({"scale": "cpu", "experiments": names, "runs": runs}))
     return out
 
 

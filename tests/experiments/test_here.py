@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments import plan, worker
+from experiments import runs as run_list
+from experiments import worker
 from flexmemory.config import Config
 from flexmemory.train import loop
 
@@ -87,8 +88,8 @@ def test_processes_that_share_a_run_leave_sigterm_to_jax_which_stops_them_togeth
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(worker, "config_of", lambda out, run: (Config(), None))
-    made = plan.claim(tmp_path / "x", plan.make(["e4"], "smoke"))
+    made = run_list.claim(tmp_path / "x", run_list.make(["e4"], "smoke"))
     before = signal.getsignal(signal.SIGTERM)
     for shared in ("fsdp", None):
-        worker.trained_run(tmp_path / "x", plan.run_of(made, "memoryllm-s0"), plan=shared)
+        worker.trained_run(tmp_path / "x", run_list.run_of(made, "memoryllm-s0"), plan=shared)
     assert heard[0] is before and heard[1] is not before

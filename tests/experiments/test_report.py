@@ -168,8 +168,8 @@ def test_broken_and_lost_experiments_do_not_take_the_report_down(out):
 
 
 def test_unknown_experiment_of_the_catalogue_is_named(out):
-    plan = json.loads((out / "plan.json").read_text()) | {"experiments": ["e999_gone"]}
-    (out / "plan.json").write_text(
+    plan = json.loads((out / "runs.json").read_text()) | {"experiments": ["e999_gone"]}
+    (out / "runs.json").write_text(
         json.dumps(plan | {"runs": [run | {"experiments": ["e999_gone"]} for run in plan["runs"]]})
     )
     results = report.write(out)
@@ -380,8 +380,8 @@ def test_run_counts_as_finished_only_when_whole_of_this_plan_and_measured(out):
 
 def test_several_folders_on_one_page(out, tmp_path):
     other = fabricated.folder(tmp_path / "elsewhere" / "gpu")
-    planned = json.loads((other / "plan.json").read_text()) | {"scale": "gpu"}
-    (other / "plan.json").write_text(json.dumps(planned))
+    planned = json.loads((other / "runs.json").read_text()) | {"scale": "gpu"}
+    (other / "runs.json").write_text(json.dumps(planned))
     results = report.write(out, other, modules=fabricated.modules())
     assert (results["scale"], results["expected"], results["finished"]) == ("cpu, gpu", 28, 22)
     first, second = (
@@ -416,8 +416,8 @@ def test_headline_fits_a_terminal(out):
 
 
 def test_command_prints_table_and_places_and_turns_mistakes_into_one_line(out, capsys, tmp_path):
-    plan = json.loads((out / "plan.json").read_text())
-    (out / "plan.json").write_text(
+    plan = json.loads((out / "runs.json").read_text())
+    (out / "runs.json").write_text(
         json.dumps(
             plan | {"experiments": [], "runs": [run | {"experiments": []} for run in plan["runs"]]}
         )
@@ -431,8 +431,8 @@ def test_command_prints_table_and_places_and_turns_mistakes_into_one_line(out, c
         assert report.main([str(bad)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and str(bad) in error and error.count("\n") == 1
-    (out / "plan.json").write_text("{")
-    with pytest.raises(UserError, match="plan.json"):
+    (out / "runs.json").write_text("{")
+    with pytest.raises(UserError, match="runs.json"):
         report.collect(out)
 
 
@@ -566,9 +566,9 @@ def test_cloud_of_points_stays_small_and_whole():
 
 
 def test_page_of_25_experiments_stays_below_4_mb(out):
-    plan = json.loads((out / "plan.json").read_text())
+    plan = json.loads((out / "runs.json").read_text())
     names = [f"e{i}_x" for i in range(1, 26)]
-    (out / "plan.json").write_text(
+    (out / "runs.json").write_text(
         json.dumps(
             plan
             | {

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ SCRIPT = Path(__file__).with_name("slurm_node.sh")
 FAKE = """
 import json, os, signal, sys, time
 from pathlib import Path
+from experiments.local import runs_from_launcher
 
 class Stopped(Exception): pass
 
@@ -34,8 +36,8 @@ def stop(number, frame): raise Stopped
 
 signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
-out, names = Path(sys.argv[1]), sys.argv[2:]
-for name in (line.strip() for line in sys.stdin) if names == ["-"] else names:
+out = Path(sys.argv[1])
+for name in runs_from_launcher():
     folder, action = out / name, name.split("-")[0]
     folder.mkdir(parents=True, exist_ok=True)
     print("start", name, flush=True)
@@ -131,27 +133,12 @@ def control(*command):
 
 def test_an_array_of_runs_where_one_dies_and_the_others_finish(node, out, worker):
     names = ["ok-a", "dies-b", "ok-c", "ok-d"]
-    expected = slurm.dry(
-        out,
-        names,
-        Options({"partition": "main", "time": "5"}, runs_per_job=2, max_parallel=1),
-        worker,
-    )
-    assert not out.exists(), "a dry run writes nothing"
     assert slurm.states(out, names) == dict.fromkeys(names, ("not submitted", ""))
     job = submit(out, names, worker, runs_per_job=2, max_parallel=1)
     made = wait_until(out, names, ["finished", "failed", "finished", "finished"])
     assert made["dies-b"][1].startswith("worker ended with exit code 3\nbegins in ")
     file = (out / "slurm" / f"{job}_submission.sh").read_text()
-    assert (
-        expected.startswith(file)
-        and "#SBATCH --array=0-1%1\n" in file
-        and "#SBATCH --requeue\n" in file
-    )
-    assert expected[len(file) :].splitlines()[1:] == [
-        f"# task {i}: {' '.join(worker)} {out} {' '.join(part)}"
-        for i, part in enumerate((["ok-a", "dies-b"], ["ok-c", "ok-d"]))
-    ]
+    assert "#SBATCH --array=0-1%1\n" in file and "#SBATCH --requeue\n" in file
     assert (
         control("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%P").split()
         == ["main"] * 2
@@ -197,7 +184,7 @@ def test_only_what_is_missing_is_submitted(node, out, worker):
     control("scancel", f"{first}_1")
     wait_until(out, ["waits-a", "waits-b"], ["queued", "unknown"])
     (out / "go").touch()
-    (out / "plan.json").write_text(
+    (out / "runs.json").write_text(
         json.dumps(
             {
                 "scale": "smoke",
@@ -290,10 +277,9 @@ def test_states_by_queue_accounts_and_folder(out, tmp_path, monkeypatch):
     }
     (out / "b" / "failed.json").write_text('{"name": "b", "exit": 1, "error": "no\\nvalue"}')
     assert slurm.states(out, ["b", "c"]) == {"b": ("failed", "no\nvalue"), "c": ("running", "10_0")}
-    assert slurm.missing(out, ["b", "c", "old", "oom", "never"]) == [
-        "oom",
-        "never",
-    ], "a task that runs has its failed run still"
+    assert slurm.missing(out, ["b", "c", "old", "oom", "never"]) == ["oom", "never"], (
+        "a task that runs has its failed run still"
+    )
 
     scripts(
         tmp_path / "bin",
@@ -320,48 +306,66 @@ def test_without_slurm_or_submitit(out, worker, tmp_path, monkeypatch):
         ),
     ):
         submit(out, ["ok-a"], worker)
-    assert "#SBATCH --partition=main\n" in slurm.dry(
-        out, ["ok-a"], Options({"partition": "main"}), worker
-    ), "a dry run needs no SLURM"
+    dry = slurm.dry(out, ["ok-a", "ok-b"], Options({"partition": "main"}), worker).splitlines()
+    assert "--partition=main" in dry[0] and "--array=0-1%2" in dry[0], "a dry run needs no SLURM"
+    assert dry[1:] == [f"# task {i}: {' '.join(worker)} {out} ok-{x}" for i, x in enumerate("ab")]
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"needs submitit; pip install 'flexmemory\[slurm\]'"):
         submit(out, ["ok-a"], worker)
     assert not out.exists()
 
 
-def test_the_sbatch_file_has_the_options_given(out, worker, monkeypatch):
+def test_the_sbatch_file_has_the_options_given(out, worker, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/a b")
-    options = slurm.options_of(
-        [
-            "--slurm.partition=gpu",
-            "--slurm.account=me",
-            "--slurm.gres=gpu:1",
-            "--slurm.cpus-per-task=8",
-            "--slurm.mem=32G",
-            "--slurm.time=1-02:30:00",
-            "--slurm.exclusive",
-            "--runs_per_job=2",
-            "--max_parallel=3",
-        ]
-    )
-    lines = slurm.dry(out, [f"r{i}" for i in range(9)], options, worker).splitlines()
-    for line in (
-        "partition=gpu",
-        "account=me",
-        "gres=gpu:1",
-        "cpus-per-task=8",
-        "mem=32G",
-        "time=1590",
-        "exclusive",
-        "requeue",
-        "array=0-4%3",
-        "job-name=out",
-        f"signal={signal.SIGUSR2.name[3:]}@90",
-    ):
-        assert f"#SBATCH --{line}" in lines
+    words = "partition=gpu account=me gres=gpu:1 cpus-per-task=8 mem=32G time=1-02:30:00 exclusive"
+    flags = [f"--slurm.{word}" for word in words.split()]
+    options = slurm.options_of([*flags, "--runs_per_job=2", "--max_parallel=3"])
+    said = (0, "Submitted batch job 7")
+    scripts(tmp_path / "bin", monkeypatch, sbatch=said, srun=(0, ""), squeue=(0, ""))
+    names = [f"r{i}" for i in range(9)]
+    assert slurm.submit(out, names, dict.fromkeys(names, 10), options, worker) == "7"
+    assert slurm.submitted(out)["r8"] == "7_4"
+    lines = (out / "slurm" / "7_submission.sh").read_text().splitlines()
+    given = words.replace("1-02:30:00", "1590") + " requeue array=0-4%3 job-name=out"
+    for word in [*given.split(), f"signal={signal.SIGUSR2.name[3:]}@90"]:
+        assert f"#SBATCH --{word}" in lines
     assert any(line.startswith("srun ") and "--cpus-per-task=8" in line for line in lines)
     assert f"export PYTHONPATH='{slurm.ROOT}:/a b'" in lines
-    assert sum(line.startswith("# task ") for line in lines) == 5
+    dry = slurm.dry(out, names, options, worker).splitlines()
+    assert all(f" --{word}" in dry[0] for word in given.split()) and len(dry) == 6
+
+
+class Environment:
+    job_id = "7_0"
+
+
+def test_a_task_that_is_told_to_stop_requeues_itself_where_slurm_does_not(
+    out, worker, tmp_path, monkeypatch
+):
+    """Signals and requeueing as submitit does them, without SLURM."""
+    task, requeued = slurm.Task(str(out), {"waits-a": 10}, worker), []
+    monkeypatch.setattr(slurm.load_submitit(), "JobEnvironment", Environment)
+    before = signal.signal(signal.SIGUSR2, lambda *_: requeued.append(task.checkpoint(["waits-a"])))
+    try:
+        for state, number in (("RUNNING", signal.SIGTERM), ("COMPLETING", signal.SIGUSR2)):
+            scripts(tmp_path / "bin", monkeypatch, squeue=(0, state))
+            shutil.rmtree(out, ignore_errors=True)
+            threading.Thread(target=signal_once_it_runs, args=(out / "waits-a", number)).start()
+            with pytest.raises(SystemExit):
+                task(["waits-a"])
+            assert (out / "waits-a" / "checkpoint").read_text() == "stopped\n" and len(
+                requeued
+            ) == 1
+        assert requeued[0].function is task and requeued[0].args == (["waits-a"],)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def signal_once_it_runs(folder, number):
+    end = time.time() + 60
+    while not (folder / "log.txt").exists() and time.time() < end:
+        time.sleep(0.05)
+    os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize(

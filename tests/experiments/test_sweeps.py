@@ -1,11 +1,13 @@
-"""Combinators, strictness, equal budgets, and the plan of a folder of runs."""
+"""Combinators, strictness, equal budgets, and the list of a folder of runs."""
 
 import dataclasses
 import json
 
+import fabricated_runs
 import pytest
 
-from experiments import budgets, catalogue, plan, scales, sweeps
+from experiments import budgets, catalogue, scales, sweeps
+from experiments import runs as run_list
 from experiments.sweeps import (
     chain,
     check,
@@ -18,10 +20,20 @@ from experiments.sweeps import (
     with_fields,
     zipped,
 )
+from experiments.verdicts import VERDICTS
 from flexmemory.config import Config
 from flexmemory.errors import UserError
 from flexmemory.models.accounting import account
 
+KNOWN = (  # why a claim is not run at smoke scale
+    "not implemented",
+    "no such block",
+    "flexmemory bench decode",
+    "well above chance",
+    "the text is too short",
+    "a person must read",
+    "of its active parameters",
+)
 SMALL = {"model.d_model": 64, "model.d_ff": 172, "model.vocab_size": 512}
 
 
@@ -162,24 +174,39 @@ def test_every_experiment_is_whole(name):
     )
 
 
+@pytest.mark.parametrize("name", catalogue.names())
+def test_every_experiment_shows_and_judges_its_runs(name):
+    module = catalogue.load(name)
+    runs = fabricated_runs.runs_of(name, "smoke")
+    shown = module.analyse(runs)
+    assert shown["rows"] and all(figure.series for figure in shown["figures"])
+    json.dumps([shown["rows"], [figure.to_dict() for figure in shown["figures"]]], allow_nan=False)
+    claims = module.claims(runs)
+    assert claims and all(claim.verdict in VERDICTS for claim in claims)
+    missing = [claim.detail for claim in claims if claim.verdict == "not run"]
+    assert all(any(reason in why for reason in KNOWN) for why in missing), missing
+    for part in (runs[: len(runs) // 2], runs[len(runs) // 2 :]):  # while runs are going
+        module.analyse(part), module.claims(part)
+
+
 @pytest.mark.parametrize("scale", scales.SCALES)
 def test_experiments_agree_on_the_runs_they_share(scale):
     names = [
         name for name in catalogue.names() if scale in catalogue.scales_of(catalogue.load(name))
     ]
-    made = plan.make(names, scale)
+    made = run_list.make(names, scale)
     assert len(made.runs) < sum(
         len(catalogue.sweep_of(catalogue.load(name), scale)) for name in names
     )
     assert len(made.runs["dense-s0"]["experiments"]) > 5 if scale != "paper" else made.runs
-    assert all(plan.measures_of(run) is not None for run in made.runs.values())
+    assert all(run_list.measures_of(run) is not None for run in made.runs.values())
 
 
 def test_plans_are_merged_and_a_name_keeps_its_meaning(tmp_path):
     out = tmp_path / "runs"
-    plan.claim(out, plan.make(["e1"], "cpu", seeds=[0]))
-    both = plan.claim(out, plan.make(["e2"], "cpu"))
-    assert both.runs == plan.read(out).runs and set(both.experiments) == {
+    run_list.claim(out, run_list.make(["e1"], "cpu", seeds=[0]))
+    both = run_list.claim(out, run_list.make(["e2"], "cpu"))
+    assert both.runs == run_list.read(out).runs and set(both.experiments) == {
         "e1_base_vs_memoryllm",
         "e2_flex_beta",
     }
@@ -189,26 +216,26 @@ def test_plans_are_merged_and_a_name_keeps_its_meaning(tmp_path):
         and "dense-active-s1" not in both.runs
     )
     for other, says in (
-        (plan.make(["e1"], "smoke"), "holds runs of scale 'cpu', not 'smoke'"),
+        (run_list.make(["e1"], "smoke"), "holds runs of scale 'cpu', not 'smoke'"),
         (
-            plan.make(["e2"], "cpu", source="tasks"),
+            run_list.make(["e2"], "cpu", source="tasks"),
             "two runs are named 'dense-s0': prepare.source is",
         ),
-        (plan.make(["e2"], "cpu", budget="active"), "holds runs of budget None, not 'active'"),
+        (run_list.make(["e2"], "cpu", budget="active"), "holds runs of budget None, not 'active'"),
     ):
         with pytest.raises(UserError, match=says):
-            plan.claim(out, other)
+            run_list.claim(out, other)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes").write_text("mine")
     with pytest.raises(UserError, match="not empty and not a folder of runs"):
-        plan.claim(tmp_path / "taken", both)
-    (out / "plan.json").write_text("{")
-    with pytest.raises(UserError, match="plan.json: not readable"):
-        plan.read(out)
+        run_list.claim(tmp_path / "taken", both)
+    (out / "runs.json").write_text("{")
+    with pytest.raises(UserError, match="runs.json: not readable"):
+        run_list.read(out)
 
 
 def test_a_run_counts_only_with_its_overrides_and_its_model_s_measures(tmp_path):
-    run = plan.make(["e5", "e1"], "smoke").runs["dense-s0"]
+    run = run_list.make(["e5", "e1"], "smoke").runs["dense-s0"]
     folder = tmp_path / "dense-s0"
     (folder / "measures").mkdir(parents=True)
     trained = {
@@ -225,7 +252,7 @@ def test_a_run_counts_only_with_its_overrides_and_its_model_s_measures(tmp_path)
             (folder / "measures" / "drop_layer.json", measure),
         ):
             path.write_text(value if isinstance(value, str) else json.dumps(value))
-        return plan.finished(tmp_path, run, **more)
+        return run_list.finished(tmp_path, run, **more)
 
     assert found()["measures"] == {"drop_layer": {"applies": True}} and found()["seconds"] == {
         "train": 1.0,
@@ -237,21 +264,21 @@ def test_a_run_counts_only_with_its_overrides_and_its_model_s_measures(tmp_path)
     assert found('{"name": ') is None and found(measure="{") is None
     found()
     (folder / "measures" / "drop_layer.json").unlink()
-    assert plan.finished(tmp_path, run) is None
-    assert plan.finished(tmp_path, run, set()) is not None, (
+    assert run_list.finished(tmp_path, run) is None
+    assert run_list.finished(tmp_path, run, set()) is not None, (
         "an experiment without that measure has its run"
     )
 
 
 def test_a_variant_that_an_experiment_has_lost_is_planned_no_more(tmp_path):
     out = tmp_path / "runs"
-    made = plan.claim(out, plan.make(["s26"], "smoke"))
+    made = run_list.claim(out, run_list.make(["s26"], "smoke"))
     old = {
         "name": "stem-third-decayed-s0",
         "overrides": {"train.seed": 0},
         "experiments": ["s26_table_training"],
     }
-    (out / "plan.json").write_text(
+    (out / "runs.json").write_text(
         json.dumps(
             {
                 "scale": "smoke",
@@ -261,16 +288,16 @@ def test_a_variant_that_an_experiment_has_lost_is_planned_no_more(tmp_path):
         )
     )
     assert (
-        plan.claim(out, plan.make(["s26"], "smoke", seeds=[0, 5])).runs.keys()
-        == plan.make(["s26"], "smoke", seeds=[0, 5]).runs.keys()
+        run_list.claim(out, run_list.make(["s26"], "smoke", seeds=[0, 5])).runs.keys()
+        == run_list.make(["s26"], "smoke", seeds=[0, 5]).runs.keys()
     )
 
 
 def test_one_launcher_at_a_time(tmp_path):
     with (
-        plan.locked(tmp_path / "x"),
+        run_list.locked(tmp_path / "x"),
         pytest.raises(UserError, match="another launcher is at work there"),
-        plan.locked(tmp_path / "x"),
+        run_list.locked(tmp_path / "x"),
     ):
         pass
 
@@ -288,5 +315,5 @@ def test_bad_names_and_seeds():
         ),
     ):
         with pytest.raises(UserError, match=says):
-            plan.make(names, scale, **more)
+            run_list.make(names, scale, **more)
     assert sweeps.differing({"a": 1}, {"a": 1, "b": 2}) == "b"

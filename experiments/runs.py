@@ -1,4 +1,4 @@
-"""The plan of a folder of runs: which runs the chosen experiments need, each once, and where each
+"""The list of a folder's runs: which runs the chosen experiments need, each once, and where each
 stands. docs/formats.md has the files.
 """
 
@@ -15,11 +15,11 @@ from flexmemory.config import Config
 from flexmemory.errors import UserError, nearest
 from flexmemory.files import write_json
 
-FILE, LOCK = "plan.json", ".lock"
+FILE, LOCK = "runs.json", ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunList:
     """``runs``: {name: {"name", "overrides", "experiments": names of those that need it}}, in the
     order in which they are to start. ``budget``: what every variant is made to cost alike, see
     budgets.equalise; None: as the experiments have it.
@@ -38,8 +38,8 @@ def make(
     source: str | None = None,
     seeds: list[int] | None = None,
     budget: str | None = None,
-) -> Plan:
-    """The plan of some experiments. ``source``: other text for all runs; ``seeds``: in place of the
+) -> RunList:
+    """The runs of some experiments. ``source``: other text for all runs; ``seeds``: in place of the
     scale's; ``budget``: see budgets.equalise.
 
     Raises UserError for an unknown experiment or scale, one name with two meanings, or a sweep that
@@ -64,7 +64,7 @@ def make(
                     "experiments": [name],
                 },
             )
-    return Plan(
+    return RunList(
         scale,
         tuple(modules),
         dict(sorted(runs.items(), key=lambda item: seed_of(item[1]["overrides"]))),
@@ -107,8 +107,8 @@ def add(runs: dict[str, dict], run: dict) -> None:
     ]
 
 
-def merged(out: Path, plan: Plan) -> Plan:
-    """The plan with what the folder plans already; of experiments that have lost a variant since,
+def merged(out: Path, listed: RunList) -> RunList:
+    """The list with what the folder has listed already; of experiments that have lost a variant since,
     that variant's runs are left out (their folders stay).
 
     Raises UserError where the folder is something else's, of another scale or budget, or gives a
@@ -117,11 +117,11 @@ def merged(out: Path, plan: Plan) -> Plan:
     if not (out / FILE).exists():
         if out.exists() and {path.name for path in out.iterdir()} - {LOCK}:
             raise UserError(f"--out {out}: not empty and not a folder of runs; give a new one")
-        return plan
+        return listed
     old = read(out)
     for name, mine, theirs in (
-        ("scale", plan.scale, old.scale),
-        ("budget", plan.budget, old.budget),
+        ("scale", listed.scale, old.scale),
+        ("budget", listed.budget, old.budget),
     ):
         if mine != theirs:
             raise UserError(
@@ -141,27 +141,29 @@ def merged(out: Path, plan: Plan) -> Plan:
         ]
         if needed:
             runs[name] = run | {"experiments": needed}
-    for run in plan.runs.values():
+    for run in listed.runs.values():
         add(runs, run)
-    return Plan(plan.scale, tuple(dict.fromkeys((*variants, *plan.experiments))), runs, plan.budget)
+    return RunList(
+        listed.scale, tuple(dict.fromkeys((*variants, *listed.experiments))), runs, listed.budget
+    )
 
 
-def claim(out: Path, plan: Plan) -> Plan:
-    """Creates the folder of the plan or adds the plan to the one that is there; returns what the
-    folder now plans. Raises UserError as :func:`merged`.
+def claim(out: Path, listed: RunList) -> RunList:
+    """Creates the folder of the list, or adds the list to the one that is there; returns what the
+    folder now lists. Raises UserError as :func:`merged`.
     """
-    plan = merged(out, plan)
+    listed = merged(out, listed)
     out.mkdir(parents=True, exist_ok=True)
     write_json(
         out / FILE,
         {
-            "scale": plan.scale,
-            "budget": plan.budget,
-            "experiments": list(plan.experiments),
-            "runs": list(plan.runs.values()),
+            "scale": listed.scale,
+            "budget": listed.budget,
+            "experiments": list(listed.experiments),
+            "runs": list(listed.runs.values()),
         },
     )
-    return plan
+    return listed
 
 
 @contextlib.contextmanager
@@ -181,11 +183,11 @@ def locked(out: Path):
         yield
 
 
-def read(out: Path) -> Plan:
-    """The plan of a folder. Raises UserError where there is none or it cannot be read."""
+def read(out: Path) -> RunList:
+    """The list of a folder. Raises UserError where there is none or it cannot be read."""
     try:
         values = json.loads((Path(out) / FILE).read_text())
-        return Plan(
+        return RunList(
             values["scale"],
             tuple(values["experiments"]),
             {run["name"]: run for run in values["runs"]},
@@ -202,11 +204,11 @@ def read(out: Path) -> Plan:
         ) from None
 
 
-def run_of(plan: Plan, name: str) -> dict:
+def run_of(listed: RunList, name: str) -> dict:
     """One run by name. Raises UserError with the nearest names."""
-    if name not in plan.runs:
-        raise UserError(f"run {name!r}: {nearest(name, plan.runs)}")
-    return plan.runs[name]
+    if name not in listed.runs:
+        raise UserError(f"run {name!r}: {nearest(name, listed.runs)}")
+    return listed.runs[name]
 
 
 def data_folder(out: Path, run: dict) -> Path:
@@ -271,13 +273,13 @@ def measures_of(run: dict) -> dict:
     return made
 
 
-def unfinished(out: Path, plan: Plan) -> list[str]:
-    return [name for name, run in plan.runs.items() if finished(out, run) is None]
+def unfinished(out: Path, listed: RunList) -> list[str]:
+    return [name for name, run in listed.runs.items() if finished(out, run) is None]
 
 
-def steps(plan: Plan) -> dict[str, int]:
+def steps(listed: RunList) -> dict[str, int]:
     """{run: its training steps}"""
     return {
         name: run["overrides"].get("train.steps", Config().train.steps)
-        for name, run in plan.runs.items()
+        for name, run in listed.runs.items()
     }
