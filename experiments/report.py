@@ -1,12 +1,11 @@
-"""The report over all experiments of an --out folder: results.json, report.html, report.md,
-report.tex and the verdict table.
+"""The report over all experiments of an --out folder.
 
     python -m experiments.report runs/cpu [runs/gpu ...]
 
-Reads what the runner left: OUT/runs.json (scale, experiments, expected runs),
-OUT/<run>/trained.json and measures/ (a finished run), failed.json, run.json, config.json and
-metrics.jsonl. It works while runs are still going and says what is missing. Equal inputs give equal
-bytes.
+Reads what the runner left: the folder's list of runs, OUT/<run>/trained.json and measures/ (a
+finished run), failed.json, run.json, config.json and metrics.jsonl. Writes results.json, which has
+all that the report says, and four views of it: report.html, report.md, report.tex, summary.txt. It
+works while runs are still going and says what is missing. Equal inputs give equal bytes.
 """
 
 import argparse
@@ -20,92 +19,79 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from experiments import catalogue, report_page, tables
+from scipy.ndimage import uniform_filter1d
+
+from experiments import catalogue, page, summary, tables
 from experiments import runs as run_list
-from experiments.chart import family_of
+from experiments.chart import compute_share, family_of
 from experiments.plots import STYLES
 from experiments.sweeps import variant_of
-from experiments.verdicts import VERDICTS
+from experiments.verdicts import VERDICTS, mean_spread, number
 from flexmemory.cli.main import piped
 from flexmemory.errors import UserError
 from flexmemory.files import write_text
 from flexmemory.run_folder import read_metrics
 
 FAMILIES = tuple(STYLES)  # in the order of tables and legends
-LINKED = (
-    "config.json",
-    "metrics.jsonl",
-    "trained.json",
-    "log.txt",
-)  # of a run folder, where they are there
+# of a run folder, where they are there
+LINKED = ("config.json", "metrics.jsonl", "trained.json", "log.txt")
+ACCOUNT = (
+    *("pattern", "total", "active", "total_all", "flops_per_token", "row_bytes_per_token"),
+    *("row_dtype", "table_over_ffn"),
+)
+CURVE_POINTS = 120
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # what no page may hold
 
 
 def collect(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
-    """Everything the report states, from the files of an --out folder; of folders only names are
-    kept.
+    """Everything the report says (docs/formats.md has the keys), from the files of a folder; of
+    folders only names are kept.
 
-    modules: experiment name -> module, instead of the catalogue's. Returns {"scale", "experiments":
-    one :func:`section` each, "expected", "finished", "verdicts": {verdict: count}, "steps":
-    distinct ones, "environment", "accounting", "failed", "missing", "runs": {name: files to link}}.
-    Raises UserError when ``out`` is no such folder or its runs.json cannot be read.
+    modules: experiment name -> module, instead of the catalogue's. Raises UserError when ``out`` is
+    no folder of runs.
     """
     out, listed = Path(out), run_list.read(out)
-    wanted = dict.fromkeys(
-        [
-            *listed.experiments,
-            *(name for run in listed.runs.values() for name in run["experiments"]),
-        ]
-    )
-    known = {name: load(name, modules) for name in wanted}
+    names = [*listed.experiments, *(e for run in listed.runs.values() for e in run["experiments"])]
+    known = {name: load(name, modules) for name in dict.fromkeys(names)}
     steps, done, failed, missing = run_list.steps(listed), {}, {}, {}
     for name, run in listed.runs.items():
-        folder = out / name
-        found, failure = (
-            finished(out, run, [known[other] for other in run["experiments"]]),
-            _read(folder / "failed.json"),
-        )
-        if found:
-            done[name] = found
+        failure = read(out / name / "failed.json")
+        if result := finished(out, run, [known[e] for e in run["experiments"]]):
+            done[name] = result
         elif isinstance(failure, dict):
-            failed[name] = {
-                "name": name,
-                "exit": failure.get("exit"),
-                "error": str(failure.get("error") or "no message"),
-            }
+            error = str(failure.get("error") or "no message")
+            failed[name] = {"name": name, "exit": failure.get("exit"), "error": error}
         else:
-            missing[name] = {
-                "name": name,
-                "step": max((row["step"] for row in read_metrics(folder)), default=None),
-                "steps": steps[name],
-                "begun": (folder / "log.txt").exists(),
-            }
+            step = max((row["step"] for row in read_metrics(out / name)), default=None)
+            begun = (out / name / "log.txt").exists()
+            missing[name] = {"name": name, "step": step, "steps": steps[name], "begun": begun}
     scale = listed.scale + (f", equal {listed.budget}" if listed.budget else "")
-    experiments = [
-        section(out, name, known[name], listed, failed, missing) | {"scale": scale}
-        for name in listed.experiments
-    ]
-    claims = [claim for experiment in experiments for claim in experiment["claims"]]
-    return _clean(
-        {
-            "scale": scale,
-            "experiments": experiments,
-            "expected": len(listed.runs),
-            "finished": len(done),
-            "verdicts": {
-                verdict: sum(claim["verdict"] == verdict for claim in claims)
-                for verdict in VERDICTS
-            },
-            "steps": sorted(set(steps.values())),
-            "environment": environment(out, list(listed.runs)),
-            "accounting": accounting(list(done.values())),
-            "failed": list(failed.values()),
-            "missing": list(missing.values()),
-            "runs": {
-                name: [file for file in LINKED if (out / name / file).exists()]
-                for name in listed.runs
-            },
-        }
-    )
+    experiments, seen = [], {}
+    for name in listed.experiments:
+        entry = experiment(out, name, known[name], listed, failed, missing) | {"scale": scale}
+        runs = [run for run in listed.runs.values() if name in run["experiments"]]
+        key = tuple(run["name"] for run in runs)
+        entry["curves"] = seen[key] if key in seen else curves(out, runs)
+        seen |= {key: name} if key not in seen and runs else {}
+        experiments.append(entry)
+    claims = [claim["verdict"] for entry in experiments for claim in entry["claims"]]
+    results = {
+        "scale": scale,
+        "experiments": experiments,
+        "variants": variants(list(done.values())),
+        "expected": len(listed.runs),
+        "finished": len(done),
+        "verdicts": {verdict: claims.count(verdict) for verdict in VERDICTS},
+        "steps": sorted(set(steps.values())),
+        "environment": environment(out, list(listed.runs)),
+        "seconds": seconds(list(done.values())),
+        "failed": list(failed.values()),
+        "missing": list(missing.values()),
+        "runs": {
+            name: [file for file in LINKED if (out / name / file).exists()] for name in listed.runs
+        },
+    }
+    return clean(results)
 
 
 def load(name: str, modules: dict[str, ModuleType] | None) -> ModuleType | str:
@@ -118,280 +104,239 @@ def load(name: str, modules: dict[str, ModuleType] | None) -> ModuleType | str:
         return described(error)
 
 
-def finished(out: Path, run: dict, needed: list[ModuleType | str]) -> dict | None:
+def finished(out: Path, run: dict, modules: list[ModuleType | str]) -> dict | None:
     """As ``run_list.finished`` with the measures of these experiments, also where one cannot be loaded;
     numbers that are not finite are None.
     """
-    found = run_list.finished(
-        out,
-        run,
-        {function.__name__ for module in needed for function in getattr(module, "MEASURES", ())},
-    )
-    return found and _clean(found)
+    functions = [f for module in modules for f in getattr(module, "MEASURES", ())]
+    result = run_list.finished(out, run, {function.__name__ for function in functions})
+    return result and clean(result)
 
 
-def section(
-    out: Path,
-    name: str,
-    experiment: ModuleType | str,
-    listed: run_list.RunList,
-    failed: dict,
-    missing: dict,
-) -> dict:
-    """What the report says of one experiment.
-
-    {"name", "ids", "source", "question": the docstring's first line, "scale", "expected",
-    "finished", "failed", "missing": names, "rows", "figures", "claims", "seeds", "errors":
-    {"analyse" | "claims" | "file": last line of what went wrong}}. ``experiment`` as :func:`load`
-    returns it.
-    """
+def experiment(out: Path, name: str, module: ModuleType | str, listed, failed, missing) -> dict:
+    """What the report says of one experiment. ``module`` as :func:`load` returns it."""
     names = [run["name"] for run in listed.runs.values() if name in run["experiments"]]
-    runs = [
-        found for run in names if (found := finished(out, listed.runs[run], [experiment]))
-    ]  # another experiment's measures may be missing
-    there = {run["name"] for run in runs}
-    entry = {
-        "name": name,
-        "ids": [],
-        "source": "",
-        "question": "",
-        "expected": len(names),
-        "finished": [run["name"] for run in runs],
-        "failed": [run for run in names if run in failed and run not in there],
-        "missing": [run for run in names if run in missing and run not in there],
-        "rows": [],
-        "figures": [],
-        "claims": [],
-        "seeds": sorted({run["seed"] for run in runs}),
-        "errors": {},
-    }
-    if isinstance(experiment, str):
-        return entry | {"errors": {"file": experiment}}
-    entry |= {
-        "ids": list(getattr(experiment, "IDS", ())),
-        "source": getattr(experiment, "SOURCE", ""),
-        "question": (experiment.__doc__ or "").strip().partition("\n")[0],
-    }
-    analysed = (
-        guarded(
-            lambda: experiment.analyse(runs) if runs or not names else {},
-            "analyse",
-            entry["errors"],
-        )
-        or {}
-    )
-    figures = (
-        guarded(
-            lambda: [figure.to_dict() for figure in analysed.get("figures", ())],
-            "analyse",
-            entry["errors"],
-        )
-        or []
-    )
-    claims = (
-        guarded(
-            lambda: [claim.to_dict() for claim in experiment.claims(runs)],
-            "claims",
-            entry["errors"],
-        )
-        or []
-    )
-    planned = {run_list.seed_of(listed.runs[run]["overrides"]) for run in names}
+    # another experiment's measures may be missing
+    runs = [run for n in names if (run := finished(out, listed.runs[n], [module]))]
+    done, errors = [run["name"] for run in runs], {}
+
+    def guarded(what: str, work: Callable, default):
+        try:
+            return work()
+        except Exception as error:  # one experiment's mistake does not take the report down
+            errors[what] = described(error)
+            return default
+
+    def analyse():
+        analysed = module.analyse(runs) if runs or not names else {}
+        figures = [figure.to_dict() for figure in analysed.get("figures", ())]
+        return analysed | {"rows": list(analysed.get("rows", ())), "figures": figures}
+
+    analysed, claims = {}, []
+    if isinstance(module, str):
+        errors["file"] = module
+    else:
+        analysed = guarded("analyse", analyse, {})
+        claims = guarded("claims", lambda: [c.to_dict() for c in module.claims(runs)], [])
+    lost = [n for n in names if n in failed and n not in done]
+    planned = {run_list.seed_of(listed.runs[n]["overrides"]) for n in names}
     for claim in claims:
-        if (
-            0 < claim["seeds"] < len(planned)
-        ):  # a seed that diverged or is not done is missing in the statistics
-            lost = f" ({len(entry['failed'])} runs failed)" if entry["failed"] else ""
-            claim["detail"] = "; ".join(
-                filter(
-                    None,
-                    [claim["detail"], f"{claim['seeds']} of {len(planned)} planned seeds{lost}"],
-                )
-            )
-    return entry | {"rows": list(analysed.get("rows", ())), "figures": figures, "claims": claims}
-
-
-def guarded(work: Callable, what: str, errors: dict):
-    """work(), or None with the error's last line under ``what``: one experiment's mistake does not
-    take the report down.
-    """
-    try:
-        return work()
-    except Exception as error:
-        errors[what] = described(error)
-        return None
+        # a seed that diverged or is not done is missing in the statistics
+        if 0 < claim["seeds"] < len(planned):
+            few = f"{claim['seeds']} of {len(planned)} planned seeds"
+            few += f" ({len(lost)} runs failed)" if lost else ""
+            claim["detail"] = "; ".join(filter(None, [claim["detail"], few]))
+    return {
+        "name": name,
+        "ids": list(getattr(module, "IDS", ())),
+        "source": getattr(module, "SOURCE", ""),
+        "question": "" if errors.get("file") else (module.__doc__ or "").strip().split("\n")[0],
+        "expected": len(names),
+        "finished": done,
+        "failed": lost,
+        "missing": [n for n in names if n in missing and n not in done],
+        "rows": analysed.get("rows", []),
+        "figures": analysed.get("figures", []),
+        "continuations": analysed.get("continuations", []),
+        "tokens": analysed.get("tokens", []),
+        "claims": claims,
+        "seeds": sorted({run["seed"] for run in runs}),
+        "errors": errors,
+    }
 
 
 def described(error: Exception) -> str:
-    return (
-        str(error)
-        if isinstance(error, UserError)
-        else f"{type(error).__name__}: {tables.last_line(str(error))}"
-    )
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {tables.last_line(str(error))}"
 
 
 def environment(out: Path, names: list[str]) -> dict:
     """What the runs' run.json say, field by field; a list of values where the runs differ."""
     seen: dict[str, list] = {}
     for name in names:
-        for key, value in (_read(out / name / "run.json") or {}).items():
+        for key, value in (read(out / name / "run.json") or {}).items():
             if value not in seen.setdefault(key, []):
                 seen[key].append(value)
     return {key: values[0] if len(values) == 1 else values for key, values in sorted(seen.items())}
 
 
-def accounting(runs: list[dict]) -> list[dict]:
-    """What each variant holds and costs, one entry per distinct model and budget; rates and seconds
-    are means over its runs.
+def seconds(runs: list[dict]) -> dict[str, float]:
+    """{"train" or a measure: its seconds, summed over the runs}"""
+    total: dict[str, float] = {}
+    for run in runs:
+        for what, value in (run.get("seconds") or {}).items():
+            total[what] = total.get(what, 0.0) + value
+    return total
+
+
+def variants(runs: list[dict]) -> list[dict]:
+    """What each variant holds, reaches and costs, one entry per distinct model and budget; numbers
+    that are measured are means over its runs.
     """
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        groups.setdefault(
-            json.dumps([run.get("variant"), run.get("account"), run.get("budget")], sort_keys=True),
-            [],
-        ).append(run)
-    entries = []
-    for members in groups.values():
-        first, account, budget = (
-            members[0],
-            members[0].get("account") or {},
-            members[0].get("budget") or {},
-        )
-        results = [run.get("result") or {} for run in members]
-        entries.append(
-            {
-                "variant": first["variant"],
-                "family": family_of(account["pattern"]) if account.get("pattern") else "other",
-                "n": len(members),
-                **{
-                    key: account.get(key)
-                    for key in (
-                        "pattern",
-                        "total",
-                        "active",
-                        "total_all",
-                        "flops_per_token",
-                        "row_bytes_per_token",
-                        "row_dtype",
-                        "table_over_ffn",
-                    )
-                },
-                "table_bytes": (account.get("table_bytes") or {}).get(account.get("row_dtype")),
-                "budget": (
-                    {
-                        key: budget.get(key)
-                        for key in ("mode", "knob", "chosen", "target", "got", "residual")
-                    }
-                    if budget
-                    else None
-                ),
-                "tokens": mean([result.get("tokens") for result in results]),
-                "train_tokens_per_s": mean(
-                    [result.get("train_tokens_per_s") for result in results]
-                ),
-                "seconds": mean(
-                    [sum((run.get("seconds") or {}).values()) or None for run in members]
-                ),
-            }
-        )
-    return sorted(
-        entries,
-        key=lambda e: (
-            FAMILIES.index(e["family"]),
-            str(e["variant"]),
-            str(e["pattern"]),
-            -(e["total"] or 0),
-        ),
-    )
+        key = json.dumps([run["variant"], run.get("account"), run.get("budget")], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    entries = [variant(group) for group in groups.values()]
+    return sorted(entries, key=lambda entry: FAMILIES.index(entry["family"]))
 
 
-def mean(values: list) -> float | None:
-    values = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
-    return statistics.fmean(values) if values else None
+def variant(runs: list[dict]) -> dict:
+    """One entry of :func:`variants`."""
+    first = runs[0]
+    account, budget = first.get("account") or {}, first.get("budget")
+
+    def mean(path: str) -> float | None:
+        values = [number(run, path) for run in runs]
+        return mean_spread([v for v in values if isinstance(v, int | float)])[0]
+
+    proofs = [ok for run in runs if (ok := number(run, "measures.fold.ok")) is not None]
+    told = ("mode", "knob", "chosen", "target", "got", "residual")
+    times = [sum((run.get("seconds") or {}).values()) or None for run in runs]
+    share = account.get("ffn_widths") and compute_share(first)
+    return {
+        "name": first["variant"],
+        "family": family_of(account["pattern"]) if account.get("pattern") else "other",
+        "runs": len(runs),
+        **{key: account.get(key) for key in ACCOUNT},
+        "compute_share": share,
+        "table_bytes": (account.get("table_bytes") or {}).get(account.get("row_dtype")),
+        "budget": {key: budget.get(key) for key in told} if budget else None,
+        "tokens": mean("result.tokens"),
+        "val_loss": mean("result.val_loss"),
+        "bits_per_byte": mean("result.val_bits_per_byte"),
+        "recall": mean("result.recall_acc"),
+        "reasoning": mean("result.reasoning_acc"),
+        "train_tokens_per_s": mean("result.train_tokens_per_s"),
+        "decode_resident_tokens_per_s": mean("measures.decode.resident"),
+        "decode_disk_tokens_per_s": mean("measures.decode.offloaded"),
+        "equal": all(proofs) if proofs else None,
+        "seconds": mean_spread(times)[0],
+    }
 
 
-def without_folders(text: str) -> str:
-    """Text with every absolute path cut to its last part: a report travels, the machine's folders
-    do not.
+def curves(out: Path, runs: list[dict]) -> list[dict]:
+    """The loss curves of an experiment's runs, also of those that are still going."""
+    result = []
+    for run in runs:
+        if metrics := read_metrics(out / run["name"]):
+            # config.json is what a run writes first
+            model = (read(out / run["name"] / "config.json") or {}).get("model") or {}
+            pattern = run["overrides"].get("model.pattern") or model.get("pattern")
+            family = family_of(pattern) if pattern else "other"
+            result.append((variant_of(run["name"]), family, metrics))
+    return mean_curves(result)
+
+
+def mean_curves(runs: list[tuple[str, str, list[dict]]]) -> list[dict]:
+    """One loss curve per variant from (variant, family, metrics) of runs: the mean over those seeds
+    that have come furthest; of the training loss a running mean.
+
+    Returns [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}] in the order of
+    the families; a run without a loss has none.
     """
-    return re.sub(
-        r"(?<![\w.:/])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\\"':,;()]+)+[/\\]([^\s/\\\"':,;()]*)",
-        r"…/\1",
-        text,
-    )
+    groups: dict[tuple, list] = {}
+    for name, family, metrics in runs:
+        groups.setdefault((FAMILIES.index(family), name), []).append(metrics)
+    result = []
+    for (place, label), members in sorted(groups.items(), key=lambda item: item[0]):
+        furthest = max(metrics[-1]["step"] for metrics in members)
+        rows = [row for m in members if m[-1]["step"] == furthest for row in m]
+        curve = {"family": FAMILIES[place], "label": label}
+        for name, key in (("train", "loss"), ("val", "val_loss")):
+            losses: dict[int, list[float]] = {}
+            for row in rows:
+                if isinstance(row.get(key), int | float) and math.isfinite(row[key]):
+                    losses.setdefault(row["step"], []).append(row[key])
+            curve[name] = [(step, statistics.fmean(ys)) for step, ys in sorted(losses.items())]
+        curve["train"] = smooth(curve["train"])
+        if curve["train"] or curve["val"]:
+            result.append(curve)
+    return result
 
 
-def write(out: Path, *others: Path, modules: dict[str, ModuleType] | None = None) -> dict:
-    """Writes results.json, report.html, report.md and report.tex, each whole or not at all; returns
-    the results. Raises UserError as `collect`.
+def smooth(points: list, share: float = 0.08) -> list[tuple[int, float]]:
+    """Running mean over a share of the points, thinned to 120 at most."""
+    if len(points) < 2 / share:
+        return points
+    steps, losses = zip(*points, strict=True)
+    means = uniform_filter1d(losses, int(share * len(losses)), mode="nearest")
+    every = math.ceil(len(points) / CURVE_POINTS)
+    return [(step, round(float(y), 5)) for step, y in zip(steps, means, strict=True)][::every]
+
+
+def write(
+    out: Path,
+    *others: Path,
+    modules: dict[str, ModuleType] | None = None,
+    seconds: dict[str, float] | None = None,
+) -> dict:
+    """Writes results.json and its views, each whole or not at all; returns the results. Raises
+    UserError as :func:`collect`.
 
     others: further folders, of another scale for example, whose experiments come after those of
-    ``out`` on one page, which is written to ``out``.
+    ``out``; the report is written to ``out``. seconds: of the launcher, see summary.times.
     """
     out = Path(out)
     results = collect(out, modules)
-    drawn = curves(out, results)
     for folder in map(Path, others):
-        more = collect(folder, modules)
-        rename = {e["name"]: f"{e['name']} in {folder.name}" for e in more["experiments"]}
-        drawn |= {
-            rename[name]: rename[found] if isinstance(found, str) else found
-            for name, found in curves(folder, more).items()
-        }
-        join(results, moved(more, Path(os.path.relpath(folder, out)).as_posix(), rename))
-    page = report_page.page(results, drawn)
-    write_text(
-        out / "results.json",
-        json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-    )
-    write_text(out / "report.html", page)
+        join(results, moved(collect(folder, modules), os.path.relpath(folder, out), folder.name))
+    results["seconds"] |= seconds or {}
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(out / "results.json", text + "\n")
+    write_text(out / "report.html", page.render(results))
     write_text(out / "report.md", tables.markdown(results))
     write_text(out / "report.tex", tables.latex(results))
+    write_text(out / "summary.txt", summary.ending(Path(), results) + "\n")
     return results
 
 
-def moved(results: dict, place: str, rename: dict[str, str]) -> dict:
+def moved(results: dict, place: str, label: str) -> dict:
     """Results whose runs are named by where they lie as seen from another folder, and whose
-    experiments have other names.
+    experiments are named after their own.
     """
-
-    def runs(names):
-        return [f"{place}/{name}" for name in names]
-
-    experiments = [
-        e
-        | {
-            "name": rename[e["name"]],
-            **{key: runs(e[key]) for key in ("finished", "failed", "missing")},
-        }
-        for e in results["experiments"]
-    ]
-    named = {
-        key: [run | {"name": f"{place}/{run['name']}"} for run in results[key]]
-        for key in ("failed", "missing")
-    }
-    return (
-        results
-        | named
-        | {
-            "experiments": experiments,
-            "runs": {f"{place}/{name}": files for name, files in results["runs"].items()},
-        }
-    )
+    at = lambda name: f"{Path(place).as_posix()}/{name}"
+    for e in results["experiments"]:
+        e["name"] += f" in {label}"
+        e |= {key: list(map(at, e[key])) for key in ("finished", "failed", "missing")}
+        if isinstance(e["curves"], str):
+            e["curves"] += f" in {label}"
+    for run in results["failed"] + results["missing"]:
+        run["name"] = at(run["name"])
+    return results | {"runs": {at(name): files for name, files in results["runs"].items()}}
 
 
 def join(results: dict, more: dict) -> None:
     """Adds results to others, in place."""
-    for key in ("experiments", "accounting", "failed", "missing"):
-        results[key] += more[key]
-    for key in ("expected", "finished"):
+    for key in ("experiments", "variants", "failed", "missing", "expected", "finished"):
         results[key] += more[key]
     results["scale"] = ", ".join(dict.fromkeys([results["scale"], more["scale"]]))
     results["steps"] = sorted({*results["steps"], *more["steps"]})
-    results["verdicts"] = {
-        verdict: n + more["verdicts"][verdict] for verdict, n in results["verdicts"].items()
-    }
     results["runs"] |= more["runs"]
+    for key in ("verdicts", "seconds"):
+        sums, terms = results[key], more[key]
+        results[key] = {name: sums.get(name, 0) + terms.get(name, 0) for name in sums | terms}
     for key, value in more["environment"].items():
         known = results["environment"].setdefault(key, value)
         if known != value:
@@ -399,94 +344,7 @@ def join(results: dict, more: dict) -> None:
             results["environment"][key] = known + [item for item in value if item not in known]
 
 
-def curves(out: Path, results: dict) -> dict[str, list[dict] | str]:
-    """{experiment: its loss curves, or the name of an earlier experiment of the very same runs};
-    see :func:`mean_curves`.
-    """
-    listed = run_list.read(out)
-    made, seen = {}, {}
-    for experiment in results["experiments"]:
-        runs = [run for run in listed.runs.values() if experiment["name"] in run["experiments"]]
-        names = tuple(run["name"] for run in runs)
-        if names in seen:
-            made[experiment["name"]] = seen[names]
-            continue
-        found = [
-            (variant_of(run["name"]), run_family(out, run), metrics)
-            for run in runs
-            if (metrics := read_metrics(out / run["name"]))
-        ]
-        made[experiment["name"]] = mean_curves(found)
-        seen |= {names: experiment["name"]} if names else {}
-    return made
-
-
-def run_family(out: Path, run: dict) -> str:
-    """The family of a run that may still be going: by its config.json, which it writes first."""
-    pattern = run["overrides"].get("model.pattern") or (
-        (_read(out / run["name"] / "config.json") or {}).get("model") or {}
-    ).get("pattern")
-    return family_of(pattern) if pattern else "other"
-
-
-def mean_curves(runs: list[tuple[str, str, list[dict]]]) -> list[dict]:
-    """One loss curve per variant from (variant, family, metrics) of runs: the mean over those seeds
-    that have come furthest.
-
-    Returns [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}] in the order of
-    the families; a run without a loss has none.
-    """
-    groups: dict[tuple, list] = {}
-    for variant, kind, metrics in runs:
-        groups.setdefault((FAMILIES.index(kind), variant), []).append(metrics)
-    result = []
-    for (place, variant), members in sorted(groups.items(), key=lambda item: item[0]):
-        furthest = max(metrics[-1]["step"] for metrics in members)
-        curve = {"family": FAMILIES[place], "label": variant}
-        for name, key in (("train", "loss"), ("val", "val_loss")):
-            losses: dict[int, list[float]] = {}
-            for row in (
-                row for metrics in members if metrics[-1]["step"] == furthest for row in metrics
-            ):
-                if isinstance(row.get(key), int | float) and math.isfinite(row[key]):
-                    losses.setdefault(row["step"], []).append(row[key])
-            curve[name] = [
-                (step, statistics.fmean(values)) for step, values in sorted(losses.items())
-            ]
-        if curve["train"] or curve["val"]:
-            result.append(curve)
-    return result
-
-
-def headline(results: dict) -> str:
-    """The verdict table as plain text of 120 columns, the counts, and what is missing."""
-    lines = [
-        tables.plain(results),
-        *tables.tally(results).split("; "),
-        f"{results['finished']} of {results['expected']} runs finished",
-    ]
-    lines += [
-        f"ERROR    {e['name']} ({what}): {error}"
-        for e in results["experiments"]
-        for what, error in e["errors"].items()
-    ]
-    lines += [
-        f"FAILED   {run['name']} (exit {run['exit']}): {tables.last_line(run['error'])}"
-        for run in results["failed"]
-    ]
-    waiting = [run["name"] for run in results["missing"] if tables.progress(run) == tables.WAITING]
-    lines += [
-        f"missing  {run['name']}: {tables.progress(run)}"
-        for run in results["missing"]
-        if run["name"] not in waiting
-    ]
-    lines += [f"missing  {len(waiting)} {tables.WAITING}: {', '.join(waiting)}"] if waiting else []
-    return "\n".join(
-        [lines[0], *(line if len(line) <= 120 else line[:119] + "…" for line in lines[1:])]
-    )
-
-
-def _read(path: Path):
+def read(path: Path):
     """The JSON of a file; None when it is absent or cut short."""
     try:
         return json.loads(path.read_text())
@@ -494,44 +352,40 @@ def _read(path: Path):
         return None
 
 
-def _clean(value):
+def clean(value):
     """Strict JSON without the machine: NaN and infinities become None, tuples lists, numpy's
-    numbers Python's, absolute paths their last part, halves of surrogate pairs the replacement
-    character.
+    numbers Python's, absolute paths their last part, control characters U+FFFD.
     """
     if isinstance(value, dict):
-        return {_clean(str(key)): _clean(item) for key, item in value.items()}
+        return {clean(str(key)): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
+        return [clean(item) for item in value]
     if isinstance(value, str):
-        return without_folders(re.sub("[\ud800-\udfff]", "\ufffd", value))
+        return without_folders(CONTROL.sub("\ufffd", value))
     if hasattr(value, "item") and not isinstance(value, float):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def without_folders(text: str) -> str:
+    """Text with every absolute path cut to its last part: a report travels, a machine's folders do
+    not.
+    """
+    path = r"(?<![\w.:/])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\\"':,;()]+)+[/\\]([^\s/\\\"':,;()]*)"
+    return re.sub(path, r"…/\1", text)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report",
-        description="Writes results.json, report.html, report.md and report.tex.",
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        nargs="+",
-        help="--out folders of experiments.run; the page of all is written to the first",
-    )
+    parser = argparse.ArgumentParser("python -m experiments.report", description=__doc__)
+    help = "--out folders of experiments.run; the report on all is written to the first"
+    parser.add_argument("out", type=Path, nargs="+", help=help)
     out, *others = parser.parse_args(argv).out
     try:
         results = write(out, *others)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(headline(results))
-    print(
-        f"\nreport: {out / 'report.html'}, {out / 'report.md'}, {out / 'report.tex'}; numbers:"
-        f" {out / 'results.json'}"
-    )
+    print(summary.ending(out, results))
     return 0
 
 

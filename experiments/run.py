@@ -8,6 +8,7 @@ one is shown and the others go on. The same command again continues, and ends wi
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from experiments import catalogue
@@ -15,6 +16,7 @@ from experiments import runs as run_list
 from flexmemory.cli.flags import Parser, for_user
 from flexmemory.cli.main import piped
 from flexmemory.errors import UserError, nearest
+from flexmemory.files import write_text
 from flexmemory.run_folder import read_metrics
 
 LAUNCHERS = ("local", "slurm", "here")
@@ -99,30 +101,38 @@ def run(args, rest: list[str]) -> int:
 
 
 def launched(out: Path, listed: run_list.RunList, args, rest: list[str]) -> int:
+    began = time.perf_counter()
     for folder, arguments in texts(out, listed).items():
         from flexmemory.data.prepare import prepare
 
         prepare(out=folder, **arguments)
+    seconds = {"text": time.perf_counter() - began}
     todo = run_list.unfinished(out, listed)
     if args.launcher == "slurm":
         from experiments import slurm
 
         print(slurm.launch(out, todo, slurm.options_of(rest)))
-        failed = []
-    else:
-        from experiments.local import run_local
+        return report(out, [])
+    from experiments.local import run_local
 
-        failed = run_local(out, todo, run_list.steps(listed), args.devices)
-    return report(out, failed)
+    began = time.perf_counter()
+    failed = run_local(out, todo, run_list.steps(listed), args.devices)
+    return report(out, failed, seconds | {"runs": time.perf_counter() - began})
 
 
-def report(out: Path, failed: list[str]) -> int:
-    from experiments.report import headline, write
+def report(out: Path, failed: list[str], seconds: dict[str, float] | None = None) -> int:
+    """Writes the report and prints its summary. seconds: what preparing the text and doing the
+    runs took.
+    """
+    from experiments.report import write
+    from experiments.summary import ending
 
-    print(headline(write(out)))
-    print(
-        f"\nreport: {out / 'report.html'}, report.md, report.tex; numbers: {out / 'results.json'}"
-    )
+    began = time.perf_counter()
+    results = write(out, seconds=seconds)
+    if seconds:
+        results["seconds"]["report"] = time.perf_counter() - began
+        write_text(out / "summary.txt", ending(Path(), results) + "\n")
+    print(ending(out, results))
     return 1 if failed else 0
 
 

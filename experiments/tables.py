@@ -1,6 +1,4 @@
-"""The report's tables as text: numbers in words of four digits, Markdown, LaTeX, and plain columns
-for a terminal.
-"""
+"""The report's tables as text: numbers of four digits, Markdown and LaTeX."""
 
 import json
 import re
@@ -9,12 +7,8 @@ import unicodedata
 from experiments.verdicts import OURS, VERDICTS
 
 DASH = "–"
-MARKS = {
-    "reproduced": "✓",
-    "contradicted": "✗",
-    "within noise": "≈",
-    "not run": "○",
-}  # a verdict is told by word and mark, not by colour alone
+# a verdict is told by word and mark, not by colour alone
+MARKS = dict(zip(VERDICTS, "✓✗≈○", strict=True))
 WAITING = "not started"
 VERDICT_HEAD = ("claim", "source", "paper", "ours", "scale", "seeds", "verdict")
 
@@ -30,14 +24,10 @@ def cell(value, spread: float | None = None, exact: bool = True) -> str:
     if isinstance(value, int):
         return f"{value:,}".replace("-", "−")
     if isinstance(value, float):
-        text = (
-            four(value, exact)
-            if spread is None
-            else f"{four(value, exact=False)} ± {four_like(spread, value)}"
-        )
-        return text.replace("-", "−")
+        text = four(value, exact and spread is None)
+        return (text if spread is None else f"{text} ± {like(spread, text)}").replace("-", "−")
     if isinstance(value, list):
-        return ", ".join(cell(item) for item in value)
+        return ", ".join(map(cell, value))
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
@@ -57,60 +47,70 @@ def short(value: float) -> bool:
     return float(f"{value:.4g}") == value
 
 
-def four_like(spread: float, value: float) -> str:
-    """A spread to the last digit that ``value`` shows; in its own digits where that would be
-    nothing.
-    """
-    text = four(value, exact=False)
+def like(spread: float, text: str) -> str:
+    """A spread to the last digit of its mean's text; in its own digits where that would be 0."""
     if "e" in text or not spread:
         return four(spread)
-    like = f"{spread:,.{len(text.partition('.')[2])}f}"
-    return like if like.strip("0.") else f"{spread:.1g}"
+    digits = f"{spread:,.{len(text.partition('.')[2])}f}"
+    return digits if digits.strip("0.") else f"{spread:.1g}"
+
+
+def count(value: float | None, space: str = " ") -> str:
+    """1234567 -> 1.23 M"""
+    if value is None:
+        return DASH
+    for unit, word in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.{3 if abs(value) < 999.5 * unit else 4}g}{space}{word}"
+    return f"{value:.3g}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in binary units; a dash for none at all."""
+    for unit, word in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if (value or 0) >= unit:
+            return f"{value / unit:.{0 if value >= 100 * unit else 1}f} {word}"
+    return f"{value:.0f} B" if value else DASH
+
+
+def seconds(value: float | None) -> str:
+    """3.2 s, 47 s, 5 min 22 s"""
+    if value is None:
+        return DASH
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes:,} min {rest} s" if minutes else f"{value:.{1 if value < 10 else 0}f} s"
 
 
 def grid(rows: list[dict]) -> tuple[list[str], list[list[str]], list[bool]]:
-    """(head, cells, which columns hold numbers) of flat dicts, columns in the order they first
-    occur.
-
-    ``key_std`` beside ``key`` becomes "mean ± spread" in one column; ``family`` is for colours and
-    no column.
+    """(head, cells, which columns hold numbers) of flat dicts; columns in the order in which they
+    first occur. ``key_std`` beside ``key`` becomes "mean ± spread"; ``family`` is no column.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "family"))
     keys = [key for key in keys if not (key.endswith("_std") and key.removesuffix("_std") in keys)]
-    exact = {
-        key: all(
-            short(row[key]) and row.get(key + "_std") is None
-            for row in rows
-            if isinstance(row.get(key), float)
+
+    def exact(key):
+        floats = [row for row in rows if isinstance(row.get(key), float)]
+        return all(short(row[key]) and row.get(key + "_std") is None for row in floats)
+
+    def numeric(key):
+        values = [row.get(key) for row in rows]
+        return any(isinstance(v, int | float) for v in values) and not any(
+            isinstance(v, str) for v in values
         )
-        for key in keys
-    }
-    cells = [
-        [cell(row.get(key), row.get(key + "_std"), exact[key]) for key in keys] for row in rows
-    ]
-    numeric = [
-        any(isinstance(row.get(key), int | float) for row in rows)
-        and not any(isinstance(row.get(key), str) for row in rows)
-        for key in keys
-    ]
-    return [key.replace("_", " ") for key in keys], cells, numeric
+
+    columns = [[cell(r.get(k), r.get(k + "_std"), exact(k)) for r in rows] for k in keys]
+    cells = [list(line) for line in zip(*columns, strict=True)]
+    return [key.replace("_", " ") for key in keys], cells, [numeric(key) for key in keys]
 
 
 def verdicts(results: dict) -> list[tuple[dict, dict]]:
-    """(experiment, claim) for every claim, in the order of the plan."""
-    return [
-        (experiment, claim)
-        for experiment in results["experiments"]
-        for claim in experiment["claims"]
-    ]
+    """(experiment, claim) of every claim."""
+    return [(e, claim) for e in results["experiments"] for claim in e["claims"]]
 
 
 def origin(experiment: dict) -> str:
     """E2, MemoryLLM Fig 9"""
-    return (
-        ", ".join([*experiment["ids"], *([experiment["source"]] if experiment["source"] else [])])
-        or experiment["name"]
-    )
+    return ", ".join(filter(None, [*experiment["ids"], experiment["source"]])) or experiment["name"]
 
 
 def tally(results: dict) -> str:
@@ -119,23 +119,16 @@ def tally(results: dict) -> str:
     """
     words = []
     for whose, ours in (("claims of the papers", False), ("questions of ours", True)):
-        found = [
-            claim["verdict"]
-            for _, claim in verdicts(results)
-            if claim["paper"].startswith(OURS) == ours
-        ]
-        words += (
-            [f"{whose}: " + ", ".join(f"{found.count(verdict)} {verdict}" for verdict in VERDICTS)]
-            if found
-            else []
-        )
+        claims = [c for _, c in verdicts(results) if c["paper"].startswith(OURS) == ours]
+        counts = [sum(claim["verdict"] == verdict for claim in claims) for verdict in VERDICTS]
+        if claims:
+            pairs = zip(counts, VERDICTS, strict=True)
+            words.append(f"{whose}: " + ", ".join(f"{n} {verdict}" for n, verdict in pairs))
     return "; ".join(words) or "no claims"
 
 
 def progress(run: dict) -> str:
-    """Where a run without result stands: not started, its last step, or what is left after the last
-    one.
-    """
+    """Where a run without result stands: not started, its last step, or what is left after it."""
     step, steps = run["step"], run["steps"]
     if step is None:
         return "begun, no step yet" if run["begun"] else WAITING
@@ -145,87 +138,7 @@ def progress(run: dict) -> str:
 
 
 def last_line(text: str) -> str:
-    return next(
-        (line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message"
-    )
-
-
-def plain(results: dict, wide: int = 120) -> str:
-    """The verdict table in columns of a terminal: texts that are too long are cut with …, nothing
-    wraps.
-    """
-    most = {"id": 6, "paper": 18, "ours": 24, "seeds": 5, "verdict": 14}
-    rows = [
-        (
-            claim["text"],
-            (experiment["ids"] or [experiment["name"]])[0],
-            claim["paper"],
-            claim["ours"],
-            str(claim["seeds"]),
-            f"{MARKS[claim['verdict']]} {claim['verdict']}",
-        )
-        for experiment, claim in verdicts(results)
-    ]
-    widths = [
-        min(limit, max(len(row[i]) for row in [("claim", *most), *rows]))
-        for i, limit in enumerate(most.values(), 1)
-    ]
-    widths = [wide - sum(widths) - 2 * len(widths), *widths]
-    lines = [
-        "  ".join(cut(text, width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in [("claim", *most), *rows]
-    ]
-    lines.insert(1, "─" * wide)
-    return "\n".join(lines)
-
-
-def cut(text: str, wide: int) -> str:
-    """Exactly ``wide`` characters in one line."""
-    text = " ".join(text.split())
-    return text.ljust(wide) if len(text) <= wide else text[: wide - 1] + "…"
-
-
-def markdown(results: dict) -> str:
-    """The verdict table and every experiment's rows as one Markdown document."""
-    parts = [
-        f"# {title(results)}",
-        f"{results['finished']} of {results['expected']} runs finished. {tally(results)}.",
-        "## Verdicts",
-    ]
-    rows = [
-        [
-            claim["text"],
-            origin(experiment),
-            claim["paper"],
-            claim["ours"],
-            experiment["scale"] or DASH,
-            str(claim["seeds"]),
-            f"{MARKS[claim['verdict']]} {claim['verdict']}"
-            + (f" ({claim['detail']})" if claim["detail"] else ""),
-        ]
-        for experiment, claim in verdicts(results)
-    ]
-    parts.append(
-        pipes(VERDICT_HEAD, rows, [False] * 5 + [True, False])
-        if rows
-        else "No claim has been judged yet."
-    )
-    for experiment in results["experiments"]:
-        parts.append(
-            f"## {escape_markdown(experiment['name'])}: {escape_markdown(origin(experiment))}"
-        )
-        if experiment["question"]:
-            parts.append(escape_markdown(experiment["question"]))
-        parts.append(
-            state(experiment)
-            + "".join(
-                f" {what} failed: {escape_markdown(error)}."
-                for what, error in experiment["errors"].items()
-            )
-        )
-        if experiment["rows"]:
-            parts.append(pipes(*grid(experiment["rows"])))
-    return "\n\n".join(parts) + "\n"
+    return next(filter(None, map(str.strip, reversed(text.splitlines()))), "no message")
 
 
 def title(results: dict) -> str:
@@ -235,20 +148,44 @@ def title(results: dict) -> str:
 def state(experiment: dict) -> str:
     """3 of 4 runs finished, 1 failed, seeds 0, 1."""
     words = [f"{len(experiment['finished'])} of {experiment['expected']} runs finished"]
-    words += [f"{len(experiment['failed'])} failed"] if experiment["failed"] else []
-    words += (
-        [
-            f"seed{'s' if len(experiment['seeds']) > 1 else ''}"
-            f" {', '.join(map(str, experiment['seeds']))}"
-        ]
-        if experiment["seeds"]
-        else []
-    )
+    if experiment["failed"]:
+        words.append(f"{len(experiment['failed'])} failed")
+    if seeds := experiment["seeds"]:
+        words.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
     return ", ".join(words) + "."
 
 
+def verdict_rows(results: dict, marks: bool) -> list[list[str]]:
+    """Cells of the verdict table in the order of VERDICT_HEAD."""
+    rows = []
+    for e, claim in verdicts(results):
+        verdict = f"{MARKS[claim['verdict']]} " * marks + claim["verdict"]
+        verdict += f" ({claim['detail']})" if claim["detail"] else ""
+        texts = [claim["text"], origin(e), claim["paper"], claim["ours"]]
+        rows.append([*texts, e["scale"] or DASH, str(claim["seeds"]), verdict])
+    return rows
+
+
+def markdown(results: dict) -> str:
+    """The verdict table and every experiment's rows as one Markdown document."""
+    finished = f"{results['finished']} of {results['expected']} runs finished."
+    parts = [f"# {title(results)}", f"{finished} {tally(results)}.", "## Verdicts"]
+    rows = verdict_rows(results, marks=True)
+    table = pipes(VERDICT_HEAD, rows, [False] * 5 + [True, False])
+    parts.append(table if rows else "No claim has been judged yet.")
+    for e in results["experiments"]:
+        parts.append(f"## {escape_markdown(e['name'])}: {escape_markdown(origin(e))}")
+        if e["question"]:
+            parts.append(escape_markdown(e["question"]))
+        errors = [f" {what} failed: {escape_markdown(text)}." for what, text in e["errors"].items()]
+        parts.append(state(e) + "".join(errors))
+        if e["rows"]:
+            parts.append(pipes(*grid(e["rows"])))
+    return "\n\n".join(parts) + "\n"
+
+
 def pipes(head, rows: list[list[str]], numeric: list[bool]) -> str:
-    lines = [[escape_markdown(text) for text in row] for row in [head, *rows]]
+    lines = [list(map(escape_markdown, row)) for row in [head, *rows]]
     lines.insert(1, ["---:" if number else "---" for number in numeric])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -259,115 +196,48 @@ def escape_markdown(text: str) -> str:
 
 def latex(results: dict) -> str:
     r"""The same tables for \input in a document that loads booktabs and longtable."""
+    finished = f"{results['finished']} of {results['expected']} runs finished."
     parts = [
         "% \\usepackage{booktabs,longtable} in the preamble, then \\input this file.",
-        (
-            f"\\section*{{{escape_latex(title(results))}}}\n{results['finished']} of"
-            f" {results['expected']} runs finished. {tally(results)}."
-        ),
+        f"\\section*{{{escape_latex(title(results))}}}\n{finished} {tally(results)}.",
     ]
-    rows = [
-        [
-            claim["text"],
-            origin(experiment),
-            claim["paper"],
-            claim["ours"],
-            str(claim["seeds"]),
-            claim["verdict"] + (f" ({claim['detail']})" if claim["detail"] else ""),
-        ]
-        for experiment, claim in verdicts(results)
-    ]
-    if rows:
-        head = [word for word in VERDICT_HEAD if word != "scale"]  # in the heading
-        parts.append(
-            longtable(
-                head,
-                rows,
-                r"p{.26\linewidth}p{.12\linewidth}p{.12\linewidth}p{.16\linewidth}rp{.2\linewidth}",
-            )
-        )
-    for experiment in results["experiments"]:
-        parts.append(
-            f"\\subsection*{{{escape_latex(experiment['name'])}:"
-            f" {escape_latex(origin(experiment))}}}\n{escape_latex(experiment['question'] or '')}"
-            f" {escape_latex(state(experiment))}"
-        )
-        if experiment["rows"]:
-            head, cells, numeric = grid(experiment["rows"])
-            parts.append(
-                longtable(head, cells, "".join("r" if number else "l" for number in numeric))
-            )
+    if rows := verdict_rows(results, marks=False):
+        widths = r"p{.26\linewidth}p{.12\linewidth}p{.12\linewidth}p{.16\linewidth}rp{.2\linewidth}"
+        head, *rows = [row[:4] + row[5:] for row in [list(VERDICT_HEAD), *rows]]  # one scale
+        parts.append(longtable(head, rows, widths))
+    for e in results["experiments"]:
+        heading = f"{escape_latex(e['name'])}: {escape_latex(origin(e))}"
+        text = f"{escape_latex(e['question'] or '')} {escape_latex(state(e))}"
+        parts.append(f"\\subsection*{{{heading}}}\n{text}")
+        if e["rows"]:
+            head, cells, numeric = grid(e["rows"])
+            parts.append(longtable(head, cells, "".join("lr"[number] for number in numeric)))
     return "\n\n".join(parts) + "\n"
 
 
 def longtable(head, rows: list[list[str]], columns: str) -> str:
-    """Small print over as many pages as it takes; a first cell that starts with [ must not be read
-    as an option of the line before.
+    """Small print over as many pages as it takes. Braces keep a cell that starts with [ from being
+    read as an option of the line before.
     """
-    lines = [
+    head, *lines = [
         " & ".join(f"{{{escape_latex(text)}}}" for text in row) + r" \\" for row in [head, *rows]
     ]
-    return "\n".join(
-        [
-            r"{\footnotesize\setlength{\tabcolsep}{4pt}",
-            rf"\begin{{longtable}}{{@{{}}{columns}@{{}}}}",
-            r"\toprule",
-            lines[0],
-            r"\midrule\endhead",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{longtable}}",
-        ]
-    )
+    begin = rf"\begin{{longtable}}{{@{{}}{columns}@{{}}}}"
+    top = [r"{\footnotesize\setlength{\tabcolsep}{4pt}", begin, r"\toprule", head]
+    end = [r"\bottomrule", r"\end{longtable}}"]
+    return "\n".join([*top, r"\midrule\endhead", *lines, *end])
 
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': "''",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-    "→": r"$\to$",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "≈": r"$\approx$",
-    "∞": r"$\infty$",
-    "√": r"$\surd$",
-    "°": r"$^\circ$",
-    "²": "$^2$",
-    "³": "$^3$",
-    "✓": r"$\surd$",
-    "✗": r"$\times$",
-    "○": r"$\circ$",
-    "§": r"\S{}",
-    "–": "--",
-    "—": "---",
-    "…": r"\ldots{}",
-    "“": "``",
-    "”": "''",
-    "’": "'",
-    "\u00a0": "~",
-    "µ": r"$\mu$",
-    **{char: "\\" + char for char in "&%$#_{}"},
-    **{
-        char: f"$\\{name}$"
-        for char, name in zip(
-            "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-            (
-                "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho"
-                " sigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi"
-                " Omega"
-            ).split(),
-            strict=True,
-        )
-    },
-}
+GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau"
+    " upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+)
+SIGNS = r"""\ \textbackslash{} ~ \textasciitilde{} ^ \textasciicircum{} < \textless{}
+> \textgreater{} | \textbar{} " '' ± $\pm$ − $-$ × $\times$ · $\cdot$ → $\to$ ≤ $\leq$ ≥ $\geq$
+≈ $\approx$ ∞ $\infty$ √ $\surd$ ° $^\circ$ ² $^2$ ³ $^3$ ✓ $\surd$ ✗ $\times$ ○ $\circ$ § \S{}
+– -- — --- … \ldots{} “ `` ” '' ’ ' µ $\mu$""".split()
+LATEX = dict(zip(SIGNS[::2], SIGNS[1::2], strict=True)) | {char: "\\" + char for char in "&%$#_{}"}
+LATEX |= zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", (f"$\\{name}$" for name in GREEK.split()))
 ACCENTS = set("\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327")
 
 

@@ -102,10 +102,12 @@ def number(run: dict, path: str):
 
 def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
     """{variant: its runs by seed}, in the order of the sweep."""
-    made: dict[str, list[dict]] = {}
+    groups: dict[str, list[dict]] = {}
     for run in runs:
-        made.setdefault(run["variant"], []).append(run)
-    return {variant: sorted(group, key=lambda run: run["seed"]) for variant, group in made.items()}
+        groups.setdefault(run["variant"], []).append(run)
+    return {
+        variant: sorted(group, key=lambda run: run["seed"]) for variant, group in groups.items()
+    }
 
 
 def combined(
@@ -190,7 +192,7 @@ def difference(
 
     Raises UserError when two runs to be paired did not see the same batches in the same order.
     """
-    return combined(runs, (a, b), lambda mine, other: mine - other, path)
+    return combined(runs, (a, b), lambda x, y: x - y, path)
 
 
 def check_paired(run: dict, other: dict) -> None:
@@ -200,10 +202,10 @@ def check_paired(run: dict, other: dict) -> None:
         (path, *(number(r["config"], path) for r in (run, other)))
         for path in (*PAIRED, "train.seed")
     ]
-    for name, mine, theirs in facts:
-        if mine != theirs:
+    for name, own, theirs in facts:
+        if own != theirs:
             raise UserError(
-                f"{run['name']} and {other['name']} cannot be compared: {name} is {mine!r} and"
+                f"{run['name']} and {other['name']} cannot be compared: {name} is {own!r} and"
                 f" {theirs!r}, so they saw other batches; give both the same, or compare means over"
                 " different data by name"
             )
@@ -390,7 +392,7 @@ def exact_claim(
 
 
 def mean_spread(values: list) -> tuple[float | None, float | None]:
-    """(mean, sample standard deviation) of the values that are there; None where there are too few."""
+    """(mean, sample standard deviation) of the values that are there; None for too few."""
     values = [value for value in values if value is not None]
     if not values:
         return None, None

@@ -6,7 +6,7 @@ output. Ends: dense (all C) and attn_only (no FFN at all, so fewer parameters: w
 without its rows). stem stands beside them, its width solved for equal totals. Every run is also
 folded, proved equal to its store, and decoded from disk.
 
-    python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo        # make demo: six
+    python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo    # make demo: six
     minutes on two cores
 
 The paper's claim at equal totals (Table 2, Figure 9): loss rises from dense over flex beta 3, 2, 1
@@ -14,23 +14,16 @@ to memoryllm; E2 judges it, with more seeds. The second way is not in the paper 
 """
 
 from experiments import scales
-from experiments.chart import compute_share, family, loss_against, means, noise_of
+from experiments.chart import compute_share, family, loss_against, mean_of, means, noise_of
 from experiments.figure import Figure, Series
-from experiments.measures import decode, fold
+from experiments.measures import decode, fold, tokens
 from experiments.sweeps import product, seeds
-from experiments.verdicts import (
-    by_variant,
-    exact_claim,
-    mean_spread,
-    number,
-    order_claim,
-    sign_claim,
-)
+from experiments.verdicts import by_variant, exact_claim, number, order_claim, sign_claim
 
 IDS = ("CM",)
 SOURCE = "MemoryLLM section 4.2; ours"
 SCALES = ("smoke", "quickstart", "cpu", "gpu", "paper")
-MEASURES = (fold, decode)
+MEASURES = (fold, decode, tokens)
 BETAS = (3, 2, 1)
 QUICKSTART = {
     "prepare.source": "python-stdlib:max_mb=2+facts:people=24,docs=40+tasks:n=1500",
@@ -54,16 +47,13 @@ QUICKSTART = {
 def variants(n):
     splits = sorted({max(1, n // 4), n // 2, n - max(1, n // 4)}, reverse=True)
     like = {"model.pattern": f"dense*{n}"}
+    budget = {"mode": "total", "knob": "model.d_ff", "like": like}
     return [
         scales.dense(n),
         *(scales.variant(f"layers-c{c}", f"dense*{c} memoryllm*{n - c}") for c in splits),
         *(scales.flex(n, beta) for beta in BETAS),
         scales.memoryllm(n),
-        scales.stem(n)
-        | {
-            "name": "stem-equal",
-            "budget": {"mode": "total", "knob": "model.d_ff", "like": like},
-        },
+        scales.stem(n) | {"name": "stem-equal", "budget": budget},
         scales.variant("attn_only", f"attn_only*{n}"),
     ]
 
@@ -91,48 +81,44 @@ def analyse(runs):
         rows_max_abs_diff="measures.fold.rows_max_abs_diff",
         logits_max_abs_diff="measures.fold.logits_max_abs_diff",
     )
+    costs = [loss_against(runs, cost) for cost in ("active", "read_bytes_per_token")]
+    figures = [loss_against_share(runs), *costs, recall_against_reasoning(runs)]
+    return {"rows": rows, "figures": figures} | best_memory(runs)
+
+
+def best_memory(runs):
+    """Generated text and rows of tokens of the run with rows that has the lowest loss."""
+    own = [run for run in runs if number(run, "account.row_bytes_per_token")]
+    best = min(own, key=lambda run: number(run, "result.val_loss") or float("inf"), default=None)
+    if best is None:
+        return {}
+    model = {"model": best["variant"]}
+    continuations, found = (
+        best["measures"]["decode"].get("continuations", []),
+        number(best, "measures.tokens.tokens"),
+    )
     return {
-        "rows": rows,
-        "figures": [
-            loss_against_share(runs),
-            loss_against(runs, "active"),
-            loss_against(runs, "read_bytes_per_token"),
-            recall_against_reasoning(runs),
-        ],
+        "continuations": [model | entry for entry in continuations],
+        "tokens": [model | entry for entry in found or ()],
     }
 
 
 def loss_against_share(runs):
     """The two ways as lines between the same ends, the rest as reference lines."""
-    groups, beside = by_variant(runs), []
-    points = {
-        name: (
-            100 * compute_share(group[0]),
-            *mean_spread([number(run, "result.val_loss") for run in group]),
+    groups = by_variant(runs)
+    shares = {name: compute_share(group[0]) for name, group in groups.items()}
+    losses = {name: mean_of(group, "result.val_loss") for name, group in groups.items()}
+    points = {name: (100 * c, *losses[name]) for name, c in shares.items() if c is not None}
+
+    def way(label, kind, **style):
+        own = [p for name, p in points.items() if name.startswith((kind, "dense", "memoryllm"))]
+        return Series(
+            label, tuple(sorted((x, y, s or 0.0) for x, y, s in own)), family=kind, **style
         )
-        for name, group in groups.items()
-        if compute_share(group[0]) is not None
-    }
-    ways = []
-    for way in ("flex", "layers"):
-        names = [name for name in points if name.startswith((way, "dense", "memoryllm"))]
-        ways.append(
-            Series(
-                "β of every layer" if way == "flex" else "first layers dense",
-                tuple(sorted((x, y, s or 0.0) for x, y, s in map(points.get, names))),
-                family=way,
-                dashed=way == "layers",
-            )
-        )
-    for name, group in groups.items():
-        mean, _ = mean_spread([number(run, "result.val_loss") for run in group])
-        if (
-            compute_share(group[0]) is None
-            and mean is not None
-            and points
-            and mean < 1.1 * max(y for _, y, _ in points.values())
-        ):
-            beside.append((mean, name))
+
+    most = 1.1 * max((y for _, y, _ in points.values()), default=0)
+    beside = [(losses[name][0], name) for name, c in shares.items() if c is None]
+    ways = way("β of every layer", "flex"), way("first layers dense", "layers", dashed=True)
     return Figure(
         "loss-share",
         "Validation loss against the C/M ratio",
@@ -141,8 +127,8 @@ def loss_against_share(runs):
         " between seeds.",
         "compute share C of the FFN weights, %",
         "validation loss, nat per token",
-        tuple(way for way in ways if way.points),
-        lines=tuple(beside),
+        tuple(w for w in ways if w.points),
+        lines=tuple((y, name) for y, name in beside if y is not None and y < most),
         noise=noise_of(runs),
     )
 
@@ -150,14 +136,10 @@ def loss_against_share(runs):
 def recall_against_reasoning(runs):
     series = []
     for name, group in by_variant(runs).items():
-        recall, reasoning = (
-            mean_spread([number(run, f"result.{task}_acc") for run in group])[0]
-            for task in ("recall", "reasoning")
-        )
+        recall, reasoning = (mean_of(group, f"result.{t}_acc")[0] for t in ("recall", "reasoning"))
         if recall is not None and reasoning is not None:
-            series.append(
-                Series(name, ((100 * reasoning, 100 * recall),), "points", family(group[0]))
-            )
+            point = (100 * reasoning, 100 * recall)
+            series.append(Series(name, (point,), "points", family(group[0])))
     return Figure(
         "recall-reasoning",
         "Recall against reasoning",
