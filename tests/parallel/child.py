@@ -210,7 +210,7 @@ def traffic():
                 optimizer, tables = make_table_optimizer(cfg.optimizer, STEPS), {"a": table}
                 moments = optimizer.init(tables)
                 rows = exchange.lookup(tables, unique_R)
-                grads, whole = exchange.combine(rows, rows, ids_C, places_R, tables)
+                grads, whole = exchange.sum_over_sections(rows, rows, ids_C, places_R, tables)
                 updates, moments = optimizer.update(grads, moments, whole, ids_R=ids_C)
                 return apply_rows(tables, updates, ids_C), moments
 
@@ -364,7 +364,7 @@ def lookups(seed):
                 if dense[name].sharding.spec != tables[name].sharding.spec
             ]
             sparse = {name: tables[name] for name in ("a", "b")}
-            made, whole = jax.jit(exchange.combine)(
+            made, whole = jax.jit(exchange.sum_over_sections)(
                 {n: placed[n] for n in sparse},
                 {n: got[n] for n in sparse},
                 put(ids_C, P(None)),

@@ -18,7 +18,7 @@ import pytest
 
 from flexmemory.config import to_json
 from flexmemory.errors import UserError
-from flexmemory.run_folder import complete_steps, load_params, read_metrics
+from flexmemory.run_folder import complete_steps, load_params, read_checkpoint, read_metrics
 from flexmemory.train import checkpoint, loop
 from flexmemory.train.clock import PARTS, Clock
 from flexmemory.train.loop import TrainingDiverged, TrainingInterrupted, train
@@ -116,7 +116,7 @@ def test_resume_is_bit_identical(whole, tmp_path):
     assert equal(load_params(copy)[1], load_params(workdir)[1])
     assert losses(copy) == losses(workdir)
     assert again["val_loss"] == final["val_loss"]
-    assert checkpoint._load(copy, 6, {"data": None})["data"]["step"] == 6
+    assert read_checkpoint(copy, 6, {"data": None})["data"]["step"] == 6
 
 
 def test_killed_in_the_middle_of_a_save(whole, tmp_path):
