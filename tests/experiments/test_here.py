@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from experiments import plan, worker
 from flexmemory.config import Config
 from flexmemory.train import loop
@@ -27,6 +29,7 @@ def free_port() -> int:
                 return port
 
 
+@pytest.mark.slow
 def test_two_processes_train_every_run_together_and_one_measures(tmp_path):
     out = tmp_path / "slice"
     command = [

@@ -14,6 +14,7 @@ from experiments import list as listing
 from experiments.verdicts import VERDICTS
 
 ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "experiments.run", "--scale=smoke"]
 KNOWN = (
     "not implemented",
     "no such block",
@@ -106,12 +107,23 @@ def test_the_list_shows_every_experiment_and_its_last_verdicts(capsys, tmp_path)
     assert "not the results of experiments" in capsys.readouterr().err
 
 
+def test_an_experiment_from_text_to_verdicts(tmp_path):
+    made = subprocess.run(
+        [*COMMAND, "e4", f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert made.returncode == 0 and "2 of 2 runs finished" in made.stdout, made.stdout + made.stderr
+    (section,) = json.loads((tmp_path / "results.json").read_text())["experiments"]
+    assert section["rows"] and all(claim["verdict"] in VERDICTS for claim in section["claims"])
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_every_experiment_at_smoke_scale(tmp_path):
     """All from real runs; one run cannot work and is shown while the others go on; what is deleted
     is made again and gives the same report.
     """
     out = tmp_path / "smoke"
-    command = [sys.executable, "-m", "experiments.run", "--all", "--scale=smoke", f"--out={out}"]
+    command = [*COMMAND, "--all", f"--out={out}"]
 
     (out / "stem-full-s0").mkdir(parents=True)
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

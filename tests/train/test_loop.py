@@ -135,6 +135,7 @@ def test_killed_in_the_middle_of_a_save(whole, tmp_path):
     assert losses(killed) == losses(workdir)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(whole, tmp_path):
     cfg, workdir, _ = whole
     killed = tmp_path / "killed"
@@ -149,7 +150,9 @@ def test_killed_at_any_moment(whole, tmp_path):
     assert losses(killed) == losses(workdir)
 
 
-@pytest.mark.parametrize("table_optimizer", ["lazy_adam", "rowwise_adagrad"])
+@pytest.mark.parametrize(
+    "table_optimizer", ["lazy_adam", pytest.param("rowwise_adagrad", marks=pytest.mark.slow)]
+)
 def test_tables_trained_by_their_rows_resume_to_the_same_bits(
     table_optimizer, tiny_config, tmp_path
 ):
@@ -283,7 +286,7 @@ def test_a_run_without_checkpoint_is_named(whole, tmp_path):
 
 def test_metrics_are_the_same_on_tensorboard(tiny_config, tmp_path):
     train(
-        tiny_config("dense", **{"train.tensorboard": True, "train.steps": 2}),
+        tiny_config("dense", **{"train.tensorboard": True, "train.steps": 1}),
         tmp_path / "run",
         progress=False,
     )
@@ -335,6 +338,7 @@ def test_an_unwritable_place_is_one_line(tiny_config):
         train(tiny_config("dense"), "/dev/null/run", progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_evaluated_from_anywhere(tiny_config, tiny_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_data.parent)
     train(
