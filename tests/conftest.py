@@ -12,7 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # a program that several tests, workers or child processes use is compiled once
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="flexmemory-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{CACHE.name}/xla"
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{CACHE.name}/hypothesis"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
