@@ -28,6 +28,7 @@ from flexmemory.train.loop import train
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
 SMALL = {
+    "model.pattern": "dense stem",
     "data.batch_size": 8,
     "data.seq_len": 96,
     "train.steps": STEPS,

@@ -482,6 +482,7 @@ def test_the_loop_waits_for_the_step_before_never_for_the_newest(
     )
 
 
+@pytest.mark.slow
 def test_a_compilation_in_the_middle_is_no_training_time(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
