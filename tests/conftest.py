@@ -1,28 +1,20 @@
 """Settings that every test shares; they must be in place before JAX starts."""
 
+import fcntl
 import gc
+import json
 import os
 import tempfile
 
-gc.set_threshold(
-    200_000,
-    10,
-    10,
-    # tracing makes millions of small objects that live on: looking through them takes a tenth of
-    # the time
-)
+# tracing makes millions of small objects that live on; looking through them took 10% of it
+gc.set_threshold(200_000, 10, 10)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# programs that several tests or their child processes compile are compiled once
-CACHE = (
-    None
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ
-    else tempfile.TemporaryDirectory(prefix="flexmemory-tests-")
-)
-if CACHE:
-    os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
+# a program that several tests, workers or child processes use is compiled once
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="flexmemory-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{CACHE.name}/xla"
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{CACHE.name}/hypothesis"
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
 from absl import flags
@@ -36,6 +28,15 @@ settings.load_profile("flexmemory")
 TINY_SOURCE = "facts:people=4,docs=6+tasks:n=60,eval=12,length=4,pairs=3"
 
 
+LONGEST = ("test_equality", "test_loop", "test_processes", "test_host_tables", "test_run")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first, so that no worker is left alone with one at the end."""
+    order = {f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory):
     """The user's cache folder of commands called from tests, in this process or in another."""
@@ -43,13 +44,34 @@ def cache_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
+def once(tmp_path_factory):
+    """``once(name, make) -> path``: ``make(path)`` is called once in the session, by the first
+    worker that asks; the others wait. Tests must not change what lies there.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "once"
+    folder.mkdir(exist_ok=True)
+
+    def call(name, make):
+        with open(folder / f"{name}.lock", "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.getsize(lock.name):
+                make(folder / name)
+                lock.write("made")
+        return folder / name
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_data(once):
     """A prepared dataset of a few thousand tokens with questions, vocabulary 400."""
     from flexmemory.data.prepare import prepare
 
-    out = tmp_path_factory.mktemp("data") / "tiny"
-    prepare(TINY_SOURCE, "bpe:400", out, val_fraction=0.1, progress=False)
-    return out
+    return once(
+        "data",
+        lambda out: prepare(TINY_SOURCE, "bpe:400", out, val_fraction=0.1, progress=False),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +102,15 @@ def tiny_config(tiny_data):
         return with_fields(Config(), base | {"model.pattern": pattern} | sets)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config, once):
+    """(config, run folder, final result) of a finished run of two steps, for tests that need any
+    run with rows to export. They must not change it.
+    """
+    from flexmemory.train.loop import train
+
+    cfg = tiny_config("dense memoryllm", **{"train.steps": 2})
+    workdir = once("run", lambda out: train(cfg, out, progress=False))
+    return cfg, workdir, json.loads((workdir / "final_result.json").read_text())

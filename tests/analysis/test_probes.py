@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,7 +16,6 @@ from flexmemory.evals import perplexity as evaluation
 from flexmemory.evals.perplexity import make_eval_step, perplexity
 from flexmemory.evals.questions import answer_accuracy
 from flexmemory.models.transformer import build
-from flexmemory.train.loop import train
 
 
 def test_steps_of_one_config_share_programs(trained_of):
@@ -26,8 +26,9 @@ def test_steps_of_one_config_share_programs(trained_of):
     assert evaluation._sums._cache_size() == compiled + 3
 
 
-def test_scores_are_those_of_the_final_evaluation(tiny_config, tmp_path):
-    final = train(tiny_config("flex", **{"train.steps": 2}), tmp_path / "run", progress=False)
+def test_scores_are_those_of_the_final_evaluation(tiny_run, tmp_path):
+    _, workdir, final = tiny_run
+    shutil.copytree(workdir, tmp_path / "run")
     trained = load(tmp_path / "run")
     got = scores(trained)
     assert (got["val_loss"], got["recall_acc"], got["reasoning_acc"], got["kinds"]) == tuple(

@@ -3,6 +3,7 @@ says nothing about speed.
 """
 
 import numpy as np
+import pytest
 from tkv.making import config, make_store, params
 
 from flexmemory.bench.decode import Forced, measure
@@ -10,6 +11,7 @@ from flexmemory.bench.machine import zipf
 from flexmemory.runtime.rows import Budgets
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path):
     made = measure(tmp_path, "smoke")
     for placement in made["placements"].values():

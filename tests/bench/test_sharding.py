@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # tests/parallel counts the same traffic of the same lookups
+
 
 @pytest.fixture(scope="module")
 def report():

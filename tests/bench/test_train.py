@@ -29,6 +29,7 @@ def smoke(tmp_path_factory):
     return measure(tmp_path_factory.mktemp("bench"), "smoke", "dense,memoryllm,memoryllm:naive")
 
 
+@pytest.mark.slow
 def test_figures_hang_together(smoke):
     assert (
         set(smoke["kinds"]) == {"dense", "memoryllm", "memoryllm:naive"}
@@ -61,6 +62,7 @@ def test_figures_hang_together(smoke):
     assert set(smoke["compile"]["layers"]) == {2, 24} and smoke["compile"]["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_naive_and_deduplicated_are_the_same_model(smoke):
     assert smoke["kinds"]["memoryllm"]["first_loss"] == pytest.approx(
         smoke["kinds"]["memoryllm:naive"]["first_loss"], rel=1e-6
@@ -68,6 +70,7 @@ def test_naive_and_deduplicated_are_the_same_model(smoke):
     assert smoke["kinds"]["memoryllm"]["first_loss"] != smoke["kinds"]["dense"]["first_loss"]
 
 
+@pytest.mark.slow
 def test_ratios_are_medians_over_paired_rounds(smoke):
     assert set(smoke["ratios"]) == {"memoryllm / dense", "memoryllm / memoryllm:naive"}
     figures = {

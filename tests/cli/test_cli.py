@@ -112,14 +112,12 @@ def test_commands_refuse(argv, says, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command):
-    made = subprocess.run(
-        [sys.executable, "-m", "flexmemory.cli.main", command, "--help"],
-        capture_output=True,
-        text=True,
-    )
-    assert made.returncode == 0, made.stderr
-    assert "--" in made.stdout
+def test_every_command_has_help(command, capsys):
+    try:
+        code = main([command, "--help"])
+    except SystemExit as end:  # argparse's way
+        code = end.code
+    assert code == 0 and "--" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -176,12 +174,10 @@ def test_ctrl_c_ends_at_a_checkpoint_and_the_same_command_goes_on(tiny_config, t
     assert 0 < step < 4000 and f"stopped after step {step}" in said
 
 
-def test_generate_prints_nothing_before_it_is_accepted(tiny_config, tmp_path, capsys):
+def test_generate_prints_nothing_before_it_is_accepted(tiny_run, tmp_path, capsys):
     from flexmemory.tkv.export import export
-    from flexmemory.train.loop import train
 
-    train(tiny_config("memoryllm", **{"train.steps": 1}), tmp_path / "run", progress=False)
-    export(tmp_path / "run", tmp_path / "store", progress=False)
+    export(tiny_run[1], tmp_path / "store", progress=False)
     for extra, says in (
         (["--max_tokens=0"], "--max_tokens: 0"),
         (["--temperature=-1"], "--temperature"),
@@ -203,14 +199,9 @@ def test_generate_prints_nothing_before_it_is_accepted(tiny_config, tmp_path, ca
         assert said.out == "" and says in said.err
 
 
-@pytest.fixture(scope="module")
-def run_folder(tiny_config, tmp_path_factory):
-    """A run of one step."""
-    from flexmemory.train.loop import train
-
-    workdir = tmp_path_factory.mktemp("cli") / "run"
-    train(tiny_config("dense memoryllm", **{"train.steps": 1}), workdir, progress=False)
-    return workdir
+@pytest.fixture
+def run_folder(tiny_run):
+    return tiny_run[1]
 
 
 def output(capsys, *argv) -> str:

@@ -16,7 +16,7 @@ from flexmemory.data.shards import read_questions
 from flexmemory.evals.perplexity import make_eval_step, perplexity
 from flexmemory.evals.questions import answer_accuracy, encode_questions
 from flexmemory.models.transformer import build, init_params
-from flexmemory.train.loop import resolve, train
+from flexmemory.train.loop import resolve
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +117,14 @@ def test_encoded_questions_mark_the_answer(setup):
         assert tokenizer.decode(ids_T[1:][answer_T[:-1]].tolist()) == question["answer"]
 
 
-def test_eval_command(tiny_config, tmp_path):
-    cfg = tiny_config("memoryllm", **{"train.steps": 2})
-    final = train(cfg, tmp_path / "run", progress=False)
+def test_eval_command(tiny_run):
+    _, workdir, final = tiny_run
     command = [
         sys.executable,
         "-m",
         "flexmemory.cli.main",
         "eval",
-        f"--workdir={tmp_path / 'run'}",
+        f"--workdir={workdir}",
         "--max_tokens=512",
     ]
     got = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from experiments import runs as run_list
 from experiments import worker
 from flexmemory.config import Config
@@ -28,6 +30,7 @@ def free_port() -> int:
                 return port
 
 
+@pytest.mark.slow
 def test_two_processes_train_every_run_together_and_one_measures(tmp_path):
     out = tmp_path / "slice"
     command = [

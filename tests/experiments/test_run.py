@@ -14,6 +14,16 @@ from experiments import runs as run_list
 from experiments.verdicts import VERDICTS
 
 ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "experiments.run", "--scale=smoke"]
+KNOWN = (
+    "not implemented",
+    "no such block",
+    "flexmemory bench decode",
+    "well above chance",
+    "the text is too short",
+    "a person must read",
+    "of its active parameters",
+)  # why a claim is not run at smoke scale
 
 
 @pytest.mark.parametrize(
@@ -144,3 +154,58 @@ def test_an_experiment_at_smoke_scale(tmp_path):
 
 def entries(results):
     return {entry["name"]: entry for entry in results["experiments"]}
+
+
+@pytest.mark.slow
+def test_every_experiment_at_smoke_scale(tmp_path):
+    """All from real runs; one run cannot work and is shown while the others go on; what is deleted
+    is made again and gives the same report.
+    """
+    out = tmp_path / "smoke"
+    command = [*COMMAND, "--all", f"--out={out}"]
+
+    (out / "stem-full-s0").mkdir(parents=True)
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 2 and "not empty and not a folder of runs" in made.stderr
+    (out / "stem-full-s0").rmdir()
+    run_list.claim(
+        out, run_list.make(["e4"], "smoke")
+    )  # a folder of runs, to which the others are added
+    (out / "stem-full-s0").mkdir()
+    (out / "stem-full-s0" / "foreign").write_text("not a run's")
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 1, made.stdout + made.stderr
+    assert "stem-full-s0" in made.stderr and "not empty and not a run folder" in made.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert [entry["name"] for entry in results["failed"]] == ["stem-full-s0"] and not results[
+        "missing"
+    ]
+    assert results["finished"] == results["expected"] - 1
+
+    (out / "stem-full-s0" / "foreign").unlink()
+    shutil.rmtree(out / "memoryllm-s0")
+    kept = (out / "dense-s0" / "done.json").stat().st_mtime_ns
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert (out / "dense-s0" / "done.json").stat().st_mtime_ns == kept, "a finished run is kept"
+    again = json.loads((out / "results.json").read_text())
+    assert again["finished"] == again["expected"] and not again["failed"]
+    sections = {entry["name"]: entry for entry in again["experiments"]}
+    assert set(sections) == {
+        name for name in catalogue.names() if "smoke" in catalogue.scales_of(catalogue.load(name))
+    }
+    for name, section in sections.items():
+        assert not section.get("error"), section
+        assert section["rows"] and section["claims"], name
+        assert all(claim["verdict"] in VERDICTS for claim in section["claims"])
+        missing = [claim["detail"] for claim in section["claims"] if claim["verdict"] == "not run"]
+        assert all(any(reason in why for reason in KNOWN) for why in missing), (name, missing)
+    before = {
+        entry["name"]: entry["claims"] for entry in results["experiments"] if not entry["failed"]
+    }
+    assert {name: sections[name]["claims"] for name in before} == before, (
+        "the run that was made again gives the same numbers"
+    )
+    assert (out / "report.html").stat().st_size > 50_000 and str(tmp_path) not in (
+        out / "report.html"
+    ).read_text()

@@ -1,16 +1,18 @@
 """The papers' parameter tables, by counting the real parameters."""
 
-import subprocess
-import sys
+import json
+from pathlib import Path
 
 import jax
 import pytest
 
+from flexmemory.cli.main import main
 from flexmemory.models.accounting import account, size
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import init_params
 from flexmemory.recipes import MEMORYLLM_SIZES, STEM_SIZES
 
+ROOT = Path(__file__).parents[2]
 # MemoryLLM Table 5 with the swapped rows put right, in millions: size -> (total, {beta: active})
 TABLE5 = {
     "250m": (265.4, {0: 88.5, 1: 110.6, 2: 132.7, 3: 154.8}),
@@ -87,23 +89,10 @@ def test_totals_are_the_parameters_that_exist():
     assert numbers["active_all"] == numbers["total_all"] - size(params["memory"])
 
 
-def test_params_command_prints_json():
-    import json
-
-    made = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "flexmemory.cli.main",
-            "params",
-            "--config=configs/memoryllm.py:1b",
-            "--json",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    numbers = json.loads(made.stdout)
+def test_params_command_prints_json(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["params", "--config=configs/memoryllm.py:1b", "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
     for key in (
         "total",
         "active",

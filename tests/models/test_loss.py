@@ -186,7 +186,7 @@ def test_temporaries_are_pieces_and_never_all_logits():
 def test_the_default_chunk_is_what_the_budget_holds(monkeypatch):
     batch = draw()
     monkeypatch.setattr(
-        "flexmemory.train.loss.LOGITS_BYTES", 4 * V * 8 + 3
+        "flexmemory.models.loss.LOGITS_BYTES", 4 * V * 8 + 3
     )  # 8 tokens: three pieces of 7
     traced = str(jax.make_jaxpr(lambda x, head: chunked_losses(x, head, batch[2]))(*batch[:2]))
     assert f"f32[7,{V}]" in traced and f"f32[21,{V}]" not in traced

@@ -1,20 +1,18 @@
-"""A process with fake devices: ``python -m parallel.child DEVICES WHAT [ARGUMENTS]`` prints JSON.
-The tests say what each WHAT is for.
+"""A process with fake devices that serves the tests: ``python -m parallel.child`` reads lines of
+JSON ``[devices, function, *arguments]`` and answers each with ``{"result": ...}`` or ``{"error":
+traceback}``. The tests say what each function is for.
 """
 
 import dataclasses
 import json
 import os
 import sys
-
-os.environ["JAX_PLATFORMS"] = "cpu"
+import traceback
 
 import jax
 import numpy as np
-
-jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-
 from jax import P
+from jax.extend.backend import clear_backends
 from jax.sharding import NamedSharding
 
 from flexmemory import exchange, parallel
@@ -29,7 +27,6 @@ from flexmemory.train.host_tables import HostTables
 from flexmemory.train.step import init_state, make_train_step
 
 B, T, V, STEPS = 16, 16, 96, 20
-TABLE_SIZES = (24, 40)  # of batches on several sections; larger ones take as much as may be needed
 ALL = "dense memoryllm flex stem"
 
 
@@ -51,11 +48,12 @@ def config(
 
 
 def batches(cfg: Config, sections: int):
-    """Zipf tokens, the same whatever the cut; every fifth batch of one token alone (not the first:
-    there q and k have no gradient but rounding, which Adam's first step would make as large as
-    any).
+    """Zipf tokens, the same whatever the sharding; every fifth batch of one token alone (not the
+    first: there q and k have no gradient but rounding, which Adam's first step would make as large
+    as any). Row-sparse optimisers get two sizes of ``table_ids``: each compiles a step.
     """
-    rng = np.random.default_rng(0)
+    rng, vocab = np.random.default_rng(0), cfg.model.vocab_size
+    table_sizes = () if cfg.optimizer.table_optimizer == "adamw" else (40,)
     for step in range(STEPS):
         tokens = np.minimum(
             rng.zipf(1.3, (cfg.train.accum_steps, B // cfg.train.accum_steps, T + 1)) - 1, V - 1
@@ -70,12 +68,11 @@ def batches(cfg: Config, sections: int):
             if cfg.data.document_mask
             else {}
         )
-        vocab = cfg.model.vocab_size
         yield {
             "ids": tokens[..., :-1],
             "targets": tokens[..., 1:],
             **segments,
-            **unique_rows(tokens[..., :-1], vocab, (64, vocab), sections, table_sizes=TABLE_SIZES),
+            **unique_rows(tokens[..., :-1], vocab, (64, vocab), sections, table_sizes=table_sizes),
         }
 
 
@@ -364,7 +361,7 @@ def lookups(seed):
                 if dense[name].sharding.spec != tables[name].sharding.spec
             ]
             sparse = {name: tables[name] for name in ("a", "b")}
-            made, whole = jax.jit(exchange.combine)(
+            made, whole = jax.jit(exchange.sum_over_sections)(
                 {n: placed[n] for n in sparse},
                 {n: got[n] for n in sparse},
                 put(ids_C, P(None)),
@@ -384,18 +381,21 @@ def lookups(seed):
     return bad
 
 
+def serve() -> None:
+    """Answers come on the stdout that the process was started with; prints go to stderr."""
+    answers, devices = os.fdopen(os.dup(1), "w"), None
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        count, function, *arguments = json.loads(line)
+        try:
+            if count != devices:
+                clear_backends()
+                jax.config.update("jax_num_cpu_devices", devices := count)
+            answer = {"result": globals()[function](*arguments)}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {
-                "equality": equality,
-                "unit_mesh": unit_mesh,
-                "traffic": traffic,
-                "fresh": fresh,
-                "balance": balance,
-                "train": train,
-                "lookups": lookups,
-                "host_memory": host_memory,
-            }[sys.argv[2]](*sys.argv[3:])
-        )
-    )
+    serve()

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (HLO as XLA prints it)
 """What is read from a compiled program's text."""
 
 from flexmemory.train.collectives import collectives, traffic

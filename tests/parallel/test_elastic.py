@@ -9,6 +9,7 @@ from flexmemory.run_folder import read_metrics
 from flexmemory.train.loop import train
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_devices(child, tiny_config, tmp_path):
     sets = {
         "data.batch_size": 8,

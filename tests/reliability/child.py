@@ -230,7 +230,7 @@ def main() -> None:
         signal.signal(
             signal.SIGINT, signal.default_int_handler
         )  # a shell that runs the tests in the background has it ignored
-        slow_down(60)
+        slow_down(30)
         process = os.getpid()
         if not os.fork():  # tells when the first file is being written, and ends
             while not any(out.glob(f"*{files.SCRATCH}")):

@@ -115,11 +115,11 @@ def counted_store(mixed, tmp_path_factory, made=[]):  # noqa: B006 - one store f
 @pytest.mark.parametrize(
     "options,compute",
     [
-        ({"dtype": "bfloat16"}, "float32"),
-        ({}, "bfloat16"),
-        ({"dtype": "int4", "scale_group": 8}, "float32"),
         ({"dtype": "int8", "rank": 0.5}, "bfloat16"),
-        ({"dtype": "float16", "rank": 0.25}, "float32"),
+        pytest.param({"dtype": "bfloat16"}, "float32", marks=pytest.mark.slow),
+        pytest.param({}, "bfloat16", marks=pytest.mark.slow),
+        pytest.param({"dtype": "int4", "scale_group": 8}, "float32", marks=pytest.mark.slow),
+        pytest.param({"dtype": "float16", "rank": 0.25}, "float32", marks=pytest.mark.slow),
     ],
 )
 def test_offloaded_equals_resident_however_rows_are_stored(options, compute, tmp_path, monkeypatch):

@@ -35,12 +35,19 @@ def same(a, b) -> bool:
     )
 
 
-@pytest.mark.parametrize("table_optimizer", ["lazy_adam", "rowwise_adagrad"])
+@pytest.mark.parametrize(
+    "pattern, table_optimizer",
+    [
+        ("dense stem", "lazy_adam"),
+        pytest.param(PATTERN, "lazy_adam", marks=pytest.mark.slow),
+        pytest.param(PATTERN, "rowwise_adagrad", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_is_the_same_to_the_bit_and_may_move_in_the_middle(
-    table_optimizer, tiny_config, tmp_path
+    pattern, table_optimizer, tiny_config, tmp_path
 ):
     cfg = tiny_config(
-        PATTERN,
+        pattern,
         **{
             "optimizer.table_optimizer": table_optimizer,
             "train.eval_every": 2,

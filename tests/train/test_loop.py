@@ -18,7 +18,7 @@ import pytest
 
 from flexmemory.config import to_json
 from flexmemory.errors import UserError
-from flexmemory.run_folder import complete_steps, load_params, read_metrics
+from flexmemory.run_folder import complete_steps, load_params, read_checkpoint, read_metrics
 from flexmemory.train import checkpoint, loop
 from flexmemory.train.clock import PARTS, Clock
 from flexmemory.train.loop import TrainingDiverged, TrainingInterrupted, train
@@ -116,7 +116,7 @@ def test_resume_is_bit_identical(whole, tmp_path):
     assert equal(load_params(copy)[1], load_params(workdir)[1])
     assert losses(copy) == losses(workdir)
     assert again["val_loss"] == final["val_loss"]
-    assert checkpoint._load(copy, 6, {"data": None})["data"]["step"] == 6
+    assert read_checkpoint(copy, 6, {"data": None})["data"]["step"] == 6
 
 
 def test_killed_in_the_middle_of_a_save(whole, tmp_path):
@@ -135,6 +135,7 @@ def test_killed_in_the_middle_of_a_save(whole, tmp_path):
     assert losses(killed) == losses(workdir)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(whole, tmp_path):
     cfg, workdir, _ = whole
     killed = tmp_path / "killed"
@@ -149,7 +150,9 @@ def test_killed_at_any_moment(whole, tmp_path):
     assert losses(killed) == losses(workdir)
 
 
-@pytest.mark.parametrize("table_optimizer", ["lazy_adam", "rowwise_adagrad"])
+@pytest.mark.parametrize(
+    "table_optimizer", ["lazy_adam", pytest.param("rowwise_adagrad", marks=pytest.mark.slow)]
+)
 def test_tables_trained_by_their_rows_resume_to_the_same_bits(
     table_optimizer, tiny_config, tmp_path
 ):
@@ -283,7 +286,7 @@ def test_a_run_without_checkpoint_is_named(whole, tmp_path):
 
 def test_metrics_are_the_same_on_tensorboard(tiny_config, tmp_path):
     train(
-        tiny_config("dense", **{"train.tensorboard": True, "train.steps": 2}),
+        tiny_config("dense", **{"train.tensorboard": True, "train.steps": 1}),
         tmp_path / "run",
         progress=False,
     )
@@ -335,6 +338,7 @@ def test_an_unwritable_place_is_one_line(tiny_config):
         train(tiny_config("dense"), "/dev/null/run", progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_evaluated_from_anywhere(tiny_config, tiny_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_data.parent)
     train(
@@ -477,6 +481,7 @@ def test_the_loop_waits_for_the_step_before_never_for_the_newest(
     )
 
 
+@pytest.mark.slow
 def test_a_compilation_in_the_middle_is_no_training_time(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
