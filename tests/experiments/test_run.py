@@ -185,7 +185,7 @@ def test_every_experiment_at_smoke_scale(tmp_path):
     (out / "stem-full-s0" / "foreign").unlink()
     shutil.rmtree(out / "memoryllm-s0")
     kept = (out / "dense-s0" / "done.json").stat().st_mtime_ns
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
     assert (out / "dense-s0" / "done.json").stat().st_mtime_ns == kept, "a finished run is kept"
     again = json.loads((out / "results.json").read_text())
