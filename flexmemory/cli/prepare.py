@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-import rich.box
-import rich.console
-import rich.table
-
 from flexmemory.cli.flags import Parser
 from flexmemory.data import sources
 from flexmemory.data.prepare import SHARD_TOKENS, prepare
@@ -29,22 +25,14 @@ def run(argv: list[str]) -> int:
         shard_tokens=args.shard_tokens,
         seed=args.seed,
     )
-    table = rich.table.Table(
-        "split",
-        box=rich.box.SIMPLE_HEAD,
-        title=f"{args.out}: vocabulary {index['vocab_size']}, questions {index['questions']}",
-    )
-    for name in ("tokens", "documents", "bytes", "bytes/token", "shards"):
-        table.add_column(name, justify="right")
+    print(f"{args.out}: vocabulary {index['vocab_size']:,}, questions {index['questions']:,}")
+    line = "{:<6}{:>16}{:>14}{:>18}{:>13}{:>8}".format
+    print(line("split", "tokens", "documents", "bytes", "bytes/token", "shards"))
     for split, entry in index["splits"].items():
-        density = f"{entry['bytes'] / entry['tokens']:.2f}" if entry["tokens"] else "-"
-        table.add_row(
-            split,
-            *(f"{entry[key]:,}" for key in ("tokens", "documents", "bytes")),
-            density,
-            str(len(entry["shards"])),
-        )
-    rich.console.Console().print(table)
+        tokens, documents, size = (entry[key] for key in ("tokens", "documents", "bytes"))
+        density = f"{size / tokens:.2f}" if tokens else "-"
+        counts = (f"{count:,}" for count in (tokens, documents, size))
+        print(line(split, *counts, density, len(entry["shards"])))
     return 0
 
 
