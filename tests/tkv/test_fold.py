@@ -28,7 +28,11 @@ from flexmemory.tkv.storage.location import open_location
 
 from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes
 
-TABLES = " ".join(kind for kind, block in KINDS.items() if block.source is TableRows)
+TABLES = " ".join(  # kinds whose learned rows have one width, in one group
+    kind
+    for kind, block in KINDS.items()
+    if block.source is TableRows and block.spec(config(kind).model, 0).row_width == 48
+)
 FOLD_ROWS = 32
 
 
