@@ -4,6 +4,8 @@ PYTHON := $(shell for p in python3.12 python3 python3.13 python3.14 python; do "
 BIN := .venv/bin
 STAMP := .venv/installed
 OUT ?= runs/demo
+# or tests/constraints-oldest.txt, or /dev/null for the newest versions
+CONSTRAINTS ?= constraints.txt
 
 # a worker more than cores, as some tests wait for other processes; files stay whole, as their tests share fixtures
 WORKERS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
@@ -12,10 +14,10 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-re
 .PHONY: setup demo test test-all lint clean
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "flexmemory needs Python 3.12 or newer on the PATH (found none); install one, e.g. 'uv python install 3.12' or 'pyenv install 3.12'" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,dev]'
 	@touch $@
 
 demo: setup
@@ -32,5 +34,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# the site, in site/; fails on a link that leads nowhere
+.PHONY: docs
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo site/index.html
+
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv runs/demo site

@@ -1,18 +1,27 @@
-"""One progress line for long work: a live bar on a terminal, a line about every 20 seconds
-elsewhere; always on stderr.
+"""One progress line for long work, on stderr: a live bar on a terminal where rich is installed
+(pip install 'flexmemory[experiments]'), else a line about every 20 seconds.
 """
 
 import sys
 import time
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from typing import Any
 
 
 def eta(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def live_bar() -> Any:
+    """rich's progress bar on stderr, or None without rich."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+    except ImportError:
+        return None
+    columns = TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[note]}")
+    return Progress(*columns, console=Console(stderr=True))
 
 
 class ProgressLine:
@@ -32,18 +41,9 @@ class ProgressLine:
         self.label, self.total, self.unit, self.every = label, total, unit, every
         self.done = self.first = start
         self.text = ""
-        self.enabled, self.live = enabled, enabled and sys.stderr.isatty()
+        self.enabled = enabled
         self.began = self.printed = time.perf_counter()
-        self.bar = (
-            Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
-            if self.live
-            else None
-        )
+        self.bar = live_bar() if enabled and sys.stderr.isatty() else None
 
     def __enter__(self) -> "ProgressLine":
         if self.bar:
@@ -56,9 +56,7 @@ class ProgressLine:
     def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
-        elif (
-            self.enabled and self.printed > self.began
-        ):  # something was printed: close it with the end state
+        elif self.enabled and self.printed > self.began:  # not only short work
             self._line()
 
     def note(self) -> str:

@@ -2,10 +2,6 @@
 
 import argparse
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from flexmemory.cli.flags import Parser
 from flexmemory.data import sources
 from flexmemory.data.prepare import SHARD_TOKENS, prepare
@@ -30,14 +26,12 @@ def run(argv: list[str]) -> int:
     add("--seed", type=int, default=0, help="of the train/validation split (default %(default)s)")
     args = parser.parse_args(argv)
     index = prepare(**vars(args))
-    vocabulary, questions = index["vocab_size"], index["questions"]
-    title = f"{args.out}: vocabulary {vocabulary}, questions {questions}"
-    table = Table("split", box=box.SIMPLE_HEAD, title=title)
-    for name in ("tokens", "documents", "bytes", "bytes/token", "shards"):
-        table.add_column(name, justify="right")
+    print(f"{args.out}: vocabulary {index['vocab_size']:,}, questions {index['questions']:,}")
+    line = "{:<6}{:>16}{:>14}{:>18}{:>13}{:>8}".format
+    print(line("split", "tokens", "documents", "bytes", "bytes/token", "shards"))
     for split, entry in index["splits"].items():
-        density = f"{entry['bytes'] / entry['tokens']:.2f}" if entry["tokens"] else "-"
-        counts = (f"{entry[key]:,}" for key in ("tokens", "documents", "bytes"))
-        table.add_row(split, *counts, density, str(len(entry["shards"])))
-    Console().print(table)
+        tokens, documents, size = (entry[key] for key in ("tokens", "documents", "bytes"))
+        density = f"{size / tokens:.2f}" if tokens else "-"
+        counts = (f"{count:,}" for count in (tokens, documents, size))
+        print(line(split, *counts, density, len(entry["shards"])))
     return 0

@@ -20,7 +20,6 @@ from flexmemory import files
 from flexmemory.errors import UserError
 from flexmemory.files import PAGE
 from flexmemory.models.blocks import KINDS
-from flexmemory.models.config import ModelConfig
 from flexmemory.run_folder import load_params
 from flexmemory.tkv import arrays, backbone, fold, format
 from flexmemory.tkv import export as export_module
@@ -33,7 +32,11 @@ from flexmemory.train.loop import train
 
 from .making import MIXED, SHARD, VOCAB, config, make_store, params, tree_bytes
 
-TABLES = " ".join(kind for kind, block in KINDS.items() if block.spec(ModelConfig(), 3.0).learned)
+TABLES = " ".join(  # kinds whose learned rows have one width, in one group
+    kind
+    for kind, block in KINDS.items()
+    if (spec := block.spec(config(kind).model, 0)).learned and spec.row_width == 48
+)
 FOLD_ROWS = 32
 
 

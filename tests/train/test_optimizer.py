@@ -11,6 +11,7 @@ import pytest
 from flexmemory.config import OptimizerConfig
 from flexmemory.models.blocks import KINDS
 from flexmemory.models.config import ModelConfig
+from flexmemory.models.memory import FFNRows, TableRows
 from flexmemory.models.parameters import label_params
 from flexmemory.models.transformer import abstract_params
 from flexmemory.train.optimizer import clip, group_norms, make_optimizer, schedule
@@ -46,8 +47,8 @@ def test_every_parameter_of_every_kind_has_a_label(kind):
     )
     labels = set(jax.tree.leaves(label_params(abstract_params(cfg))))
     assert {"embed", "head", "norm", "attention"} <= labels
-    assert ("table" in labels) == kind.startswith("stem")
-    assert ("memory" in labels) == (kind in ("memoryllm", "flex"))
+    assert ("table" in labels) == (KINDS[kind].source is TableRows)
+    assert ("memory" in labels) == (KINDS[kind].source is FFNRows)
 
 
 def test_an_unlabelled_parameter_raises():
