@@ -364,7 +364,7 @@ def lookups(seed):
                 if dense[name].sharding.spec != tables[name].sharding.spec
             ]
             sparse = {name: tables[name] for name in ("a", "b")}
-            made, whole = jax.jit(exchange.combine)(
+            made, whole = jax.jit(exchange.sum_over_sections)(
                 {n: placed[n] for n in sparse},
                 {n: got[n] for n in sparse},
                 put(ids_C, P(None)),
