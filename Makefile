@@ -1,5 +1,5 @@
 # make demo: train a C/M sweep, fold, serve from disk, report (about ten minutes on two cores)
-# make test: the core of every guarantee (docs/testing-tiers.md). make test-all: that, then the rest. make lint: style and types
+# make test: the core of every guarantee (CONTRIBUTING.md). make test-all: that, then the rest. make lint: style and types
 PYTHON := $(shell for p in python3.12 python3 python3.13 python3.14 python; do "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 STAMP := .venv/installed
