@@ -7,16 +7,15 @@ FFN, of a flex layer FFN-M. All token ids of the vocabulary count alike.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
-from sklearn.preprocessing import normalize
 
 from flexmemory.analysis.trained import Trained, not_applicable
 from flexmemory.data.shards import read_train_counts
+from flexmemory.errors import UserError
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import gated, linear
 from flexmemory.models.memory import row_groups
@@ -45,7 +44,9 @@ def clusters(trained: Trained) -> dict:
     if not layers:
         return not_applicable(NOTHING)
     used = min(trained.tokenizer.vocab_size, trained.cfg.model.vocab_size)
-    c_RF = normalize(coefficients(trained.cfg.model, trained.params, layers[0], np.arange(used)))
+    c_RF = sklearn().preprocessing.normalize(
+        coefficients(trained.cfg.model, trained.params, layers[0], np.arange(used))
+    )
     k = choose_k(used)
     fitted = kmeans(c_RF, k, trained.cfg.train.seed)
     by_size = np.argsort(-np.bincount(fitted.labels_, minlength=k), kind="stable")
@@ -89,7 +90,7 @@ def cluster_coefficient(trained: Trained) -> dict:
     k = choose_k(len(ids_R))
 
     def coefficient(c_RF: np.ndarray) -> float:
-        c_RF = normalize(c_RF)
+        c_RF = sklearn().preprocessing.normalize(c_RF)
         label_R = kmeans(c_RF, k, trained.cfg.train.seed).labels_
         return silhouette(c_RF[:JUDGED], label_R[:JUDGED])  # ids_R are in random order
 
@@ -102,6 +103,17 @@ def cluster_coefficient(trained: Trained) -> dict:
     return {"applies": True, "k": k, "tokens": len(ids_R), "layers": rows}
 
 
+def sklearn() -> Any:
+    """scikit-learn. Raises UserError where it is not installed."""
+    try:
+        import sklearn.cluster
+        import sklearn.metrics
+        import sklearn.preprocessing
+    except ImportError:
+        raise UserError("needs scikit-learn; pip install 'flexmemory[experiments]'") from None
+    return sklearn
+
+
 def choose_k(tokens: int) -> int:
     """sqrt(tokens / 32), 4 at least and 16 at most: few enough to be read, some dozens of tokens in
     each.
@@ -109,15 +121,16 @@ def choose_k(tokens: int) -> int:
     return max(4, min(16, round((tokens / 32) ** 0.5)))
 
 
-def kmeans(x_RF: np.ndarray, k: int, seed: int) -> KMeans:
-    return KMeans(k, n_init=RESTARTS, random_state=seed).fit(x_RF)
+def kmeans(x_RF: np.ndarray, k: int, seed: int) -> Any:
+    """A fitted sklearn.cluster.KMeans."""
+    return sklearn().cluster.KMeans(k, n_init=RESTARTS, random_state=seed).fit(x_RF)
 
 
 def silhouette(x_RF: np.ndarray, label_R: np.ndarray) -> float:
     """Mean silhouette by cosine distance; 0 where there is one cluster, or as many as rows."""
     if not 1 < len(np.unique(label_R)) < len(label_R):
         return 0.0
-    return float(silhouette_score(x_RF, label_R, metric="cosine"))
+    return float(sklearn().metrics.silhouette_score(x_RF, label_R, metric="cosine"))
 
 
 def outliers(trained: Trained) -> dict:
