@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def last_verdicts(folders: list[Path]) -> dict[str, str]:
-    """{experiment: "cpu: 2 reproduced, 1 within noise"} from the newest results.json that has it."""
+    """{experiment: "cpu: 2 reproduced, 1 within noise"} from the newest results.json with it."""
     made: dict[str, str] = {}
     dated = [
         (path.stat().st_mtime, path)

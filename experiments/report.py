@@ -105,8 +105,8 @@ def load(name: str, modules: dict[str, ModuleType] | None) -> ModuleType | str:
 
 
 def finished(out: Path, run: dict, modules: list[ModuleType | str]) -> dict | None:
-    """As ``run_list.finished`` with the measures of these experiments, also where one cannot be loaded;
-    numbers that are not finite are None.
+    """As ``run_list.finished`` with the measures of these experiments, also where one cannot be
+    loaded; numbers that are not finite are None.
     """
     functions = [f for module in modules for f in getattr(module, "MEASURES", ())]
     result = run_list.finished(out, run, {function.__name__ for function in functions})

@@ -159,10 +159,8 @@ def chosen(args) -> list[str]:
         if args.scale in catalogue.scales_of(catalogue.load(name))
     ]
     if not known:
-        raise UserError(
-            f"--scale {args.scale!r}:"
-            f" {nearest(args.scale, sorted({s for n in catalogue.names() for s in catalogue.scales_of(catalogue.load(n))}))}"
-        )
+        scales = {s for n in catalogue.names() for s in catalogue.scales_of(catalogue.load(n))}
+        raise UserError(f"--scale {args.scale!r}: {nearest(args.scale, sorted(scales))}")
     return known
 
 

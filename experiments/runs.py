@@ -108,8 +108,8 @@ def add(runs: dict[str, dict], run: dict) -> None:
 
 
 def merged(out: Path, listed: RunList) -> RunList:
-    """The list with what the folder has listed already; of experiments that have lost a variant since,
-    that variant's runs are left out (their folders stay).
+    """The list with what the folder has listed already. Where an experiment has lost a variant
+    since, that variant's runs are left out (their folders stay).
 
     Raises UserError where the folder is something else's, of another scale or budget, or gives a
     run of equal name another meaning.

@@ -2,9 +2,9 @@
 [NAME ...]
 
 With "-" in place of the names they are read from stdin, a line each, up to an empty line, so that a
-launcher keeps one process per device (experiments.local). What a run prints goes to OUT/NAME/log.txt; the words for the launcher,
-"start NAME", "done NAME SECONDS", "failed NAME MESSAGE", to stdout. A run that fails does not end
-the others.
+launcher keeps one process per device (experiments.local). What a run prints goes to
+OUT/NAME/log.txt; the words for the launcher, "start NAME", "done NAME SECONDS", "failed NAME
+MESSAGE", to stdout. A run that fails does not end the others.
 """
 
 import contextlib

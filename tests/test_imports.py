@@ -1,4 +1,4 @@
-"""The rooms of flexmemory import one way: down the order of docs/architecture.md, and in no circle."""
+"""The rooms of flexmemory import one way, down the order of docs/architecture.md, in no circle."""
 
 import ast
 import graphlib

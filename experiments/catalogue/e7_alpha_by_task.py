@@ -37,7 +37,8 @@ def analyse(runs):
             runs,
             "alpha",
             "points",
-            "alpha val_loss recall_acc reasoning_acc kinds.cloze kinds.copy kinds.lookup1 kinds.lookup2",
+            "alpha val_loss recall_acc reasoning_acc kinds.cloze kinds.copy kinds.lookup1"
+            " kinds.lookup2",
         ),
         "figures": [
             mean_lines(

@@ -43,7 +43,8 @@ def sweep(scale):
 def analyse(runs):
     rows = means(
         runs,
-        "config.model.d_model account.total account.active account.flops_per_token account.read_bytes_per_token budget.residual result.val_loss result.recall_acc",
+        "config.model.d_model account.total account.active account.flops_per_token"
+        " account.read_bytes_per_token budget.residual result.val_loss result.recall_acc",
     )
     return {
         "rows": rows,

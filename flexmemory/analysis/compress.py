@@ -9,6 +9,7 @@ import numpy as np
 
 from flexmemory.analysis.trained import Trained, not_applicable, scores
 from flexmemory.evals.rows import RowsOf
+from flexmemory.models.memory import Rows
 from flexmemory.tkv import encoding, fold, lowrank
 from flexmemory.tkv.export import RowFormat, draft, sizes
 from flexmemory.tkv.format import Manifest, TokenizerInfo
@@ -85,18 +86,19 @@ def stored(trained: Trained, rows: RowFormat, bases: dict[int, np.ndarray]) -> t
     low ranks need them.
     """
     manifest = _manifest(trained, rows)
-    used = {
+    used: dict[str, tuple] = {
         group.name: (
             tuple(
                 bases[layer][:rank]
-                for layer, rank in zip(group.layers, group.layout.ranks, strict=True)
+                for layer, rank in zip(group.layers, group.layout.ranks or (), strict=True)
             )
             if manifest.ranks
             else ()
         )
         for group in manifest.groups
     }
-    parts, error, squares = {group.name: [] for group in manifest.groups}, 0.0, 0.0
+    parts: dict[str, list[np.ndarray]] = {group.name: [] for group in manifest.groups}
+    error = squares = 0.0
     for start in range(0, manifest.vocab_size, manifest.shard_rows):
         block = fold.start_shard(
             trained.params,
@@ -108,30 +110,30 @@ def stored(trained: Trained, rows: RowFormat, bases: dict[int, np.ndarray]) -> t
             fold_rows=manifest.fold_rows,
         )
         bundles, sums = fold.fetch_shard(block, manifest.groups)
-        for name, made in bundles.items():
-            parts[name] += made
+        for name, shard in bundles.items():
+            parts[name] += shard
         error, squares = (
             error + sum(layer[0] for layer in sums.values()),
             squares + sum(layer[1] for layer in sums.values()),
         )
-    bundles = {name: np.concatenate(made) for name, made in parts.items()}
-    found, dtype = sizes(manifest), manifest.model.compute_dtype
+    stored = {name: np.concatenate(shards) for name, shards in parts.items()}
+    size, dtype = sizes(manifest), manifest.model.compute_dtype
 
-    def rows_of(ids_R):
+    def rows_of(ids_R: np.ndarray) -> Rows:
         return {
             group.name: encoding.jitted_decode(
                 group.layout,
-                encoding.host_view(group.layout, bundles[group.name][np.asarray(ids_R)]),
+                encoding.host_view(group.layout, stored[group.name][np.asarray(ids_R)]),
                 used[group.name],
                 dtype,
             )
             for group in manifest.groups
         }
 
-    table_bytes = found["table_bytes"] + found["basis_bytes"]
+    table_bytes = size["table_bytes"] + size["basis_bytes"]
     return rows_of, {
         "table_bytes": table_bytes,
-        "saved": 1 - table_bytes / found["float32_bytes"],
+        "saved": 1 - table_bytes / size["float32_bytes"],
         "relative_error": (error / squares) ** 0.5 if squares else 0.0,
         "ranks": manifest.ranks and list(manifest.ranks),
     }

@@ -7,7 +7,7 @@ import numpy as np
 from flexmemory.analysis.trained import Trained, not_applicable
 from flexmemory.data.shards import read_train_counts
 from flexmemory.evals.rows import live_rows
-from flexmemory.models.memory import row_groups
+from flexmemory.models.memory import Rows, row_groups
 from flexmemory.tkv import format, lowrank
 
 CUTS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -144,9 +144,10 @@ def unique_growth(trained: Trained) -> dict:
         for point in points
         if point["tokens"] >= HEAPS_FROM and point["unique"] <= half
     ]
-    exponent, factor = (
-        np.polyfit(*zip(*fitted, strict=True), 1) if len(fitted) > 1 else (None, None)
-    )
+    exponent, factor = None, None
+    if len(fitted) > 1:
+        tokens_P, unique_P = np.transpose(fitted)
+        exponent, factor = np.polyfit(tokens_P, unique_P, 1)
     return {
         "applies": True,
         "starts": len(starts),
@@ -185,10 +186,10 @@ def _cosines(trained: Trained, params: dict, layers: list[int], pairs_2P: np.nda
 
 
 @jax.jit
-def _paired_cosines(rows):
+def _paired_cosines(rows: Rows) -> Rows:
     """{group: cosine [L, P]} of rows_LRW, R = 2 P: row p with row P + p."""
 
-    def cosines(rows_LRW):
+    def cosines(rows_LRW: jax.Array) -> jax.Array:
         one_LPW, other_LPW = jnp.split(rows_LRW.astype(jnp.float32), 2, axis=1)
         norms_LP = jnp.linalg.norm(one_LPW, axis=-1) * jnp.linalg.norm(other_LPW, axis=-1)
         return jnp.sum(one_LPW * other_LPW, axis=-1) / jnp.maximum(norms_LP, 1e-30)

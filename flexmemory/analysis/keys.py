@@ -7,6 +7,7 @@ FFN, of a flex layer FFN-M. All token ids of the vocabulary count alike.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from flexmemory.data.shards import read_train_counts
 from flexmemory.errors import UserError
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import gated, linear
-from flexmemory.models.memory import row_groups
-from flexmemory.models.transformer import build
+from flexmemory.models.memory import TokenMemory, row_groups
+from flexmemory.models.transformer import Transformer, build
 
 AT_ONCE = 1024  # ids of one call
 RESTARTS, PICTURED, EXAMPLES = 4, 2000, 12
@@ -154,9 +155,8 @@ def outliers(trained: Trained) -> dict:
             "keys": trained.specs[layer].d_memory,
         }
         for name, params in (("", trained.params), ("fresh_", fresh)):
-            counts = sum(
-                np.asarray(_above(c_RF), np.int64) for c_RF in _calls(model, params, layer, ids_R)
-            )
+            calls = _calls(model, params, layer, ids_R)
+            counts = np.sum([np.asarray(_above(c_RF), np.int64) for c_RF in calls], axis=0)
             row |= {
                 f"{name}above_{sigma}": float(count / len(ids_R))
                 for sigma, count in zip(SIGMAS, counts, strict=True)
@@ -178,12 +178,14 @@ def _layers(trained: Trained) -> list[int]:
     return [layer for layer, spec in enumerate(trained.specs) if spec.d_memory]
 
 
-def _calls(cfg, params, layer, ids_R, before_gate=False):
+def _calls(
+    cfg: ModelConfig, params: dict, layer: int, ids_R: np.ndarray, before_gate: bool = False
+) -> Iterator[jax.Array]:
     """c_RF of AT_ONCE ids after another; one program for all layers of a stack."""
     model = build(cfg)(params)
     name, members = next(item for item in row_groups(model.specs).items() if layer in item[1])
     in_group = members.index(layer)
-    stack, places = next(part for part in dict(model.memory.order)[name] if in_group in part[1])
+    stack, places = next(part for part in dict(_memory(model).order)[name] if in_group in part[1])
     place = places.index(in_group)
     for start in range(0, len(ids_R), AT_ONCE):
         ids = np.asarray(ids_R[start : start + AT_ONCE], np.int32)
@@ -194,8 +196,16 @@ def _calls(cfg, params, layer, ids_R, before_gate=False):
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack", "before_gate"))
-def _coefficients(params, ids_R, place, *, cfg: ModelConfig, stack: str, before_gate: bool):
-    memory = build(cfg)(params).memory
+def _coefficients(
+    params: dict,
+    ids_R: jax.Array,
+    place: jax.Array,
+    *,
+    cfg: ModelConfig,
+    stack: str,
+    before_gate: bool,
+) -> jax.Array:
+    memory = _memory(build(cfg)(params))
     source, e_RD = (
         jax.tree.map(lambda a: a[place], memory.stacks[stack]),
         params["embed"][ids_R].astype(memory.dtype),
@@ -207,8 +217,13 @@ def _coefficients(params, ids_R, place, *, cfg: ModelConfig, stack: str, before_
     )
 
 
+def _memory(model: Transformer) -> TokenMemory:
+    assert model.memory is not None  # the layers asked for have rows
+    return model.memory
+
+
 @jax.jit
-def _above(c_RF):
+def _above(c_RF: jax.Array) -> jax.Array:
     """How many of these tokens' coefficients are outliers, for each of SIGMAS."""
     share_RF = jnp.abs(c_RF) / jnp.maximum(jnp.std(c_RF, axis=1, keepdims=True), 1e-30)
     return jnp.stack([jnp.sum(share_RF > sigma) for sigma in SIGMAS])

@@ -6,6 +6,8 @@ is scaled and its FFN-C stays, so that the measures say the same of its table as
 layer's. In a stem layer the row is inside the FFN, and both go together.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flexmemory.analysis.trained import Trained, not_applicable, scores
@@ -68,7 +70,8 @@ def drop_last(trained: Trained) -> dict:
     layers = _scaled_layers(trained)
     if not layers:
         return not_applicable(NOTHING)
-    table_bytes, points = account(trained.cfg.model)["table_bytes"]["bfloat16"], []
+    table_bytes = account(trained.cfg.model)["table_bytes"]["bfloat16"]
+    points: list[dict] = []
     widths = [trained.specs[layer].row_width for layer in layers]
     for n in range(len(layers) + 1):
         kept = len(layers) - n
@@ -89,13 +92,13 @@ def _scaled_layers(trained: Trained) -> list[int]:
     return [layer for layer, spec in enumerate(trained.specs) if spec.row_width or spec.d_ffn]
 
 
-def _scale(trained: Trained, layers: list[int], value: float) -> np.ndarray:
+def _scale(trained: Trained, layers: list[int], value: float) -> jax.Array:
     """scale_L: ``value`` in these layers, 1 in the others; always an array, so that all evaluations
     are one program.
     """
     scale_L = np.ones(len(trained.specs), np.float32)
     scale_L[layers] = value
-    return scale_L
+    return jnp.asarray(scale_L)
 
 
 def _rise(found: dict, whole: dict) -> float | None:

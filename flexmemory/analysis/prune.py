@@ -91,7 +91,7 @@ def magnitude(layers: list[dict], kept: float) -> list[dict]:
 
 
 def wanda(
-    trained: Trained, layers: list[dict], inputs: tuple[jax.Array, jax.Array | None], kept: float
+    trained: Trained, layers: list[dict], inputs: tuple[jax.Array, np.ndarray | None], kept: float
 ) -> list[dict]:
     """``inputs``: of :func:`calibration`."""
     x_BTD, segments_BT = inputs
@@ -112,7 +112,7 @@ def wanda(
     return made
 
 
-def calibration(trained: Trained) -> tuple[jax.Array, jax.Array | None]:
+def calibration(trained: Trained) -> tuple[jax.Array, np.ndarray | None]:
     """(residual stream before the first layer [B, T, D], document numbers or None) of windows of
     the training split at even distances.
     """
@@ -174,9 +174,8 @@ def largest(
 
 
 @jax.jit
-def _first(weight_DF, score_NM, count):
+def _first(weight_DF: jax.Array, score_NM: jax.Array, count: int) -> jax.Array:
     order_NM = jnp.argsort(-score_NM, axis=0, stable=True)
-    place_NM = jnp.argsort(
-        order_NM, axis=0, stable=True
-    )  # of each score in its column, the best is 0
+    # of each score in its column; the best is 0
+    place_NM = jnp.argsort(order_NM, axis=0, stable=True)
     return jnp.where((place_NM < count).reshape(weight_DF.shape), weight_DF, 0)

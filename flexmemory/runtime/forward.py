@@ -64,7 +64,7 @@ def lead(
     x_BTD, part = model.layers(
         model.embedded(ids_BT),
         {},
-        None,
+        ids_BT,  # of no use: no layer here has a row
         positions_BT,
         cache=_of_slot(cache, slot),
         last=first_memory_layer(cfg),
@@ -134,7 +134,8 @@ def _of_slot(cache: dict, slot: jax.Array | None) -> dict:
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis=1), cache)
 
 
-def _into_slot(cache: dict, part: dict, slot: jax.Array | None) -> dict:
+def _into_slot(cache: dict, part: dict | None, slot: jax.Array | None) -> dict:
+    assert part is not None  # layers that are given a cache return one
     if slot is None:
         return part
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)

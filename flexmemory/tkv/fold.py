@@ -63,6 +63,7 @@ def with_rows_of(params: dict, ids_R: np.ndarray, cfg: ModelConfig, names: Itera
 def live_rows(cfg: ModelConfig, params: dict, ids_R: jax.Array) -> Rows:
     """The rows of the addresses ids_R from what :func:`with_rows_of` gave; inside jit."""
     model = build(cfg)(params)
+    assert model.memory is not None  # only layers with rows are folded
     return model.memory(None, take_rows(model.embed[...], ids_R))
 
 

@@ -119,7 +119,7 @@ def make_gradients(cfg: Config) -> Callable[[dict, dict, dict], tuple[tuple[dict
     return gradients
 
 
-def make_train_step(cfg: Config) -> Callable[[dict, dict], tuple[dict, dict]]:
+def make_train_step(cfg: Config) -> jax.stages.Wrapped:
     """Returns ``step(state, batch) -> (state, metrics)``, jitted, with the state donated. Where
     tables lie in the host's memory, those of the state have the C rows of the batch's ``table_ids``
     alone; others are a ValueError.

@@ -344,7 +344,7 @@ def test_evaluation_segments_are_the_documents(val):
 
 
 class Numbers:
-    """Stands in for batches: number k, an error at one place, and a record of what was asked for."""
+    """Stands in for batches: number k, an error at one place, a record of what was asked for."""
 
     def __init__(self, bad=None):
         self.bad, self.asked = bad, []

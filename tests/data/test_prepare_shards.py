@@ -172,7 +172,8 @@ def replace(a, b):
         os.kill(os.getpid(), signal.SIGKILL)
     real(a, b)
 os.replace = replace
-lib.prepare(sys.argv[3], "bpe:300", sys.argv[1], val_fraction=0.1, shard_tokens=2000, progress=False)
+sizes = dict(val_fraction=0.1, shard_tokens=2000)
+lib.prepare(sys.argv[3], "bpe:300", sys.argv[1], progress=False, **sizes)
 """
 
 

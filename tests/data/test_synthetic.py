@@ -1,4 +1,4 @@
-"""Synthetic corpora: deterministic, and every question can be answered from where it says it can."""
+"""Synthetic corpora: deterministic, and every question can be answered from where it says."""
 
 import dataclasses
 import re

@@ -252,7 +252,7 @@ SIZES = {
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_totals_are_equal_across_the_kinds_that_are_compared(size):
-    """Dense and memoryllm differ in which norm they have, not in how many; a flex layer has both."""
+    """Dense and memoryllm differ in which norm they have, not in how many; flex has both."""
     layers, d_model = 3, size["d_model"]
     total = parameters("dense*3", **size)
     assert parameters("memoryllm*3", **size) == parameters("parallel*3", **size) == total

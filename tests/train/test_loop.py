@@ -30,7 +30,8 @@ from flexmemory.config import load_json
 from flexmemory.train.loop import train
 config, workdir, fatal = load_json(Path(sys.argv[1])), sys.argv[2], sys.argv[3]
 if fatal:
-    for module, name in ((os, "rename"), (os, "replace")):  # the commit of that checkpoint is the moment of the kill
+    # the commit of that checkpoint is the moment of the kill
+    for module, name in ((os, "rename"), (os, "replace")):
         def deadly(source, target, *rest, real=getattr(module, name), **kwargs):
             if str(target).endswith("checkpoints/" + fatal):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -485,7 +486,7 @@ def test_the_loop_waits_for_the_step_before_never_for_the_newest(
 def test_a_compilation_in_the_middle_is_no_training_time(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
-    """On a clock that moves by 1 for every step that is waited for, by 1,000 for every compilation."""
+    """On a clock that moves by 1 for each step that is waited for, by 1,000 for each compilation."""
     arrived, sizes, compile_step = set(), [], loop.compile_step
     monkeypatch.setattr(loop, "Clock", lambda: Clock(lambda: len(arrived) + 1000.0 * len(sizes)))
     monkeypatch.setattr(loop, "make_batches", lambda *args, **kwargs: Sizes())
