@@ -486,7 +486,7 @@ def test_the_loop_waits_for_the_step_before_never_for_the_newest(
 def test_a_compilation_in_the_middle_is_no_training_time(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
-    """On a clock that moves by 1 for each step that is waited for, by 1,000 for each compilation."""
+    """On a clock that moves by 1 for each step waited for, by 1,000 for each compilation."""
     arrived, sizes, compile_step = set(), [], loop.compile_step
     monkeypatch.setattr(loop, "Clock", lambda: Clock(lambda: len(arrived) + 1000.0 * len(sizes)))
     monkeypatch.setattr(loop, "make_batches", lambda *args, **kwargs: Sizes())
