@@ -37,7 +37,7 @@ def on_files(files, config):
     pages = api()
     for name in ("CONTRIBUTING", "CHANGELOG"):
         text = (ROOT / f"{name}.md").read_text()
-        pages[f"{name.lower()}.md"] = re.sub(r"\]\((?:docs/)?", "](", text)
+        pages[f"{name.lower()}.md"] = text.replace("](docs/", "](")
     for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb")):
         text, resources = MarkdownExporter().from_filename(path)
         pages[f"notebooks/{path.stem}.md"] = text
@@ -50,7 +50,7 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Links as a repository's pages have them, to what is a page of the site."""
     for name in ("CONTRIBUTING", "CHANGELOG"):
-        markdown = markdown.replace(f"](../{name}.md", f"]({name.lower()}.md")
+        markdown = re.sub(rf"\]\((\.\./)?{name}\.md", f"]({name.lower()}.md", markdown)
     return re.sub(r"(\]\([^)]*)\.ipynb\)", r"\1.md)", markdown)
 
 
