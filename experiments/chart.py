@@ -137,8 +137,8 @@ def compute_share(run: dict) -> float | None:
     """C of the C/M ratio: the share of the FFN weights that compute on the context; None beside
     that axis (stem, attn_only).
     """
-    pattern, widths = run["config"]["model"]["pattern"], run["account"]["ffn_widths"]
-    if "stem" in pattern or "attn_only" in pattern:
+    widths, residual = run["account"]["ffn_widths"], run["account"]["residual"]
+    if residual is None:
         return None
     return sum(c for c, _ in widths) / sum(c + m for c, m in widths)
 
