@@ -164,5 +164,4 @@ def stem(n: int, share: str = "third", kind: str = "stem") -> dict:
         "half": lambda i: i % 2 == 1,
         "full": lambda i: i > 0,
     }[share]
-    name = f"{kind}-{share}" if kind == "stem" else kind
-    return variant(name, " ".join(kind if is_stem(i) else "dense" for i in range(n)))
+    return variant(f"{kind}-{share}", " ".join(kind if is_stem(i) else "dense" for i in range(n)))

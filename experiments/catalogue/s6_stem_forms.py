@@ -24,8 +24,7 @@ def sweep(scale):
         [
             scales.dense(n),
             scales.stem(n),
-            scales.stem(n, kind="stem-gate"),
-            scales.stem(n, kind="stem-dagger"),
+            *(scales.stem(n, kind=kind) | {"name": kind} for kind in ("stem-gate", "stem-dagger")),
         ],
         "stem-350m",
     )
