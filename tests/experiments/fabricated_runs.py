@@ -173,11 +173,21 @@ def per_layer(model, has):
 
 
 ENCODINGS = (("float32", 0), ("bfloat16", 0), ("int8", 0), ("int8", 32), ("int4", 0), ("int4", 32))
+
+
+def tokens(rng, model, loss, numbers):
+    layers = per_layer(model, lambda spec: spec.row_width)
+    near = [{"token": " a", "cosine": 0.4}]
+    word = {"token": " the", "count": 10, "norms": [rng.random() for _ in layers], "nearest": near}
+    return {"tokens": [word]}
+
+
 MEASURES = {
     "quantised": compressed([{"dtype": dtype, "scale_group": group} for dtype, group in ENCODINGS]),
     "svd": compressed([{"cut": cut} for cut in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)]),
 } | {
     function.__name__: function
     for function in (alpha, drop_layer, drop_last, clusters, cluster_coefficient, outliers, spectra)
-    + (angular, unique_growth, hit_curves, pruned, fold, decode, training_curve)
+    + (angular, unique_growth, hit_curves, pruned, fold, decode, tokens)
+    + (training_curve,)
 }

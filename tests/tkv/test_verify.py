@@ -46,7 +46,7 @@ def workdir(small, tmp_path, monkeypatch):
         assert workdir == path and step in (None, 3)
         return cfg, weights, 3
 
-    for module in ("run_folder", "runtime.verify", "tkv.export"):
+    for module in ("runtime.engine", "runtime.verify", "tkv.export"):
         monkeypatch.setattr(f"flexmemory.{module}.load_params", load_params)
     return path
 
