@@ -11,7 +11,7 @@ CONSTRAINTS ?= constraints.txt
 WORKERS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-slow test-all lint clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
@@ -26,8 +26,11 @@ demo: setup
 test: setup
 	$(PYTEST) -m 'not slow'
 
-test-all: test
+test-slow: setup
 	$(PYTEST) -m slow
+
+test-all: test
+	$(MAKE) test-slow
 
 lint: setup
 	$(BIN)/ruff format --check .

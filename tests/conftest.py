@@ -14,7 +14,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="flexmemory-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{CACHE.name}/xla"
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{CACHE.name}/hypothesis"
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import pytest
 from absl import flags

@@ -119,7 +119,7 @@ def test_commands_end_to_end(workdir, tmp_path, capsys):
     assert generate_cli.run([*options, "--prompt=some text", "--prompt=more"]) == 0
     both = capsys.readouterr().out
     assert both.startswith(f"--- 1\n{captured.out}--- 2\nmore")
-    with pytest.raises(UserError, match="--ram_budget: 3 bytes is below one token's rows"):
+    with pytest.raises(UserError, match="ram: 3 bytes is below one token's rows"):
         generate_cli.run([f"--tkv={out}", "--prompt=a", "--ram_budget=3"])
 
 
