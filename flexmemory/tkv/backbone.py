@@ -23,8 +23,9 @@ from flexmemory.models.blocks import layer_specs
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.transformer import abstract_params, per_layer, stack_layers
 from flexmemory.tkv.storage.crc import crc32, crc32_combine
-from flexmemory.tkv.storage.location import MEND, File, Location
+from flexmemory.tkv.storage.location import File, Location, refuse
 
+AGAIN = "export the run again"
 FILE_BYTES = 512 << 20  # of one file, which a remote location holds in memory while it is written
 READ_BYTES, READERS = 4 << 20, 4  # at a time, each; a disk wants several requests
 LAYERS = "layers."  # begins the names of tensors that belong to one layer
@@ -61,9 +62,8 @@ def tensors(params: dict, cfg: ModelConfig) -> dict[str, Any]:
 
 def tensor_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that the backbone of ``cfg`` has."""
-    shapes = jax.eval_shape(
-        lambda params: tensors(params, cfg), abstract_params(cfg, with_memory=False)
-    )
+    params = abstract_params(cfg, with_memory=False)
+    shapes = jax.eval_shape(lambda params: tensors(params, cfg), params)
     return {name: array.shape for name, array in shapes.items()}
 
 
@@ -77,17 +77,12 @@ def save(
         if contents[-1] and size + array.nbytes > file_bytes:
             contents.append({})
         contents[-1][name] = array
-    names = (f"backbone/model-{k + 1:05d}-of-{len(contents):05d}" for k in range(len(contents)))
-    return [
-        save_tensors(location, f"{name}.safetensors", content)
-        for name, content in zip(names, contents)
-    ]
+    name = f"backbone/model-{{:05d}}-of-{len(contents):05d}.safetensors"
+    return [save_tensors(location, name.format(k), c) for k, c in enumerate(contents, 1)]
 
 
 def save_tensors(location: Location, name: str, content: dict[str, Any]) -> File:
-    """Writes one safetensors file of float32 arrays: the bytes that its library gives, without a
-    second copy of them.
-    """
+    """Writes one safetensors file of float32 arrays: the bytes that its library gives."""
     arrays = {key: np.ascontiguousarray(content[key], np.float32) for key in sorted(content)}
     entries, at = {}, 0
     for key, array in arrays.items():
@@ -125,22 +120,18 @@ def load(
         for file in files:
             named |= load_tensors(location, file, dtype, served=not stacked)
         shapes = traced.result()
-    where = f"{location.url}/backbone"
     for name in sorted(shapes.keys() ^ named.keys()):
         what = "has no tensor" if name in shapes else "has an unknown tensor"
-        raise UserError(f"{where}: {what} {name!r}; export the run again")
+        raise refuse(location, "backbone", f"{what} {name!r}", AGAIN)
     for name, shape in shapes.items():
         found = named[name].shape[not stacked and name.startswith(LAYERS) :]
         if found != shape:
-            raise UserError(
-                f"{where}: {name} is {found}, the model has {shape}; export the run again"
-            )
+            raise refuse(location, "backbone", f"{name} is {found}, the model has {shape}", AGAIN)
     specs, tree = layer_specs(cfg), nest(named)
-    layers = [tree["layers"][str(i)] for i in range(len(specs))]
-    blocks = {f"s{i}": {"u0": layer} for i, layer in enumerate(layers)}
-    if stacked:
-        blocks = stack_layers(layers, specs)
-    return {name: value for name, value in tree.items() if name != "layers"} | {"blocks": blocks}
+    by_layer = tree.pop("layers")
+    layers = [by_layer[str(i)] for i in range(len(specs))]
+    served = {f"s{i}": {"u0": layer} for i, layer in enumerate(layers)}
+    return tree | {"blocks": stack_layers(layers, specs) if stacked else served}
 
 
 def load_tensors(
@@ -155,9 +146,7 @@ def load_tensors(
     """
     size = location.sizes([file.name]).get(file.name, file.bytes)
     if size not in (None, file.bytes):
-        raise UserError(
-            f"{location.url}/{file.name}: {size} bytes, the manifest says {file.bytes}; {MEND}"
-        )
+        raise refuse(location, file.name, f"{size} bytes, the manifest says {file.bytes}")
     with ThreadPoolExecutor(READERS) as pool:
 
         def tensor(start: int, shape: list[int]) -> tuple[np.ndarray, list]:
@@ -189,10 +178,7 @@ def load_tensors(
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if _whole_crc32(location, file) != file.crc32:
                 raise damaged(location, file) from None
-            raise UserError(
-                f"{location.url}/{file.name}: not a safetensors file ({error}); export the run"
-                " again"
-            ) from None
+            raise refuse(location, file.name, f"not a safetensors file ({error})", AGAIN) from None
         finally:
             pool.shutdown(cancel_futures=True)
     if crc != file.crc32:
@@ -221,28 +207,20 @@ def _header(location: Location, file: File) -> tuple[bytes, list[tuple[str, list
 
 
 def read_exactly(location: Location, file: File, start: int, stop: int) -> bytes:
-    """Bytes start..stop-1 of a file of the store. Raises UserError when it is missing, cannot be
-    read, or ends before.
-    """
+    """Bytes start..stop-1 of a file. Raises UserError when it cannot be read or ends before."""
     try:
         data = location.read(file.name, start, stop)
     except OSError as error:
-        raise UserError(
-            f"{location.url}/{file.name}: cannot be read ({error.strerror or 'missing'}); {MEND}"
-        ) from None
+        what = f"cannot be read ({error.strerror or 'missing'})"
+        raise refuse(location, file.name, what) from None
     if len(data) != stop - start:
-        raise UserError(
-            f"{location.url}/{file.name}: ends after {start + len(data)} bytes, the manifest says"
-            f" {file.bytes}; {MEND}"
-        )
+        what = f"ends after {start + len(data)} bytes, the manifest says {file.bytes}"
+        raise refuse(location, file.name, what)
     return data
 
 
 def damaged(location: Location, file: File) -> UserError:
-    return UserError(
-        f"{location.url}/{file.name}: its checksum is wrong, the file was changed or damaged;"
-        f" {MEND}"
-    )
+    return refuse(location, file.name, "its checksum is wrong, the file was changed or damaged")
 
 
 def _whole_crc32(location: Location, file: File) -> int:

@@ -20,16 +20,18 @@ from flexmemory.tkv.storage import target
 from flexmemory.tkv.storage.location import (
     DamagedFile,
     File,
-    LocalLocation,
     Location,
+    misfits,
     open_location,
+    refuse,
 )
 from flexmemory.tkv.storage.target import COPY_MARK, MANIFEST
-from flexmemory.tkv.verify import parts_of, wrong
+from flexmemory.tkv.verify import parts_of
 
 # larger files go to an object store one by one: it takes an object whole, so it is in memory whole
 LARGE_BYTES = 64 << 20
 MEND = "copy from another place or export the run again"
+AGAIN, ELSEWHERE = "run the same command again", "give another destination"
 THREADS = 8
 
 
@@ -45,36 +47,31 @@ def copy(
     call finishes an interrupted copy.
 
     overwrite: replace another store, or an unfinished export or copy, at ``destination``. deep:
-    read every file back from ``destination`` and check it, those that were there before (else
-    trusted when their size is right) as well as those just written. Returns {files, bytes: of the
+    read every file back from ``destination`` and check it, also those that were there before (else
+    trusted when their size is right). Returns {files, bytes: of the
     whole store; copied_files, copied_bytes: by this call; read_back: with ``deep``; seconds}.
     Raises UserError: no store or a damaged one at ``source``, something else at ``destination``,
     disk full, no permission, no network.
     """
     began, origin, place = time.perf_counter(), open_location(source), open_location(destination)
     if _identity(origin) == _identity(place):
-        raise UserError(
-            f"{place.url}: source and destination are the same place; give another destination"
-        )
+        raise _refuse(place, "source and destination are the same place", ELSEWHERE)
     if not place.writable:
-        raise UserError(
-            f"{place.url}: http locations are read only; copy to a local path, s3:// or gs://"
-        )
+        raise _refuse(place, "http locations are read only", "copy to a local path, s3:// or gs://")
     files, content = _open(origin)
-    again = "mend that and run the same command again, or give another destination"
     # a later copy to a remote destination wins, see _claim
-    with target.one_line_errors(place.url, again), target.held(place, 0):
-        kept = _prepare(place, content, overwrite)
-        there = place.sizes([file.name for file in files]) if kept else {}
-        trusted = {f.name for f in files if there.get(f.name, -1) in (None, f.bytes)}
-        needed = sum(file.bytes for file in files if file.name not in trusted)
-        target.check_space(place, needed, "free some space and run the same command again")
-        copied = _copy_files(origin, place, files, trusted, deep, progress)
+    with (
+        target.one_line_errors(place.url, f"mend that and {AGAIN}, or {ELSEWHERE}"),
+        target.held(place, 0),
+    ):
+        goes_on = _prepare(place, content, overwrite)
+        absent = [file for file, _ in misfits(place, files)] if goes_on else files
+        target.check_space(place, sum(f.bytes for f in absent), f"free some space and {AGAIN}")
+        kept = {file.name for file in files} - {file.name for file in absent}
+        copied = _copy_files(origin, place, files, kept, deep, progress)
         if _read(origin, MANIFEST) != content:
-            raise UserError(
-                f"{origin.url}: was replaced while it was copied; run the same command again with"
-                " overwrite=True"
-            )
+            mend = f"{AGAIN} with overwrite=True"
+            raise _refuse(origin, "was replaced while it was copied", mend)
         if _read(place, MANIFEST) != content:
             _claim(place, content)
             place.write(MANIFEST, content)
@@ -89,25 +86,23 @@ def copy(
     }
 
 
+def _refuse(place: Location, what: str, mend: str) -> UserError:
+    return UserError(f"{place.url}: {what}; {mend}")
+
+
 def _identity(location: Location) -> object:
     return location.local.resolve() if location.local is not None else location.url
 
 
 def _open(source: Location) -> tuple[list[File], bytes]:
-    """(every file but the manifest, the small ones first; the manifest's bytes). Raises DamagedFile
-    for one that is missing or has another size.
+    """(every file but the manifest, the small ones first; the manifest's bytes). Raises
+    DamagedFile for one that is missing or has another size.
     """
     manifest, content = read_manifest(source), _read(source, MANIFEST)
     if content is None or from_json(json.loads(content), f"{source.url}/{MANIFEST}") != manifest:
-        raise UserError(
-            f"{source.url}: was replaced while it was opened; run the same command again"
-        )
-    sizes = source.sizes([file.name for file in manifest.files])
-    for file in manifest.files:
-        size = sizes.get(file.name, -1)
-        if size not in (None, file.bytes):
-            what = "missing" if size == -1 else wrong(file, size, 0)
-            raise DamagedFile(f"{source.url}/{file.name}: {what}; {MEND}")
+        raise _refuse(source, "was replaced while it was opened", AGAIN)
+    for file, what in misfits(source, manifest.files):
+        raise DamagedFile(f"{source.url}/{file.name}: {what}; {MEND}")
     return sorted(manifest.files, key=lambda file: file.bytes), content
 
 
@@ -126,17 +121,13 @@ def _prepare(destination: Location, content: bytes, overwrite: bool) -> bool:
     ]
     unfinished = any(name.startswith(target.PARTIAL) for name in names)
     if names and there is None and not unfinished:
-        raise UserError(
-            f"{destination.url}: holds {names[0]} and is no TKV store; give a new or empty"
-            " directory"
-        )
+        what = f"holds {names[0]} and is no TKV store"
+        raise _refuse(destination, what, "give a new or empty directory")
     if names and not overwrite:
         what = "copy of another store" if COPY_MARK in names else "export"
         what = f"an unfinished {what}" if there is None else "another store"
-        raise UserError(
-            f"{destination.url}: holds {what}; give overwrite=True to replace it, or another"
-            " destination"
-        )
+        mend = "give overwrite=True to replace it, or another destination"
+        raise _refuse(destination, f"holds {what}", mend)
     if names:
         # of no store: a kill in what follows must not leave files of the other one to be trusted
         _claim(destination, b"{}")
@@ -146,27 +137,16 @@ def _prepare(destination: Location, content: bytes, overwrite: bool) -> bool:
 
 
 def _claim(destination: Location, content: bytes) -> None:
-    if isinstance(destination, LocalLocation):
-        destination.write(COPY_MARK, content)
-    elif not destination.claim(COPY_MARK, content):
-        raise UserError(
-            f"{destination.url}: another process copies there; wait for it or give another"
-            " destination"
-        )
+    if not target.claim(destination, COPY_MARK, content):
+        mend = "wait for it or give another destination"
+        raise _refuse(destination, "another process copies there", mend)
 
 
 def _copy_files(
-    source: Location,
-    destination: Location,
-    files: list[File],
-    trusted: set[str],
-    deep: bool,
-    progress: bool,
+    origin: Location, place: Location, files: list[File], kept: set[str], deep: bool, progress: bool
 ) -> list[File]:
-    """Copies what is not there yet, or with ``deep`` not as it should be. Returns the files that
-    were copied.
-    """
-    total = sum(file.bytes for file in files if deep or file.name not in trusted) / 1e6
+    """Copies files that are not ``kept``, or with ``deep`` are wrong there; returns these."""
+    total = sum(file.bytes for file in files if deep or file.name not in kept) / 1e6
     lock, one_large, done = threading.Lock(), threading.Lock(), 0
 
     def count(size: int) -> None:
@@ -176,26 +156,21 @@ def _copy_files(
             line.update(done / 1e6)
 
     def copy_one(file: File) -> bool:
-        if file.name in trusted and (not deep or _is_whole(destination, file, count)):
+        if file.name in kept and (not deep or _is_whole(place, file, count)):
             return False
-        destination.write_parts(file.name, _checked(source, file, count))
-        if deep and not _is_whole(destination, file):
-            raise UserError(
-                f"{destination.url}/{file.name}: reads back other than it was written; check the"
-                " disk and copy again"
-            )
+        place.write_parts(file.name, _checked(origin, file, count))
+        if deep and not _is_whole(place, file):
+            what, mend = "reads back other than it was written", "check the disk and copy again"
+            raise refuse(place, file.name, what, mend)
         return True
 
     def in_turn(file: File) -> bool:
-        large = destination.local is None and file.bytes > LARGE_BYTES
+        large = place.local is None and file.bytes > LARGE_BYTES
         with one_large if large else contextlib.nullcontext():
             return copy_one(file)
 
-    copied = []
-    with (
-        ProgressLine("copy", total, "MB", enabled=progress) as line,
-        ThreadPoolExecutor(THREADS) as pool,
-    ):
+    copied, line = [], ProgressLine("copy", total, "MB", enabled=progress)
+    with line, ThreadPoolExecutor(THREADS) as pool:
         futures = {pool.submit(in_turn, file): file for file in files}
         try:
             for future in as_completed(futures):

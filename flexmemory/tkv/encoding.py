@@ -15,6 +15,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 CODE_LIMIT = {"int8": 127, "int4": 7}  # symmetric: the most negative code is not used
 DTYPES = (*FLOATS, *CODE_LIMIT)
 
+Ranks = tuple[int, ...] | None  # numbers stored in place of a row, by layer; None: the row itself
 Basis = tuple[jax.Array, ...]  # by layer of a group: float32 [r, W]; () without ranks
 
 
@@ -26,9 +27,7 @@ class Layout:
     width: int  # W
     dtype: str  # of the stored numbers, one of DTYPES
     scale_group: int = 0  # numbers that share a scale, 0 for a whole record; int8 and int4 only
-    ranks: tuple[int, ...] | None = (
-        None  # by layer: numbers stored in place of a row; None: the row itself
-    )
+    ranks: Ranks = None  # by layer
 
     @property
     def plain(self) -> bool:
@@ -75,19 +74,17 @@ def encode(layout: Layout, rows_RLW: jax.Array, basis: Basis = ()) -> jax.Array:
         return rows_RLW.astype(layout.dtype)
     if layout.ranks is None:
         return _pack(layout, rows_RLW).reshape(len(rows_RLW), layout.bundle_bytes)
-    numbers = (
-        jnp.matmul(rows_RLW[:, i], basis_rW.T, precision="highest")
-        for i, basis_rW in enumerate(basis)
-    )
-    return jnp.concatenate([_pack(layout, numbers_Rr) for numbers_Rr in numbers], axis=1)
+    records = []
+    for i, basis_rW in enumerate(basis):
+        numbers_Rr = jnp.matmul(rows_RLW[:, i], basis_rW.T, precision="highest")
+        records.append(_pack(layout, numbers_Rr))
+    return jnp.concatenate(records, axis=1)
 
 
 def decode(
     layout: Layout, stored: jax.Array, basis: Basis = (), dtype: str = "float32"
 ) -> jax.Array:
-    """rows_LRW in ``dtype``, layer-major as the model takes them, of what :func:`encode` or
-    :func:`host_view` gave.
-    """
+    """rows_LRW in ``dtype``, of what :func:`encode` or :func:`host_view` gave."""
     if layout.plain:
         return jnp.swapaxes(stored, 0, 1).astype(dtype)
     if layout.ranks is None:
@@ -96,25 +93,22 @@ def decode(
     rows, start = [], 0
     for basis_rW, n in zip(basis, layout.ranks, strict=True):
         record_Rb = stored[:, start : start + layout.record_bytes(n)]
-        rows.append(
-            jnp.matmul(_unpack(layout, record_Rb, n), basis_rW, precision="highest").astype(dtype)
-        )
+        row_RW = jnp.matmul(_unpack(layout, record_Rb, n), basis_rW, precision="highest")
+        rows.append(row_RW.astype(dtype))
         start += record_Rb.shape[1]
     return jnp.stack(rows)
 
 
-jitted_decode = jax.jit(
-    decode, static_argnums=(0, 3)
-)  # for callers that are not compiled themselves
+# for callers that are not compiled themselves
+jitted_decode = jax.jit(decode, static_argnums=(0, 3))
 
 
 def host_view(layout: Layout, bundles_RB: np.ndarray) -> np.ndarray:
     """C-contiguous uint8 bundles in the form that :func:`decode` takes: a view, not a copy."""
-    if layout.plain:
-        return bundles_RB.view(jnp.dtype(layout.dtype)).reshape(
-            len(bundles_RB), layout.layers, layout.width
-        )
-    return bundles_RB
+    if not layout.plain:
+        return bundles_RB
+    shape = len(bundles_RB), layout.layers, layout.width
+    return bundles_RB.view(jnp.dtype(layout.dtype)).reshape(shape)
 
 
 def _pack(layout: Layout, x: jax.Array) -> jax.Array:
@@ -125,16 +119,14 @@ def _pack(layout: Layout, x: jax.Array) -> jax.Array:
     grouped = _group(layout, x)
     scale = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True) / limit
     # clipped because the scale of subnormal numbers is itself too coarse
-    codes = jnp.where(scale > 0, jnp.clip(jnp.round(grouped / scale), -limit, limit), 0).astype(
-        jnp.int8
-    )
+    rounded = jnp.clip(jnp.round(grouped / scale), -limit, limit)
+    codes = jnp.where(scale > 0, rounded, 0).astype(jnp.int8)
     codes = codes.reshape(*x.shape[:-1], -1)[..., :n]
     if layout.dtype == "int4":
         pairs = _padded(codes, 2).reshape(*x.shape[:-1], -1, 2)
         codes = (pairs[..., 0] & 0x0F) | (pairs[..., 1] << 4)
-    return jnp.concatenate(
-        [jax.lax.bitcast_convert_type(codes, jnp.uint8), _as_bytes(scale[..., 0])], axis=-1
-    )
+    code_bytes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    return jnp.concatenate([code_bytes, _as_bytes(scale[..., 0])], axis=-1)
 
 
 def _unpack(layout: Layout, records: jax.Array, n: int) -> jax.Array:
@@ -152,9 +144,7 @@ def _unpack(layout: Layout, records: jax.Array, n: int) -> jax.Array:
 
 
 def _group(layout: Layout, x: jax.Array) -> jax.Array:
-    """[..., n] as [..., scales, numbers that share one], padded with zeros where the last share is
-    short.
-    """
+    """[..., n] as [..., scales, numbers that share one], the last share padded with zeros."""
     size = layout.scale_group or x.shape[-1]
     return _padded(x, size).reshape(*x.shape[:-1], -1, size)
 

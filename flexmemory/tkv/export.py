@@ -34,7 +34,7 @@ from flexmemory.tkv.format import Group, LayerError, Manifest, Provenance, Token
 from flexmemory.tkv.manifest import config_hash, identity, read_manifest, to_bytes
 from flexmemory.tkv.storage import target
 from flexmemory.tkv.storage.crc import crc32, crc32_of_parts
-from flexmemory.tkv.storage.location import File, Location, open_location
+from flexmemory.tkv.storage.location import File, Location, misfits, open_location, refuse
 from flexmemory.tkv.store import load_bases
 
 # shards in memory, on their way out while the next one is computed: of two, both would be checked,
@@ -44,6 +44,9 @@ WRITING = 3
 # filled
 COPYING = 16
 AGAIN = "run the same command again"
+
+# a shard, its bundles by group in the pieces of fold.fetch_shard, its sums
+Folded = tuple[int, dict[str, list[np.ndarray]], target.Sums]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +87,10 @@ def export(
     """
     check_options(RowFormat(**rows), host, hosts)
     config, params, step = load_params(Path(workdir), step, on_host=True)
-    return export_params(
-        config,
-        params,
-        load_tokenizer(Path(workdir)),
-        out,
-        run=Path(workdir).resolve().name,
-        step=step,
-        counts_V=read_counts(config),
-        host=host,
-        hosts=hosts,
-        overwrite=overwrite,
-        progress=progress,
-        **rows,
-    )
+    tokenizer, run = load_tokenizer(Path(workdir)), Path(workdir).resolve().name
+    how = rows | dict(host=host, hosts=hosts, overwrite=overwrite, progress=progress)
+    source = dict[str, Any](run=run, step=step, counts_V=read_counts(config))
+    return export_params(config, params, tokenizer, out, **source, **how)
 
 
 def export_params(
@@ -126,15 +119,11 @@ def export_params(
     if host is None or hosts is None:
         host, hosts = jax.process_index(), jax.process_count()
     if not model.vocab_size:
-        raise UserError(
-            "config model.vocab_size: 0; the config.json of a trained run has the vocabulary of its"
-            " data"
-        )
+        mend = "the config.json of a trained run has the vocabulary of its data"
+        raise UserError(f"config model.vocab_size: 0; {mend}")
     if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"tokenizer: {tokenizer.vocab_size} ids, the model has {model.vocab_size}; give the"
-            " tokenizer of the run's data"
-        )
+        what = f"{tokenizer.vocab_size} ids, the model has {model.vocab_size}"
+        raise UserError(f"tokenizer: {what}; give the tokenizer of the run's data")
     params, on_device = jax.tree.map(np.asarray, params), fold.on_device(params)
     info = TokenizerInfo(tokenizer.fingerprint, tokenizer.eos_id, tokenizer.vocab_size)
     manifest = draft(config, row_format, info, run, step, crc32_of(params))
@@ -150,15 +139,10 @@ def export_params(
         needed = manifest.table_bytes // hosts + backbone_bytes - target.bytes_there(location)
         mend = f"free some and {AGAIN}, or export with dtype=bfloat16"
         target.check_space(location, needed, mend, where)
-        resume = target.prepare(
-            location,
-            identity(manifest),
-            host,
-            known=lambda: identity(read_manifest(location)),
-            write_first=lambda: _write_basis(location, manifest, on_device, progress),
-            overwrite=overwrite,
-            progress=progress,
-        )
+        known = lambda: identity(read_manifest(location))
+        write_first = lambda: _write_basis(location, manifest, on_device, progress)
+        how = known, write_first, overwrite, progress
+        resume = target.prepare(location, identity(manifest), host, *how)
         if resume is None:
             manifest, seconds = read_manifest(location), 0.0
         else:
@@ -169,11 +153,9 @@ def export_params(
                 rest = aside.submit(_write_rest, writer, params, tokenizer, counts_V)
             own = range(host, manifest.shards, hosts)
             todo = [shard for shard in own if shard not in done]
-            _write_shards(writer, on_device, bases, todo, record, progress)
-            resumed, written = (
-                sum(_rows(manifest, shard) for shard in shards)
-                for shards in ({*own} & done.keys(), todo)
-            )
+            resumed, written = (_rows(manifest, part) for part in ({*own} & done.keys(), todo))
+            folded = _folded(manifest, on_device, bases, todo, writer.computed)
+            _write_shards(writer, folded, written, record, progress)
             if host == 0:
                 shards = target.wait_for_hosts(record, manifest.shards, progress)
                 manifest = _publish(record, manifest, shards, rest.result())
@@ -191,29 +173,24 @@ def export_params(
 
 def check_options(rows: RowFormat, host: int | None = None, hosts: int | None = None) -> None:
     """Raises UserError for options that make no sense."""
-    size = rows.shard_rows
+    size, scale_group, rank, budget = rows.shard_rows, rows.scale_group, rows.rank, rows.rank_error
     if rows.dtype not in DTYPES:
         raise UserError(f"dtype: {rows.dtype!r} is not one of {', '.join(DTYPES)}")
-    if rows.scale_group < 0 or (rows.scale_group and rows.dtype in FLOATS):
-        raise UserError(
-            f"scale_group: {rows.scale_group} needs dtype={' or '.join(CODE_LIMIT)}, and is 0 for"
-            " one scale a row, or above"
-        )
-    if rows.rank is not None and rows.rank_error is not None:
-        raise UserError(
-            f"rank, rank_error: {rows.rank} and {rows.rank_error} both choose the ranks; give one"
-            " of them"
-        )
-    if rows.rank_error is not None and not 0 < rows.rank_error < 1:
-        raise UserError(f"rank_error: {rows.rank_error} is not above 0 and below 1")
+    if scale_group < 0 or (scale_group and rows.dtype in FLOATS):
+        what = f"{scale_group} needs dtype={' or '.join(CODE_LIMIT)}"
+        raise UserError(f"scale_group: {what}, and is 0 for one scale a row, or above")
+    if rank is not None and budget is not None:
+        what = f"{rank} and {budget} both choose the ranks"
+        raise UserError(f"rank, rank_error: {what}; give one of them")
+    if budget is not None and not 0 < budget < 1:
+        raise UserError(f"rank_error: {budget} is not above 0 and below 1")
     if size is not None and (size < 1 or size & (size - 1)):
         raise UserError(f"shard_rows: {size} is not a power of two")
-    if (host is None) != (hosts is None) or (
-        host is not None and hosts is not None and not 0 <= host < hosts
-    ):
-        raise UserError(
-            f"host, hosts: {host} of {hosts}; give both, the first from 0 to one below the second"
-        )
+    if host is hosts is None:
+        return
+    if host is None or hosts is None or not 0 <= host < hosts:
+        mend = "give both, the first from 0 to one below the second"
+        raise UserError(f"host, hosts: {host} of {hosts}; {mend}")
 
 
 def read_counts(config: Config) -> np.ndarray | None:
@@ -226,19 +203,15 @@ def read_counts(config: Config) -> np.ndarray | None:
     try:
         counts_V = np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path}: not readable ({error}); prepare the data again, or move it away to export"
-            " without counts"
-        ) from None
+        mend = "prepare the data again, or move it away to export without counts"
+        raise UserError(f"{path}: not readable ({error}); {mend}") from None
     return counts_V if counts_V.shape == (config.model.vocab_size,) else None
 
 
 def draft(
     config: Config, rows: RowFormat, tokenizer: TokenizerInfo, run: str, step: int, crc32: int
 ) -> Manifest:
-    """The manifest as far as it is known before any row is: without files and errors, and without
-    ranks that an error budget will choose.
-    """
+    """The manifest without what the rows decide: files, errors, ranks of an error budget."""
     model = config.model
     shard_rows = rows.shard_rows or format.default_shard_rows(model, rows.dtype)
     groups = format.model_groups(model, rows.dtype, shard_rows)
@@ -261,15 +234,8 @@ def _write_basis(location: Location, m: Manifest, params: dict, progress: bool) 
     """Writes what must be there before the first row: the basis of low-rank rows."""
     if m.ranks is None and m.rank_error is None:
         return []
-    bases = lowrank.find_bases(
-        params,
-        cfg=m.model,
-        groups=m.groups,
-        fold_rows=m.fold_rows,
-        ranks=m.ranks,
-        rank_error=m.rank_error,
-        progress=progress,
-    )
+    how = m.groups, m.fold_rows, m.ranks, m.rank_error, progress
+    bases = lowrank.find_bases(params, m.model, *how)
     named = {f"layers.{layer}": basis_rW for layer, basis_rW in bases.items()}
     return [backbone.save_tensors(location, format.BASIS, named)]
 
@@ -309,12 +275,10 @@ class Writer:
         """:meth:`write` of learned rows, through a piece of memory that all shards use in turn: the
         disk takes fresh memory more slowly.
         """
-        memory_N, span = self._free.get(), self.manifest.span(shard)
+        memory_N, m = self._free.get(), self.manifest
         try:
-            tables, fold_rows = self.tables[group.name], self.manifest.fold_rows
-            return self.write(
-                group, shard, fold.copy_shard(tables, group, *span, fold_rows, memory_N)
-            )
+            where = *m.span(shard), m.fold_rows, memory_N
+            return self.write(group, shard, fold.copy_shard(self.tables[group.name], group, *where))
         finally:
             self._free.put(memory_N)
 
@@ -343,27 +307,21 @@ class Writer:
         """The pieces, each copied and checked while no other thread does so: one is faster than the
         disk, several wait for the interpreter's lock.
         """
-        while True:
+
+        def piece() -> Any:
             with self._turn:
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+                return next(pieces, None)
+
+        return iter(piece, None)
 
 
 def _write_shards(
-    writer: Writer,
-    params: dict,
-    bases: fold.Bases,
-    todo: list[int],
-    record: target.Record,
-    progress: bool,
+    writer: Writer, folded: Iterator[Folded], total: int, record: target.Record, progress: bool
 ) -> None:
-    """Folds and writes ``todo``: the device computes the next shard while the last ones are checked
-    and written by threads, which copy learned rows themselves.
+    """Writes shards of ``total`` rows as they are folded: threads check and write the last ones,
+    and copy learned rows themselves, while the device computes the next.
     """
     m, written, began = writer.manifest, 0, time.perf_counter()
-    total = sum(_rows(m, shard) for shard in todo)
     pending: deque[tuple[int, list[Future], target.Sums]] = deque()
 
     def keep(shard: int, writes: list[Future], sums: target.Sums) -> None:
@@ -374,7 +332,7 @@ def _write_shards(
         nonlocal written
         while len(pending) > at_most:
             keep(*(arrived := pending.popleft()))
-            written += _rows(m, arrived[0])
+            written += _rows(m, [arrived[0]])
             speed = written * m.bundle_bytes / (time.perf_counter() - began) / 1e6
             line.update(written, f"{speed:,.0f} MB/s")
 
@@ -384,7 +342,7 @@ def _write_shards(
         ThreadPoolExecutor(writer.at_once) as pool,
     ):
         try:
-            for shard, bundles, sums in _folded(m, params, bases, todo, writer.computed):
+            for shard, bundles, sums in folded:
                 finish(writer.at_once - 1)
                 writes = [
                     pool.submit(writer.copy, group, shard)
@@ -405,10 +363,8 @@ def _write_shards(
 
 def _folded(
     m: Manifest, params: dict, bases: fold.Bases, todo: list[int], groups: tuple[Group, ...]
-) -> Iterator[tuple[int, dict[str, list[np.ndarray]], target.Sums]]:
-    """(shard, what :func:`fold.fetch_shard` gives of ``groups``) of the shards ``todo``; the device
-    computes the next one meanwhile.
-    """
+) -> Iterator[Folded]:
+    """The shards ``todo`` of ``groups``; the device computes the next one meanwhile."""
     layouts = fold.layouts_of(groups)
     start = functools.partial(
         fold.start_shard, params, bases, cfg=m.model, layouts=layouts, fold_rows=m.fold_rows
@@ -427,9 +383,7 @@ def _folded(
 def _write_rest(
     writer: Writer, params: dict, tokenizer: Tokenizer, counts_V: np.ndarray | None
 ) -> list[File]:
-    """Writes everything beside the rows and the manifest, while rows are written: no record counts
-    it, an export that goes on writes it again.
-    """
+    """Writes all but the rows and the manifest; an export that goes on writes it again."""
     contents = {format.TOKENIZER: tokenizer.content}
     for group in writer.manifest.groups:
         contents |= arrays.zarr_metadata(writer.manifest, group)
@@ -446,28 +400,18 @@ def _publish(
 ) -> Manifest:
     """Checks that every file is whole, and makes it a store by writing tkv.json."""
     files = [*record.prepared, *rest, *(file for shard in shards.values() for file in shard.files)]
-    sizes = record.location.sizes([file.name for file in files])
-    for file in files:
-        size = sizes.get(file.name, -1)
-        if size not in (None, file.bytes):
-            what = "missing" if size == -1 else f"{size} bytes instead of {file.bytes}"
-            raise UserError(
-                f"{record.location.url}/{file.name}: {what} although it was written; {AGAIN}, and"
-                " check the disk"
-            )
-    manifest = dataclasses.replace(
-        manifest,
-        files=tuple(sorted(files, key=lambda file: file.name)),
-        errors=_errors(manifest, shards),
-    )
+    for file, what in misfits(record.location, files, "{} bytes instead of {}"):
+        what, mend = f"{what} although it was written", f"{AGAIN}, and check the disk"
+        raise refuse(record.location, file.name, what, mend)
+    files.sort(key=lambda file: file.name)
+    errors = _errors(manifest, shards)
+    manifest = dataclasses.replace(manifest, files=tuple(files), errors=errors)
     target.publish(record, to_bytes(manifest))
     return manifest
 
 
 def _errors(m: Manifest, shards: dict[int, target.Shard]) -> tuple[LayerError, ...] | None:
-    """Errors of the memory layers from the sums of all shards, added in order of shards whoever
-    wrote them.
-    """
+    """Errors of the memory layers: the sums of all shards, added in order of shards."""
     errors = []
     for layer in format.memory_layers(m.model):
         sums = [shard.sums[layer] for shard in shards.values() if layer in shard.sums]
@@ -489,30 +433,27 @@ def sizes(manifest: Manifest) -> dict:
     """
     m, v = manifest, manifest.vocab_size
     errors = {error.layer: error for error in m.errors or ()}
-    layers = []
-    for group in m.groups:
-        for n, layer in zip(group.layout.numbers, group.layers):
-            error = errors.get(layer)
-            layers.append(
-                {
-                    "layer": layer,
-                    "width": group.width,
-                    "bytes": v * group.layout.record_bytes(n),
-                    "rank": n if group.ranks else None,
-                    "useful_rank": lowrank.useful_rank(v, group.width),
-                    "relative_rms": error and error.relative_rms,
-                    "max_abs": error and error.max_abs,
-                }
-            )
+
+    def figures(group: Group, n: int, layer: int) -> dict:
+        error = errors.get(layer)
+        return {
+            "layer": layer,
+            "width": group.width,
+            "bytes": v * group.layout.record_bytes(n),
+            "rank": n if group.ranks else None,
+            "useful_rank": lowrank.useful_rank(v, group.width),
+            "relative_rms": error and error.relative_rms,
+            "max_abs": error and error.max_abs,
+        }
 
     def plain(dtype: str) -> int:
         return sum(group.bytes for group in format.model_groups(m.model, dtype, 1))
 
+    layers = [figures(g, *one) for g in m.groups for one in zip(g.layout.numbers, g.layers)]
     return {
-        "dtype": m.dtype,
-        "scale_group": m.scale_group,
-        "rank_error": m.rank_error,
-        "table_bytes": m.table_bytes,
+        **{
+            name: getattr(m, name) for name in ("dtype", "scale_group", "rank_error", "table_bytes")
+        },
         "float32_bytes": plain("float32"),
         "bfloat16_bytes": plain("bfloat16"),
         "basis_bytes": sum(4 * g.width * rank for g in m.groups for rank in g.ranks or ()),
@@ -536,6 +477,6 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _rows(manifest: Manifest, shard: int) -> int:
-    start, stop = manifest.span(shard)
-    return stop - start
+def _rows(manifest: Manifest, shards: Iterable[int]) -> int:
+    spans = map(manifest.span, shards)
+    return sum(stop - start for start, stop in spans)

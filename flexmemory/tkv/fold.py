@@ -73,10 +73,9 @@ def fold_call(
     """({group: stored}, {group: figures}) of the addresses ids_R int32, of which the first
     ``count`` are in the figures. Dispatches and does not wait.
 
-    stored: as :func:`encoding.encode` gives it, token-major. figures, each [L]: "finite" bool, of
-    the stored rows and of the sums; and, but for plain float32, where nothing is lost,
-    "squared_error", "squares", "max_abs" float32: sums over rows and numbers, and the largest
-    error.
+    stored: as :func:`encoding.encode` gives it. figures, each [L]: "finite" bool, of the stored
+    rows and of the sums; but for plain float32 also "squared_error", "squares" (sums over rows and
+    numbers) and "max_abs" (the largest error), float32.
     """
     params = with_rows_of(params, ids_R, cfg, [name for name, _ in layouts])
     return _fold(params, bases, ids_R, count, cfg=cfg, layouts=layouts)
@@ -98,12 +97,9 @@ def _fold(
             error_LRW = jnp.where(real_R1, again_LRW - exact_LRW, 0)
             error_L = (error_LRW**2).sum((1, 2))
             squares_L = (jnp.where(real_R1, exact_LRW, 0) ** 2).sum((1, 2))
-            figures[name] = {
-                "finite": figures[name]["finite"] & jnp.isfinite(error_L + squares_L),
-                "squared_error": error_L,
-                "squares": squares_L,
-                "max_abs": jnp.abs(error_LRW).max((1, 2)),
-            }
+            figures[name]["finite"] &= jnp.isfinite(error_L + squares_L)
+            figures[name] |= {"squared_error": error_L, "squares": squares_L}
+            figures[name]["max_abs"] = jnp.abs(error_LRW).max((1, 2))
     return stored, figures
 
 
@@ -118,12 +114,9 @@ def start_shard(
     fold_rows: int,
 ) -> list[Part]:
     """Dispatches the fold of the addresses start..stop-1 in calls of ``fold_rows`` addresses, the
-    last one padded, and does not wait.
-
-    ``start`` must be a multiple of ``fold_rows``, so that an address meets the same neighbours in
-    every fold.
+    last one padded, and does not wait. ``start``: a multiple of ``fold_rows``.
     """
-    assert start % fold_rows == 0, (start, fold_rows)
+    assert start % fold_rows == 0, (start, fold_rows)  # so an address has always equal neighbours
     parts = []
     for at in range(start, stop, fold_rows) if layouts else ():
         count = min(stop - at, fold_rows)
@@ -136,11 +129,9 @@ def start_shard(
 def fetch_shard(
     parts: list[Part], groups: tuple[Group, ...]
 ) -> tuple[dict[str, list[np.ndarray]], dict[int, list[float]]]:
-    """Waits for a started block: ({group: [bundles uint8 [R, B] of each call]}, {model layer:
-    [squared error, squares, largest error]}).
-
-    The sums are float64; {} where the rows are plain float32. Raises UserError naming layer and
-    tokens of rows that are not finite.
+    """Waits for a started shard: ({group: [bundles uint8 [R, B] of each call]}, {model layer:
+    [squared error, squares, largest error]}, float64, {} for plain float32). Raises UserError
+    naming layer and tokens of rows that are not finite.
     """
     bundles: dict[str, list[np.ndarray]] = {group.name: [] for group in groups}
     sums: dict[int, list[float]] = {}
@@ -163,11 +154,10 @@ def fetch_shard(
 
 def _check_finite(finite_L: np.ndarray, group: Group, at: int, count: int) -> None:
     if not finite_L.all():
-        raise UserError(
-            f"layer {group.layers[int(np.argmin(finite_L))]}: its rows of tokens {at} to"
-            f" {at + count - 1} are not all finite in dtype {group.layout.dtype}, or their squares"
-            " are not; export an earlier checkpoint (step=), or from float16 go to bfloat16"
-        )
+        layer, tokens = group.layers[int(np.argmin(finite_L))], f"{at} to {at + count - 1}"
+        what = f"are not all finite in dtype {group.layout.dtype}, or their squares are not"
+        mend = "export an earlier checkpoint (step=), or from float16 go to bfloat16"
+        raise UserError(f"layer {layer}: its rows of tokens {tokens} {what}; {mend}")
 
 
 def learned_tables(
@@ -181,20 +171,17 @@ def learned_tables(
         tables = all(specs[layer].learned for layer in group.layers)
         # else they are computed, or rounded
         if tables and group.layout.exact and cfg.compute_dtype == "float32":
-            table_of = {
-                layer: table_VW
-                for stack, layers in row_stacks(specs)[group.name]
-                for layer, table_VW in zip(
-                    layers, params["memory"]["stacks"][stack]["table"], strict=True
-                )
-            }
+            table_of: dict[int, np.ndarray] = {}
+            for stack, layers in row_stacks(specs)[group.name]:
+                stacked_LVW = params["memory"]["stacks"][stack]["table"]
+                table_of |= zip(layers, stacked_LVW, strict=True)
             learned[group.name] = [table_of[layer] for layer in group.layers]
     return learned
 
 
 def copy_memory(groups: Iterable[Group], count: int) -> np.ndarray:
-    """uint8 [count, N]: for each of ``count`` calls of :func:`copy_shard` what it needs, beginning
-    at a page, so that a disk takes it as it lies.
+    """uint8 [count, N]: the memory of ``count`` calls of :func:`copy_shard`, each from a page on,
+    so that a disk takes it as it lies.
     """
     size = max([COPY_BYTES, *(group.bundle_bytes for group in groups)])
     return allocate(count, -(-size // PAGE) * PAGE)
@@ -238,13 +225,12 @@ def fold_table(
     fold_rows: int,
     shard_rows: int,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(first address, {group: bundles uint8 [R, B]}) of successive blocks over all V, as an export
-    with the same ``fold_rows`` stores them; a block at a time is in memory.
+    """(first address, {group: bundles uint8 [R, B]}) of one shard after another, over all V, as an
+    export with the same ``fold_rows`` stores them.
     """
-    start_one = functools.partial(
-        start_shard, params, bases, cfg=cfg, layouts=layouts_of(groups), fold_rows=fold_rows
-    )
+    layouts = layouts_of(groups)
     for start in range(0, cfg.vocab_size, shard_rows):
-        stop = min(start + shard_rows, cfg.vocab_size)
-        bundles, _ = fetch_shard(start_one(start, stop), groups)
+        span = start, min(start + shard_rows, cfg.vocab_size)
+        parts = start_shard(params, bases, *span, cfg=cfg, layouts=layouts, fold_rows=fold_rows)
+        bundles, _ = fetch_shard(parts, groups)
         yield start, {name: np.concatenate(parts) for name, parts in bundles.items()}

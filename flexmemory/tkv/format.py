@@ -13,17 +13,18 @@ docs/formats.md describes the same bytes for other readers.
 """
 
 import dataclasses
-import importlib.metadata
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
 
 import numpy as np
 
 from flexmemory.models.blocks import layer_specs
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.memory import row_groups
-from flexmemory.tkv.encoding import Layout, host_view
+from flexmemory.tkv.encoding import Layout, Ranks, host_view
 from flexmemory.tkv.storage.crc import crc32
 from flexmemory.tkv.storage.location import File
 from flexmemory.tkv.storage.reader import INDEX_CRC_BYTES, INDEX_ENTRY_BYTES, Records
@@ -53,7 +54,7 @@ class Group:
         return self.layout.width
 
     @property
-    def ranks(self) -> tuple[int, ...] | None:
+    def ranks(self) -> Ranks:
         return self.layout.ranks
 
     @property
@@ -101,14 +102,12 @@ class Manifest:
     tokenizer: TokenizerInfo
     source: Provenance
     scale_group: int = 0
-    ranks: tuple[int, ...] | None = None  # by memory layer in model order; None: full rows
+    ranks: Ranks = None  # by memory layer in model order
     rank_error: float | None = None  # the error budget that chose the ranks
     files: tuple[File, ...] = ()  # every file but the manifest, by name
     # by memory layer in model order; None where nothing is lost: plain float32
     errors: tuple[LayerError, ...] | None = None
-    flexmemory: str = dataclasses.field(
-        default_factory=lambda: importlib.metadata.version("flexmemory")
-    )
+    flexmemory: str = dataclasses.field(default_factory=partial(version, "flexmemory"))
 
     @property
     def vocab_size(self) -> int:
@@ -145,11 +144,7 @@ class Manifest:
 
 
 def model_groups(
-    model: ModelConfig,
-    dtype: str,
-    shard_rows: int,
-    scale_group: int = 0,
-    ranks: tuple[int, ...] | None = None,
+    model: ModelConfig, dtype: str, shard_rows: int, scale_group: int = 0, ranks: Ranks = None
 ) -> tuple[Group, ...]:
     """The groups of a store of ``model``. ``ranks``: by memory layer in model order."""
     specs, groups, v = layer_specs(model), [], model.vocab_size
@@ -168,12 +163,9 @@ def memory_layers(model: ModelConfig) -> list[int]:
 
 
 def model_layers(model: ModelConfig) -> list[dict]:
-    """The resolved layers from input to output, so that a reader needs neither the pattern's
-    grammar nor the rules for widths.
-
-    kind: of the block; d_ffn: width of the FFN that the block keeps, 0 without; square: number of D
-    x D matrices of a flex layer's FFN-C, 0 for a SwiGLU; group, place: where its rows are,
-    rows/<group>[token, place], None without memory.
+    """The resolved layers from input to output: kind of the block; d_ffn: width of the FFN that the
+    block keeps, 0 without; square: number of D x D matrices of a flex layer's FFN-C, 0 for a
+    SwiGLU; group, place: where its rows are, rows/<group>[token, place], None without memory.
     """
     specs = layer_specs(model)
     places = {i: (g, k) for g, layers in row_groups(specs).items() for k, i in enumerate(layers)}
@@ -186,9 +178,7 @@ def model_layers(model: ModelConfig) -> list[dict]:
 
 
 def default_shard_rows(model: ModelConfig, dtype: str) -> int:
-    """The largest power of two whose shard of the widest group at full rank stays within 32 MiB, at
-    most the first that holds all V.
-    """
+    """The largest power of two whose shard of the widest group stays within 32 MiB; or all V."""
     bundle = max((group.bundle_bytes for group in model_groups(model, dtype, 1)), default=1)
     return min(floor_power(SHARD_BYTES // bundle), next_power(model.vocab_size))
 
@@ -217,18 +207,14 @@ def checksum_file(group: Group, shard: int) -> str:
 
 
 def shard_bytes(manifest: Manifest, group: Group, shard: int) -> int:
-    """Size of a whole shard file: its bundles, then an index with an entry for every place, used or
-    not, then the index's crc32c.
-    """
+    """Size of a shard's file: bundles, an index entry for every place, the index's crc32c."""
     start, stop = manifest.span(shard)
     index = INDEX_ENTRY_BYTES * manifest.shard_rows + INDEX_CRC_BYTES
     return (stop - start) * group.bundle_bytes + index
 
 
 def all_shards(manifest: Manifest) -> Iterator[tuple[Group, int]]:
-    for group in manifest.groups:
-        for shard in range(group.shards):
-            yield group, shard
+    return ((group, shard) for group in manifest.groups for shard in range(group.shards))
 
 
 def expected_files(manifest: Manifest) -> dict[str, int]:
@@ -275,14 +261,10 @@ def rows_spec(kvstore: dict, manifest: Manifest, group: Group) -> dict:
         "index_codecs": INDEX_CODECS,
         "index_location": "end",
     }
-    return _spec(
-        kvstore,
-        [manifest.vocab_size, *inner],
-        [manifest.shard_rows, *inner],
-        layout.dtype if layout.plain else "uint8",
-        [{"name": "sharding_indexed", "configuration": sharding}],
-        dimension_names=["token", *names],
-    )
+    shape, chunk = [manifest.vocab_size, *inner], [manifest.shard_rows, *inner]
+    dtype = layout.dtype if layout.plain else "uint8"
+    codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+    return _spec(kvstore, shape, chunk, dtype, codecs, dimension_names=["token", *names])
 
 
 def checksums_spec(kvstore: dict, manifest: Manifest) -> dict:
@@ -291,9 +273,7 @@ def checksums_spec(kvstore: dict, manifest: Manifest) -> dict:
 
 
 def index_spec(kvstore: dict, manifest: Manifest) -> dict:
-    """A shard's index as an array of its own, encoded as it is in the shard: (offset, length) of
-    each bundle.
-    """
+    """A shard's index as an array of its own, encoded as it is in the shard."""
     shape = [manifest.shard_rows, 2]
     return _spec(kvstore, shape, shape, "uint64", INDEX_CODECS)
 

@@ -11,6 +11,7 @@ import numpy as np
 from flexmemory.errors import UserError
 from flexmemory.models.config import ModelConfig
 from flexmemory.progress import ProgressLine
+from flexmemory.tkv.encoding import Ranks
 from flexmemory.tkv.fold import live_rows, with_rows_of
 from flexmemory.tkv.format import Group
 
@@ -28,34 +29,27 @@ def uniform_ranks(groups: tuple[Group, ...], rank: int | float) -> tuple[int, ..
         r = rank
         if isinstance(rank, float):
             if not 0 < rank <= 1:
-                raise UserError(
-                    f"rank: {rank} is not a share above 0 and at most 1; give such a share, or a"
-                    " whole number of columns"
-                )
+                mend = "give such a share, or a whole number of columns"
+                raise UserError(f"rank: {rank} is not a share above 0 and at most 1; {mend}")
             r = max(1, round(rank * group.width))
         if not 1 <= r <= group.width:
-            raise UserError(
-                f"rank: {r} is not between 1 and {group.width}, the width of the rows of group"
-                f" {group.name}"
-            )
+            what = f"the width of the rows of group {group.name}"
+            raise UserError(f"rank: {r} is not between 1 and {group.width}, {what}")
         ranks |= dict.fromkeys(group.layers, int(r))
     return tuple(ranks[layer] for layer in sorted(ranks))
 
 
 def useful_rank(vocab_size: int, width: int) -> int:
-    """The largest rank at which numbers [V, r] and basis [r, W] together are smaller than the rows
-    [V, W].
-    """
+    """The largest rank whose numbers [V, r] and basis [r, W] are smaller than the rows [V, W]."""
     return max(0, (vocab_size * width - 1) // (vocab_size + width))
 
 
 def find_bases(
     params: dict,
-    *,
     cfg: ModelConfig,
     groups: tuple[Group, ...],
     fold_rows: int,
-    ranks: tuple[int, ...] | None = None,
+    ranks: Ranks = None,
     rank_error: float | None = None,
     progress: bool = True,
 ) -> dict[int, np.ndarray]:
@@ -70,9 +64,8 @@ def find_bases(
     bases = {}
     for layer, gram_WW in grams(params, cfg, groups, fold_rows, progress).items():
         if not np.isfinite(gram_WW).all():
-            raise UserError(
-                f"layer {layer}: its rows are not all finite; export an earlier checkpoint (step=)"
-            )
+            mend = "export an earlier checkpoint (step=)"
+            raise UserError(f"layer {layer}: its rows are not all finite; {mend}")
         values, vectors = np.linalg.eigh(gram_WW)  # ascending
         rank = rank_of.get(layer) or _smallest_rank(values[::-1], rank_error)
         bases[layer] = np.ascontiguousarray(vectors[:, ::-1][:, :rank].T, np.float32)
@@ -89,9 +82,7 @@ def _smallest_rank(values: np.ndarray, rank_error: float | None) -> int:
 def grams(
     params: dict, cfg: ModelConfig, groups: tuple[Group, ...], fold_rows: int, progress: bool
 ) -> dict[int, np.ndarray]:
-    """{model layer: X^T X float64 [W, W]} of all V rows, from one pass over them; sums of CALLS
-    calls are float32, on the device.
-    """
+    """{model layer: X^T X float64 [W, W]} of all V rows; CALLS calls are summed in float32."""
     shapes = {group.name: (len(group.layers), group.width, group.width) for group in groups}
     total = {name: np.zeros(shape) for name, shape in shapes.items()}
     v, step = cfg.vocab_size, fold_rows * CALLS
@@ -105,11 +96,7 @@ def grams(
             for name, gram_LWW in sums.items():
                 total[name] += np.asarray(gram_LWW)
             line.update(min(start + step, v))
-    return {
-        layer: total[group.name][place]
-        for group in groups
-        for place, layer in enumerate(group.layers)
-    }
+    return {layer: gram for g in groups for layer, gram in zip(g.layers, total[g.name])}
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="sums")

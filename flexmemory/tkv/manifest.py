@@ -1,5 +1,6 @@
 """tkv.json: the manifest written, read, and checked against itself."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ from flexmemory.tkv.format import (
     TokenizerInfo,
 )
 from flexmemory.tkv.storage.crc import crc32
-from flexmemory.tkv.storage.location import File, Location
+from flexmemory.tkv.storage.location import File, Location, refuse
 from flexmemory.tkv.storage.target import COPY_MARK, MANIFEST, partial_file
 
 FORMAT = "tkv"
@@ -63,49 +64,42 @@ def to_bytes(manifest: Manifest) -> bytes:
 def from_json(content: object, origin: str) -> Manifest:
     """Checks a decoded tkv.json. Raises UserError naming the field and what to do."""
 
-    def refuse(what: str, mend: str = MEND) -> UserError:
+    def wrong(what: str, mend: str = MEND) -> UserError:
         return UserError(f"{origin}: {what}; {mend}")
 
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise refuse("not the manifest of a TKV store")
+        raise wrong("not the manifest of a TKV store")
     other = f"{MEND} or use the flexmemory that wrote it"
-    if content.get("version") != VERSION:
-        raise refuse(
-            f"version {content.get('version')!r}, this flexmemory reads {VERSION}",
-            f"{other} ({content.get('flexmemory')})",
-        )
+    if (version := content.get("version")) != VERSION:
+        what = f"version {version!r}, this flexmemory reads {VERSION}"
+        raise wrong(what, f"{other} ({content.get('flexmemory')})")
     body = {name: value for name, value in content.items() if name != "crc32"}
-    if content.get("crc32") != json_crc32(body):
-        raise refuse(
-            f"crc32 {content.get('crc32')!r} does not fit the content, it was changed or damaged"
-        )
+    if (crc := content.get("crc32")) != json_crc32(body):
+        raise wrong(f"crc32 {crc!r} does not fit the content, it was changed or damaged")
     try:
         manifest = _parse(body)
-        if wrong := _wrong(manifest):
-            raise refuse(wrong)
+        if nonsense := _wrong(manifest):
+            raise wrong(nonsense)
         written = to_json(manifest)
         # a field that the config has gained since then takes its default, which must mean what was
         # done before
         written["model"] = {k: v for k, v in written["model"].items() if k in body["model"]}
         if unknown := body.keys() - written.keys():
-            raise refuse(f"unknown field {', '.join(sorted(unknown))}", other)
+            raise wrong(f"unknown field {', '.join(sorted(unknown))}", other)
         if bad := [name for name in written if name != "crc32" and written[name] != body[name]]:
-            raise refuse(f"{', '.join(bad)} not as the model, dtype and shard_rows say")
+            raise wrong(f"{', '.join(bad)} not as the model, dtype and shard_rows say")
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise refuse(f"missing or malformed field ({error})") from None
+        raise wrong(f"missing or malformed field ({error})") from None
     return manifest
 
 
 def _parse(body: dict) -> Manifest:
     model, errors = from_dict({"model": body["model"]}).model, body["errors"]
-    rank_of = {
-        layer: rank
-        for group in body["groups"]
-        if group["ranks"]
-        for layer, rank in zip(group["layers"], group["ranks"], strict=True)
-    }
+    rank_of: dict[int, int] = {}
+    for group in body["groups"]:
+        rank_of |= zip(group["layers"], group["ranks"], strict=True) if group["ranks"] else ()
     names = ("dtype", "shard_rows", "fold_rows", "scale_group", "rank_error", "flexmemory")
     return Manifest(
         model=model,
@@ -143,37 +137,26 @@ def _wrong(m: Manifest) -> str | None:
 
 
 def read_manifest(location: Location) -> Manifest:
-    """The manifest of a complete store. Raises UserError where there is none, a partial export, or
-    another version.
-    """
+    """The manifest of a complete store. Raises UserError where there is no such store."""
     try:
         content = json.loads(location.read(MANIFEST))
     except FileNotFoundError:
         if what := unfinished(location):
-            raise UserError(
-                f"{location.url}: an unfinished {what}, not a store; run the same `flexmemory"
-                f" {what}` again to finish it"
-            ) from None
-        raise UserError(
-            f"{location.url}: no TKV store here (no {MANIFEST}); write one with `flexmemory export`"
-        ) from None
+            mend = f"run the same `flexmemory {what}` again to finish it"
+            raise UserError(f"{location.url}: an unfinished {what}, not a store; {mend}") from None
+        what, mend = f"no TKV store here (no {MANIFEST})", "write one with `flexmemory export`"
+        raise UserError(f"{location.url}: {what}; {mend}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{location.url}/{MANIFEST}: not a readable JSON file ({error}); {MEND}"
-        ) from None
+        raise refuse(location, MANIFEST, f"not a readable JSON file ({error})", MEND) from None
     return from_json(content, f"{location.url}/{MANIFEST}")
 
 
 def unfinished(location: Location) -> str | None:
-    """ "export" or "copy" where the mark of one that has not ended is; host 0 of an export always
-    has one.
-    """
+    """ "export" or "copy" where the mark of one that has not ended is."""
     for name, what in ((partial_file(0), "export"), (COPY_MARK, "copy")):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             location.read(name, 0, 1)
             return what
-        except FileNotFoundError:
-            continue
     return None
 
 

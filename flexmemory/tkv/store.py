@@ -22,7 +22,14 @@ from flexmemory.tkv.encoding import Basis
 from flexmemory.tkv.format import BASIS, COUNTS, TOKENIZER, Group, Manifest
 from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.storage.crc import crc32
-from flexmemory.tkv.storage.location import MEND, NETWORK, File, Location, open_location
+from flexmemory.tkv.storage.location import (
+    NETWORK,
+    File,
+    Location,
+    misfits,
+    open_location,
+    refuse,
+)
 from flexmemory.tkv.storage.reader import LocalReader, TensorStoreReader, open_reader
 
 
@@ -67,10 +74,8 @@ class Store:
         wrong = np.flatnonzero(format.bundle_crc32(bundles_UB) != self._crc32_V[group.name][ids_U])
         if len(wrong):
             more = f", and {len(wrong) - 1} more tokens" if len(wrong) > 1 else ""
-            raise UserError(
-                f"{self.location.url}/rows/{group.name}: the rows of token {ids_U[wrong[0]]} fail"
-                f" their checksum{more}; {MEND}"
-            )
+            what = f"the rows of token {ids_U[wrong[0]]} fail their checksum{more}"
+            raise refuse(self.location, f"rows/{group.name}", what)
 
     def read_rows(self, ids_R: np.ndarray) -> dict[str, np.ndarray]:
         """{group: rows_RLW, decoded} of token ids, any order, repeats allowed; in the store's
@@ -87,9 +92,7 @@ class Store:
         return rows
 
     def bases(self) -> dict[str, Basis]:
-        """{group: basis float32 [r, W] of each layer}, () for a group that is not low-rank. Raises
-        UserError on a damaged file.
-        """
+        """See :func:`load_bases`."""
         return self._bases
 
     @functools.cached_property
@@ -97,32 +100,23 @@ class Store:
         return load_bases(self.location, self.groups, self.manifest.file(BASIS))
 
     def backbone(self, *, stacked: bool = True, dtype: str = "float32") -> dict:
-        """Parameters without ``memory`` on the device, see :func:`backbone.load`. Raises UserError
-        on a damaged file.
-        """
-        return backbone.load(
-            self.location, self.manifest.backbone, self.model, stacked=stacked, dtype=dtype
-        )
+        """Parameters without ``memory`` on the device, see :func:`backbone.load`."""
+        files = self.manifest.backbone
+        return backbone.load(self.location, files, self.model, stacked=stacked, dtype=dtype)
 
     def tokenizer(self) -> Tokenizer:
-        """The store's tokenizer. Raises UserError when tokenizer.json is not the one that was
-        exported.
-        """
+        """The tokenizer that was exported. Raises UserError when tokenizer.json is another."""
         return read_tokenizer(self.location, self.manifest)
 
     def counts(self) -> np.ndarray | None:
-        """How often each id occurs in the training data, uint64 [V]; None where the export had no
-        counts.
-        """
+        """How often each id occurs in the training data, uint64 [V], if the export had counts."""
         file = self.manifest.file(COUNTS)
         if file is None:
             return None
         counts_V = np.load(io.BytesIO(_read_checked(self.location, file)))
         if counts_V.shape != (self.manifest.vocab_size,) or counts_V.dtype != np.uint64:
-            raise UserError(
-                f"{self.location.url}/{COUNTS}: {counts_V.dtype} {counts_V.shape}, not uint64 [V];"
-                " export the run again"
-            )
+            what = f"{counts_V.dtype} {counts_V.shape}, not uint64 [V]"
+            raise refuse(self.location, COUNTS, what, "export the run again")
         return counts_V
 
     def close(self) -> None:
@@ -139,13 +133,14 @@ def open_store(path: str | Path, *, check: bool = True) -> Store:
     """
     location = open_location(path)
     manifest = read_manifest(location)
-    check_sizes(location, {file.name: file.bytes for file in manifest.files})
+    for file, what in misfits(location, manifest.files):
+        raise refuse(location, file.name, what)
     read_tokenizer(location, manifest)
-    for group in manifest.groups:
-        _open_array(location, f"rows/{group.name}", format.records(manifest, group).spec)
-    groups = manifest.groups
+    groups, records = manifest.groups, [format.records(manifest, g) for g in manifest.groups]
+    for array in records:
+        _open_array(location, array.name, array.spec)
     crc32_V = {g.name: read_checksums(location, manifest, g) for g in groups if check}
-    readers = {g.name: open_reader(location, format.records(manifest, g)) for g in groups}
+    readers = {g.name: open_reader(location, array) for g, array in zip(groups, records)}
     return Store(location, manifest, check, readers, crc32_V)
 
 
@@ -163,25 +158,11 @@ def decoded(group: Group, bundles_RB: np.ndarray, basis: Basis) -> np.ndarray:
     return np.swapaxes(rows_LRW, 0, 1)[: len(stored)]
 
 
-def check_sizes(location: Location, expected: dict[str, int]) -> None:
-    """Raises UserError naming the first file that is missing or of another size; a location that
-    knows no sizes is trusted.
-    """
-    found = location.sizes(list(expected))
-    for name, size in expected.items():
-        if name not in found:
-            raise UserError(f"{location.url}/{name}: missing; {MEND}")
-        if found[name] not in (None, size):
-            raise UserError(f"{location.url}/{name}: {found[name]} bytes, {size} expected; {MEND}")
-
-
 def read_checksums(location: Location, manifest: Manifest, group: Group) -> np.ndarray:
-    """uint32 [V], the CRC-32 of each token's bundle: those that the manifest knows, so no other
-    store's rows pass.
-    """
+    """uint32 [V], the CRC-32 of each token's bundle, from the files that the manifest knows."""
     name = f"checksums/{group.name}"
     array = _open_array(location, name, lambda kvstore: format.checksums_spec(kvstore, manifest))
-    crc32_V = _result(location, f"{name}: cannot be read", array.read())
+    crc32_V = _result(location, name, "cannot be read", array.read())
     # as in the files: unused places of the last are 0
     whole = np.zeros((group.shards, manifest.shard_rows), "<u4")
     whole.reshape(-1)[: len(crc32_V)] = crc32_V
@@ -195,9 +176,7 @@ def read_checksums(location: Location, manifest: Manifest, group: Group) -> np.n
 def load_bases(
     location: Location, groups: tuple[Group, ...], file: File | None
 ) -> dict[str, Basis]:
-    """{group: basis float32 [r, W] of each layer} from basis.safetensors; () for every group when
-    there is no such file.
-    """
+    """{group: basis float32 [r, W] of each layer}, () for a group without. Raises UserError."""
     if file is None:
         return {group.name: () for group in groups}
     named, bases = backbone.load_tensors(location, file), {}
@@ -205,30 +184,24 @@ def load_bases(
         shapes = {f"layers.{i}": (r, group.width) for i, r in zip(group.layers, group.ranks or ())}
         for name, shape in shapes.items():
             if name not in named or named[name].shape != shape:
-                raise UserError(
-                    f"{location.url}/{BASIS}: {name} is missing or not as the manifest says; {MEND}"
-                )
+                raise refuse(location, BASIS, f"{name} is missing or not as the manifest says")
         bases[group.name] = tuple(named[name] for name in shapes)
     return bases
 
 
 def _open_array(location: Location, name: str, spec: Callable[[dict], dict]) -> ts.TensorStore:
-    return _result(
-        location,
-        f"{name}/zarr.json: missing or not as the manifest says",
-        ts.open(spec(location.spec(name)), open=True, read=True),
-    )
+    opened = ts.open(spec(location.spec(name)), open=True, read=True)
+    return _result(location, f"{name}/zarr.json", "missing or not as the manifest says", opened)
 
 
-def _result(location: Location, wrong: str, future: ts.Future) -> Any:
-    """``wrong``: the name, and what a failure means."""
+def _result(location: Location, name: str, failure: str, future: ts.Future) -> Any:
+    """``failure``: what it means that TensorStore cannot give the result."""
     try:
         return location.wait(future)
     except TimeoutError as error:
-        name = wrong.partition(":")[0]
-        raise UserError(f"{location.url}/{name}: cannot be read ({error}); {NETWORK}") from None
+        raise refuse(location, name, f"cannot be read ({error})", NETWORK) from None
     except RuntimeError as error:
-        raise UserError(f"{location.url}/{wrong} ({error}); {MEND}") from None
+        raise refuse(location, name, f"{failure} ({error})") from None
 
 
 def _read_checked(location: Location, file: File) -> bytes:
@@ -240,15 +213,13 @@ def _read_checked(location: Location, file: File) -> bytes:
 
 def read_tokenizer(location: Location, manifest: Manifest) -> Tokenizer:
     """The tokenizer of a store. Raises UserError when it is missing or not the manifest's."""
-    name = f"{location.url}/{TOKENIZER}"
+    mend, wanted = "copy the tokenizer.json of the run there", manifest.tokenizer.fingerprint
     try:
         data = location.read(TOKENIZER)
     except FileNotFoundError:
-        raise UserError(f"{name}: missing; copy the tokenizer.json of the run there") from None
-    tokenizer = parse_tokenizer(data, origin=name)
-    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
-        raise UserError(
-            f"{name}: fingerprint {tokenizer.fingerprint}, the store was exported with"
-            f" {manifest.tokenizer.fingerprint}; copy the tokenizer.json of the run there"
-        )
+        raise refuse(location, TOKENIZER, "missing", mend) from None
+    tokenizer = parse_tokenizer(data, origin=f"{location.url}/{TOKENIZER}")
+    if tokenizer.fingerprint != wanted:
+        what = f"fingerprint {tokenizer.fingerprint}, the store was exported with {wanted}"
+        raise refuse(location, TOKENIZER, what, mend)
     return tokenizer

@@ -20,19 +20,15 @@ PART_BYTES, READERS = 8 << 20, 4
 
 def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
     """Reads every file of a store again: its size and CRC-32 against the manifest, every bundle's
-    CRC-32 against checksums/.
-
-    Returns {files, bytes, bundles: counts of what was read, damaged: [{name, what}], ok}. Raises
-    UserError where there is no readable manifest.
+    CRC-32 against checksums/. Returns {files, bytes, bundles: counts of what was read, damaged:
+    [{name, what}], ok}. Raises UserError where there is no readable manifest.
     """
     location = open_location(path)
     manifest = read_manifest(location)
-    shards = {
-        format.shard_file(group, shard): (group, shard)
-        for group, shard in format.all_shards(manifest)
-    }
+    shards = {format.shard_file(*shard): shard for shard in format.all_shards(manifest)}
     files = {file.name: file for file in manifest.files}
     total, bundles, done = sum(file.bytes for file in manifest.files), 0, 0
+    damaged: dict[str, str] = {}
 
     def check(file: File) -> tuple[str | None, int]:
         """(what is wrong, bundles read)"""
@@ -54,11 +50,8 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
         except UserError as error:  # a remote location's own words
             return str(error), 0
 
-    damaged = {}
-    with (
-        ProgressLine("verify", total / 1e6, "MB", enabled=progress) as line,
-        ThreadPoolExecutor(READERS) as pool,
-    ):
+    line = ProgressLine("verify", total / 1e6, "MB", enabled=progress)
+    with line, ThreadPoolExecutor(READERS) as pool:
         for file, (what, read) in zip(manifest.files, pool.map(check, manifest.files)):
             bundles, done = bundles + read, done + file.bytes
             if what:
@@ -69,21 +62,15 @@ def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
             read_tokenizer(location, manifest)
         except UserError as error:
             damaged[format.TOKENIZER] = str(error)
-    return {
-        "files": len(manifest.files),
-        "bytes": total,
-        "bundles": bundles,
-        "damaged": [{"name": name, "what": what} for name, what in damaged.items()],
-        "ok": not damaged,
-    }
+    faults = [{"name": name, "what": what} for name, what in damaged.items()]
+    counts = {"files": len(manifest.files), "bytes": total, "bundles": bundles}
+    return counts | {"damaged": faults, "ok": not damaged}
 
 
 def parts_of(
     location: Location, file: File, count: Callable[[int], None] | None = None
 ) -> Generator[bytes, None, str | None]:
-    """Reads a file part by part; ``count`` is told the bytes of each. Returns what is wrong with
-    the whole.
-    """
+    """A file's parts; ``count`` is told the bytes of each. Returns what is wrong with the whole."""
     size, crc, last = 0, 0, False
     while not last:
         last = file.bytes - size <= PART_BYTES
@@ -115,12 +102,9 @@ def _check_shard(
     start, stop = manifest.span(shard)
     shape = stop - start, group.bundle_bytes
     bundles_RB = np.frombuffer(data, np.uint8, shape[0] * shape[1]).reshape(shape)
-    bad = np.flatnonzero(
-        format.bundle_crc32(bundles_RB) != np.frombuffer(sums, "<u4", len(bundles_RB))
-    )
-    what = (
-        f"{len(bad)} bundles, the first of token {start + bad[0]}, fail their checksum"
-        if len(bad)
-        else None
-    )
-    return what, len(bundles_RB)
+    crc32_R = np.frombuffer(sums, "<u4", len(bundles_RB))
+    bad = np.flatnonzero(format.bundle_crc32(bundles_RB) != crc32_R)
+    if not len(bad):
+        return None, len(bundles_RB)
+    first = f"the first of token {start + bad[0]}"
+    return f"{len(bad)} bundles, {first}, fail their checksum", len(bundles_RB)

@@ -1,9 +1,8 @@
 """Where a store lies: a directory, s3://, gs://, or http(s):// (read only). Names of files are
 relative, with "/".
 
-All have the same methods. A write appears whole or not at all and is durable
-when it returns. Whatever goes wrong is a UserError of one line; an absent file is a
-FileNotFoundError of :meth:`read`.
+All have the same methods. A write appears whole or not at all and is durable when it returns.
+Errors are a UserError of one line; an absent file is a FileNotFoundError of :meth:`read`.
 """
 
 import contextlib
@@ -39,9 +38,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """How long a remote location goes on. TensorStore repeats requests that failed with 5xx or
-    without an answer.
-    """
+    """How long a remote location repeats requests that failed with 5xx or without an answer."""
 
     retries: int = 6
     first_delay_s: float = 0.2  # doubled for every further retry
@@ -65,9 +62,7 @@ class LocalLocation:
         return str(self.local)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes start..stop, to the end without ``stop``. Raises FileNotFoundError; DamagedFile
-        where the file ends before ``stop``.
-        """
+        """Bytes start..stop. Raises FileNotFoundError; DamagedFile where the file ends before."""
         path = self.local / checked(name)
         with _local_errors(path, "read"):
             try:
@@ -83,10 +78,8 @@ class LocalLocation:
                 while position < end:  # the system reads at most 2 GiB at a time
                     parts.append(os.pread(file.fileno(), end - position, position))
                     if not parts[-1]:
-                        raise DamagedFile(
-                            f"{path}: ends after {position} bytes, it had {size}; run the same"
-                            " command again"
-                        )
+                        what = f"ends after {position} bytes, it had {size}"
+                        raise DamagedFile(f"{path}: {what}; run the same command again")
                     position += len(parts[-1])
                 return b"".join(parts)
 
@@ -95,18 +88,14 @@ class LocalLocation:
         self.write_parts(name, [data])
 
     def write_parts(self, name: str, parts: Iterable) -> None:
-        """Writes the parts one after another, none kept. Where the iterator raises, nothing is
-        left.
-        """
+        """Writes the parts one by one, none kept. Where the iterator raises, nothing is left."""
         path = self.local / checked(name)
         with _local_errors(path, "written"):
             make_directory(path.parent)
             files.write_parts(path, parts)
 
     def delete(self, name: str) -> None:
-        """No error when there is no such file. Directories that become empty go too: as in an
-        object store they are parts of names.
-        """
+        """No error when there is no such file. Directories that become empty go too."""
         path = self.local / checked(name)
         with _local_errors(path, "deleted"), contextlib.suppress(*ABSENT):
             path.unlink()
@@ -146,9 +135,7 @@ class LocalLocation:
         return {"driver": "file", "path": f"{folder.absolute()}/"}
 
     def wait(self, future: ts.Future | ts.WriteFutures) -> Any:
-        """The result of one of TensorStore's futures about this location. Raises RuntimeError with
-        TensorStore's message in one line.
-        """
+        """The future's result. Raises RuntimeError with TensorStore's message in one line."""
         return _result(future, None)
 
 
@@ -198,9 +185,7 @@ class RemoteLocation:
         after = self._write(name, data, if_equal=before).generation
         if not after:  # TensorStore's "unknown": the condition did not hold, or there is no bucket
             if name not in self.sizes([name]):
-                raise UserError(
-                    f"{self.url}/{name}: cannot be written; check that the bucket exists"
-                )
+                raise refuse(self, name, "cannot be written", "check that the bucket exists")
             return False
         self.generations[name] = after
         return True
@@ -220,9 +205,7 @@ class RemoteLocation:
         return sorted(key.decode() for key in self._wait(prefix, "listed", self.kvstore.list(keys)))
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """None for each of the files that are there. Asked file by file, many at a time: it needs
-        no right to list, and http cannot.
-        """
+        """None for each of the files that are there. It lists nothing: http cannot."""
         asked = {name: self.kvstore.read(checked(name), byte_range=slice(0, 0)) for name in names}
         found = {name: self._wait(name, "read", future) for name, future in asked.items()}
         return {name: None for name, result in found.items() if result.state != "missing"}
@@ -237,10 +220,8 @@ class RemoteLocation:
 
     def _check_writable(self, name: str) -> None:
         if not self.writable:
-            raise UserError(
-                f"{self.url}/{name}: http locations are read only; write to a local path, s3:// or"
-                " gs://"
-            )
+            mend = "write to a local path, s3:// or gs://"
+            raise refuse(self, name, "http locations are read only", mend)
 
     def _read(self, name: str, span: slice | None) -> Any:
         return self._wait(name, "read", self.kvstore.read(checked(name), byte_range=span))
@@ -260,20 +241,39 @@ Location = LocalLocation | RemoteLocation
 ABSENT = FileNotFoundError, NotADirectoryError
 
 
+def refuse(location: Location, name: str, what: str, mend: str = MEND) -> UserError:
+    """The error of one file of a store: what is wrong with it, and what to do."""
+    return UserError(f"{location.url}/{name}: {what}; {mend}")
+
+
+def misfits(
+    location: Location, files: Iterable[File], both: str = "{} bytes, {} expected"
+) -> list[tuple[File, str]]:
+    """(file, "missing" or ``both`` sizes) of the files that have not the bytes they should have;
+    where the location knows no sizes, a file that is there is trusted.
+    """
+    wanted = {file.name: file for file in files}
+    sizes = location.sizes(list(wanted))
+    found = [(file, sizes.get(name, -1)) for name, file in wanted.items()]
+    return [
+        (file, "missing" if size == -1 else both.format(size, file.bytes))
+        for file, size in found
+        if size not in (None, file.bytes)
+    ]
+
+
 def open_location(text: str | Path, *, patience: Patience | None = None) -> Location:
     """A path, file:///path, s3://bucket/prefix, gs://bucket/prefix, http(s)://host/path. Touches
-    neither disk nor network.
+    neither disk nor network. Raises UserError for another scheme or a malformed URL.
 
     s3: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL name another server than Amazon's, AWS_REGION or
     AWS_DEFAULT_REGION the region; credentials come from the environment, the profile files or the
-    instance. gs: TENSORSTORE_GCS_HTTP_URL names another server. Raises UserError for any other
-    scheme or a malformed URL.
+    instance. gs: TENSORSTORE_GCS_HTTP_URL names another server.
     """
     if isinstance(text, Path) or "://" not in text:
         if not str(text):
-            raise UserError(
-                "store '': empty path; give a directory or a URL such as s3://bucket/prefix"
-            )
+            what = "give a directory or a URL such as s3://bucket/prefix"
+            raise UserError(f"store '': empty path; {what}")
         return LocalLocation(Path(text))
     parts = urlsplit(text)
     if parts.scheme == "file":
@@ -281,14 +281,11 @@ def open_location(text: str | Path, *, patience: Patience | None = None) -> Loca
             raise UserError(f"{text}: not the URL of a local path; write file:///path/of/the/store")
         return LocalLocation(Path(unquote(parts.path)))
     if parts.scheme not in REMOTE:
-        raise UserError(
-            f"{text}: unknown scheme {parts.scheme!r}; known: a local path, file,"
-            f" {', '.join(REMOTE)}"
-        )
+        known = f"a local path, file, {', '.join(REMOTE)}"
+        raise UserError(f"{text}: unknown scheme {parts.scheme!r}; known: {known}")
     if parts.query or parts.fragment or "@" in parts.netloc:
-        raise UserError(
-            f"{text}: a store's URL takes no query, fragment or password; give scheme://host/path"
-        )
+        what = "a store's URL takes no query, fragment or password"
+        raise UserError(f"{text}: {what}; give scheme://host/path")
     patience = patience or Patience()
     driver, url = REMOTE[parts.scheme], text.rstrip("/")
     try:
@@ -299,10 +296,8 @@ def open_location(text: str | Path, *, patience: Patience | None = None) -> Loca
             base |= _s3_environment()
         kvstore = ts.KvStore.open(base).result(timeout=patience.timeout_s)
     except ValueError as error:
-        raise UserError(
-            f"{text}: not a URL of a store ({_one_line(error)}); give scheme://bucket/prefix or"
-            " http(s)://host/path"
-        ) from None
+        mend = "give scheme://bucket/prefix or http(s)://host/path"
+        raise UserError(f"{text}: not a URL of a store ({_one_line(error)}); {mend}") from None
     return RemoteLocation(url, base, patience.timeout_s, kvstore, driver != "http", {})
 
 
@@ -310,24 +305,22 @@ def checked(name: str) -> str:
     """The name itself. Raises UserError for one that would leave the location."""
     parts = name.split("/")
     if "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise UserError(
-            f"file name {name!r}: must be relative and stay inside the store; the store is damaged,"
-            " copy it again"
-        )
+        mend = "the store is damaged, copy it again"
+        raise UserError(f"file name {name!r}: must be relative and stay inside the store; {mend}")
     return name
 
 
 def _s3_environment() -> dict:
     """What the AWS variables say and TensorStore does not read itself."""
-    get, found = os.environ.get, {}
+    get, found = os.environ.get, dict[str, Any]()
     if endpoint := get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL"):
         found["endpoint"] = endpoint.rstrip("/")
     if region := get("AWS_REGION") or get("AWS_DEFAULT_REGION"):
         found["aws_region"] = region
     # first in TensorStore's chain too, which would complain of missing profile files on stderr
-    return found | (
-        {"aws_credentials": {"type": "environment"}} if get("AWS_ACCESS_KEY_ID") else {}
-    )
+    if get("AWS_ACCESS_KEY_ID"):
+        found["aws_credentials"] = {"type": "environment"}
+    return found
 
 
 def make_directory(path: Path) -> None:
@@ -360,17 +353,16 @@ def _local_errors(path: Path, action: str) -> Iterator[None]:
             mend = "check the permissions of the file and its directory"
         else:
             mend = "check the disk and run the same command again"
-        raise UserError(
-            f"{path}: cannot be {action} ({error.strerror or error}); {mend}"
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be {action} ({reason}); {mend}") from error
 
 
 def _remote_error(url: str, action: str, reason: str) -> UserError:
     if reason.startswith("OUT_OF_RANGE"):
         return DamagedFile(f"{url}: shorter than expected ({reason}); {MEND}")
     if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
-        why, mend = f"permission denied ({reason})", "check the credentials and what they allow"
-        return UserError(f"{url}: cannot be {action}, {why}; {mend}")
+        mend = "check the credentials and what they allow"
+        return UserError(f"{url}: cannot be {action}, permission denied ({reason}); {mend}")
     bucket = reason.startswith("NOT_FOUND") or "NoSuchBucket" in reason
     mend = "check that the bucket exists" if bucket else NETWORK
     return UserError(f"{url}: cannot be {action} ({reason}); {mend}")

@@ -30,41 +30,35 @@ import tensorstore as ts
 
 from flexmemory.errors import UserError
 from flexmemory.files import PAGE, allocate
-from flexmemory.tkv.storage.location import MEND, LocalLocation, Location
+from flexmemory.tkv.storage.location import MEND, LocalLocation, Location, refuse
 from flexmemory.tkv.storage.uring import CacheStat, Ring
 
 METHODS = ("auto", "uring", "threads", "buffered", "tensorstore")
 THREADS = 16  # measured: 8 are too few, 32 gain nothing
 STAGING_BYTES = 8 << 20
 PROBES = 4  # bundles of a batch that are looked up in the page cache to judge the batch
-# bundles, reached by doubling from 1: a question of 5 us before each single read of 100 us would
-# cost more than a late answer
+# bundles, reached by doubling from 1: asking before each single read costs more than a late answer
 PROBE_EVERY = 8
-# TensorStore's, beside the shard indexes: the pool keeps both, and an evicted index costs a read
-# per call
+# TensorStore's, beside the shard indexes: an evicted index costs a read per call
 CHUNK_CACHE_BYTES = 16 << 20
 INDEX_ENTRY_BYTES, INDEX_CRC_BYTES = 16, 4  # of a zarr shard's index, which ends its file
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """What a reader knows of an array: ``count`` records of ``size`` bytes, ``per_shard`` to a file
-    of ``files``, in order.
-    """
+    """What a reader knows of an array."""
 
     name: str  # relative to the store
     count: int
-    per_shard: int
-    size: int
-    files: tuple[str, ...]
+    per_shard: int  # records in a file
+    size: int  # bytes of a record
+    files: tuple[str, ...]  # in order
     spec: Callable[[dict], dict]  # of TensorStore, for the array in a kvstore
     view: Callable[[np.ndarray], np.ndarray]  # bytes [R, size] as that array has them
 
 
 def shard_index(used: int, places: int, size: int) -> np.ndarray:
-    """uint64 [places, 2], (offset, length) of each record in a shard whose first ``used`` places
-    are taken.
-    """
+    """uint64 [places, 2], (offset, length) of each record where the first ``used`` are taken."""
     index_S2 = np.full((places, 2), 2**64 - 1, np.uint64)
     index_S2[:used, 0], index_S2[:used, 1] = np.arange(used) * size, size
     return index_S2
@@ -74,10 +68,8 @@ def open_reader(
     location: Location, records: Records, *, method: str = "auto"
 ) -> "LocalReader | TensorStoreReader":
     """A reader of ``records``. ``method``: one of METHODS; "auto" chooses per batch, the others are
-    for measuring and for trouble.
-
-    Raises UserError for a missing shard, an unknown method, and "uring" where the kernel refuses
-    it.
+    for measuring and for trouble. Raises UserError for a missing shard, an unknown method, and
+    "uring" where the kernel refuses it.
     """
     if method not in METHODS:
         raise UserError(f"method: {method!r} is not one of {', '.join(METHODS)}")
@@ -87,20 +79,14 @@ def open_reader(
 
 
 class TensorStoreReader:
-    """Records through TensorStore: remote stores, and shards that another zarr implementation laid
-    out.
-    """
+    """Records through TensorStore: remote stores, and shards in another order."""
 
     def __init__(self, location: Location, records: Records):
         self._location, self._records = location, records
         self._reads = self._bundles = 0
         index_bytes = len(records.files) * records.per_shard * INDEX_ENTRY_BYTES
-        context = ts.Context(
-            {
-                "cache_pool": {"total_bytes_limit": CHUNK_CACHE_BYTES + 2 * index_bytes},
-                "file_io_concurrency": {"limit": 32},
-            }
-        )
+        pool = {"total_bytes_limit": CHUNK_CACHE_BYTES + 2 * index_bytes}
+        context = ts.Context({"cache_pool": pool, "file_io_concurrency": {"limit": 32}})
         spec = records.spec(location.spec(records.name))
         self._array = self._result(ts.open(spec, open=True, read=True, context=context))
 
@@ -108,8 +94,7 @@ class TensorStoreReader:
         """As :meth:`LocalReader.read`. Thread-safe."""
         if not len(ids_U):
             return
-        # a remote read that is given up may still write: not to memory that the caller goes on
-        # using
+        # a remote read that is given up may still write: not to memory that the caller still uses
         target_UB = out_UB if self._location.timeout_s is None else np.empty_like(out_UB)
         rows_U = self._records.view(target_UB)
         # a plain index takes TensorStore less time than an array of one
@@ -136,9 +121,8 @@ class TensorStoreReader:
         except (TimeoutError, RuntimeError) as error:
             local = self._location.local is not None
             mend = MEND if local else f"check the network and the server, or {MEND}"
-            raise UserError(
-                f"{self._location.url}/{self._records.name}: cannot be read ({error}); {mend}"
-            ) from error
+            what = f"cannot be read ({error})"
+            raise refuse(self._location, self._records.name, what, mend) from error
 
 
 class _OtherLayout(Exception):
@@ -146,9 +130,7 @@ class _OtherLayout(Exception):
 
 
 class LocalReader:
-    """Records from shard files: t is in file t div S at (t mod S) * B. Shards laid out otherwise go
-    to TensorStore.
-    """
+    """Records from shard files: t is in file t div S at (t mod S) * B, else TensorStore reads."""
 
     def __init__(self, location: LocalLocation, records: Records, method: str):
         self._origin = location, records
@@ -178,30 +160,24 @@ class LocalReader:
                 self._ring = Ring()
             except OSError as error:
                 if method == "uring":
-                    raise UserError(
-                        f"method: 'uring' does not work here ({error.strerror}); use 'auto'"
-                    ) from None
+                    what = f"'uring' does not work here ({error.strerror})"
+                    raise UserError(f"method: {what}; use 'auto'") from None
 
     def read(self, ids_U: np.ndarray, out_UB: np.ndarray) -> None:
         """Fills out[u] (C-contiguous uint8 [U, B]) with the bundle of token ids[u] (int64 [U],
-        ascending, no repeats). Thread-safe.
-
-        Raises UserError naming the file when a shard is missing, cut short, replaced or unreadable;
-        out is then undefined.
+        ascending, no repeats). Thread-safe. Raises UserError naming the file when a shard is
+        missing, cut short, replaced or unreadable; out is then undefined.
         """
         shape = (len(ids_U), self._bundle)
         if out_UB.shape != shape or out_UB.itemsize != 1 or not out_UB.flags.carray:
-            raise ValueError(
-                f"out must be a writable C-contiguous uint8 {shape}, got {out_UB.dtype}"
-                f" {out_UB.shape}"
-            )
+            got = f"{out_UB.dtype} {out_UB.shape}"
+            raise ValueError(f"out must be a writable C-contiguous uint8 {shape}, got {got}")
         tokens = ids_U.tolist()
         if not tokens:
             return
         if tokens[0] < 0 or tokens[-1] >= self._count:
-            raise ValueError(
-                f"ids must be within 0..{self._count - 1}, got {tokens[0]}..{tokens[-1]}"
-            )
+            got = f"{tokens[0]}..{tokens[-1]}"
+            raise ValueError(f"ids must be within 0..{self._count - 1}, got {got}")
         with self._lock:
             if self._fallback is None:
                 try:
@@ -287,9 +263,7 @@ class LocalReader:
         return missed
 
     def _cached(self, tokens: list[int]) -> Sequence[int]:
-        """Indexes of the bundles that the page cache seems to hold: a few are looked up, and all
-        only where these disagree.
-        """
+        """Indexes of the bundles that the page cache seems to hold: all where a few agree."""
         everything = range(len(tokens))
         probes = {self._is_cached(token) for token in tokens[:: math.ceil(len(tokens) / PROBES)]}
         if len(probes) == 1:
@@ -320,9 +294,8 @@ class LocalReader:
         for i, (shard, place) in zip(which, places):
             what = self._open(shard), out_UB[i], place * size, size, 1
             if self._call(shard, _preadv, *what) < size:
-                raise UserError(
-                    f"{self._paths[shard]}: ends inside the bundle of token {tokens[i]}; {MEND}"
-                )
+                fault = f"ends inside the bundle of token {tokens[i]}"
+                raise UserError(f"{self._paths[shard]}: {fault}; {MEND}")
         self._counts["read ahead"] += len(which)
 
     # the disk
@@ -396,9 +369,7 @@ class LocalReader:
     # files
 
     def _open(self, shard: int) -> int:
-        """The shard's descriptor for the page cache. The first time its index is compared with the
-        layout.
-        """
+        """The shard's descriptor for the page cache; its index is compared once."""
         fd = self._buffered.get(shard)
         if fd is None:
             fd = self._call(shard, self._open_same, shard, os.O_RDONLY)
@@ -422,9 +393,8 @@ class LocalReader:
         fd = _open_file(self._paths[shard], flags)
         if _identity(os.fstat(fd)) != _identity(self._identities[shard]):
             os.close(fd)
-            raise UserError(
-                f"{self._paths[shard]}: changed since the store was opened; open the store again"
-            )
+            what = "changed since the store was opened"
+            raise UserError(f"{self._paths[shard]}: {what}; open the store again")
         return fd
 
     def _check_index(self, fd: int, shard: int) -> None:
@@ -443,10 +413,8 @@ class LocalReader:
         except OSError as error:
             more = "allow more open files (ulimit -n)"
             mends = {errno.EACCES: "let this user read it", errno.EMFILE: more}
-            mend = mends.get(error.errno or 0, MEND)
-            raise UserError(
-                f"{self._paths[shard]}: cannot be read ({error.strerror}); {mend}"
-            ) from error
+            what, mend = f"cannot be read ({error.strerror})", mends.get(error.errno or 0, MEND)
+            raise UserError(f"{self._paths[shard]}: {what}; {mend}") from error
 
 
 def _identity(stat: os.stat_result) -> tuple:
@@ -467,10 +435,8 @@ def _open_file(path: Path, flags: int) -> int:
 
 def _preadv(fd: int, memory: np.ndarray, offset: int, wanted: int, block: int) -> int:
     """Reads at ``offset`` into ``memory`` (uint8 [length]) until ``wanted`` bytes are there or no
-    more come; returns the bytes got.
-
-    A read that stopped short goes on from a multiple of ``block``: PAGE where O_DIRECT demands it,
-    else 1.
+    more come; returns the bytes got. A read that stopped short goes on from a multiple of
+    ``block``: PAGE where O_DIRECT demands it, else 1.
     """
     got = os.preadv(fd, (memory,), offset)
     while got < wanted:

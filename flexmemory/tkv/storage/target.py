@@ -18,19 +18,20 @@ from collections.abc import Callable, Iterable, Iterator
 from flexmemory import files
 from flexmemory.errors import UserError
 from flexmemory.progress import ProgressLine
-from flexmemory.tkv.storage.location import File, Location, make_directory
+from flexmemory.tkv.storage.location import (
+    File,
+    Location,
+    RemoteLocation,
+    make_directory,
+    misfits,
+    refuse,
+)
 
 MANIFEST = "tkv.json"  # written last: a directory without it is no store
 COPY_MARK = "tkv.partial.copy.json"  # of an unfinished copy
 PARTIAL, LOCK = "tkv.partial.", ".lock."  # and the number of the host
-CONTENTS = (  # what else a store has at its top
-    "rows",
-    "checksums",
-    "backbone",
-    "tokenizer.json",
-    "basis.safetensors",
-    "counts.npy",
-)
+# what else a store has at its top
+CONTENTS = "rows", "checksums", "backbone", "tokenizer.json", "basis.safetensors", "counts.npy"
 # a kill loses the shards of the last seconds, and a long list is not written for every shard
 RECORD_SECONDS = 2.0
 POLL_SECONDS = 0.5  # between looks at what other hosts have done
@@ -45,6 +46,11 @@ class Shard:
 
     files: list[File]
     sums: Sums
+
+    @classmethod
+    def of(cls, content: dict) -> "Shard":
+        sums = {int(layer): sums for layer, sums in content["sums"].items()}
+        return cls([File(**file) for file in content["files"]], sums)
 
 
 @dataclasses.dataclass
@@ -72,14 +78,9 @@ class Record:
             "prepared": [dataclasses.asdict(file) for file in self.prepared],
             "shards": {str(k): dataclasses.asdict(shard) for k, shard in self.shards.items()},
         }
-        name, data = partial_file(self.host), json.dumps(content).encode()
-        if self.location.local is not None:
-            self.location.write(name, data)
-        elif not self.location.claim(name, data):
-            raise UserError(
-                f"out: {self.location.url}: another process has begun to export there; wait for it"
-                " or give another place"
-            )
+        if not claim(self.location, partial_file(self.host), json.dumps(content).encode()):
+            what = "another process has begun to export there"
+            raise UserError(f"out: {self.location.url}: {what}; wait for it or give another place")
         self._written = time.monotonic()
 
     @classmethod
@@ -87,13 +88,7 @@ class Record:
         name = partial_file(host)
         try:
             content = json.loads(location.read(name))
-            shards = {
-                int(k): Shard(
-                    [File(**file) for file in shard["files"]],
-                    {int(layer): sums for layer, sums in shard["sums"].items()},
-                )
-                for k, shard in content["shards"].items()
-            }
+            shards = {int(k): Shard.of(shard) for k, shard in content["shards"].items()}
             prepared = [File(**file) for file in content["prepared"]]
             return cls(location, host, content["identity"], prepared, shards, content["ready"])
         except FileNotFoundError:
@@ -101,10 +96,8 @@ class Record:
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{location.url}/{name}: not readable ({error!r}); delete it and run the same"
-                " command again"
-            ) from None
+            mend = "delete it and run the same command again"
+            raise refuse(location, name, f"not readable ({error!r})", mend) from None
 
     def __enter__(self) -> "Record":
         return self
@@ -115,10 +108,23 @@ class Record:
             self.write()
 
 
+Resumed = tuple[Record, dict[int, Shard]]  # a host's record, and the shards of all hosts
+
+
+def claim(location: Location, name: str, data: bytes) -> bool:
+    """Writes ``name``. False where another process has written it since: on a remote target, a
+    local one is :func:`held`.
+    """
+    if isinstance(location, RemoteLocation):
+        return location.claim(name, data)
+    location.write(name, data)
+    return True
+
+
 @contextlib.contextmanager
 def held(location: Location, host: int) -> Iterator[None]:
-    """Keeps a second process with the same host number away from a local target. On a remote one
-    the records do, see :meth:`Record.write`.
+    """Keeps a second process with the same host number away from a local target; the records do
+    so on a remote one.
     """
     if location.local is None:
         yield
@@ -136,10 +142,8 @@ def held(location: Location, host: int) -> Iterator[None]:
                 break
         except BlockingIOError:
             lock.close()
-            raise UserError(
-                f"out: {location.url}: another process writes there; wait for it or give another"
-                " directory"
-            ) from None
+            mend = "wait for it or give another directory"
+            raise UserError(f"out: {location.url}: another process writes there; {mend}") from None
         except FileNotFoundError:
             pass
         lock.close()
@@ -154,24 +158,21 @@ def prepare(
     location: Location,
     identity: dict,
     host: int,
-    *,
     known: Callable[[], dict],
     write_first: Callable[[], list[File]],
-    overwrite: bool = False,
-    progress: bool = True,
-) -> tuple[Record, dict[int, Shard]] | None:
-    """This host's record and all shards done so far, of any host; or None when the target is this
-    store already.
+    overwrite: bool,
+    progress: bool,
+) -> Resumed | None:
+    """This host's record and all shards done so far; or None when the target is this store.
 
     known: gives the identity of the store that is there. write_first: writes what rows need and
     returns it; host 0 calls it once, on a cleared target.
     """
+    out, elsewhere = f"out: {location.url}", "or another directory"
     if _exists(location, MANIFEST) and not overwrite:
         if known() != identity:
-            raise UserError(
-                f"out: {location.url} holds a store of {OTHER}; give overwrite=True to replace it,"
-                " or another directory"
-            )
+            mend = f"give overwrite=True to replace it, {elsewhere}"
+            raise UserError(f"{out} holds a store of {OTHER}; {mend}")
         if host == 0:
             sweep(location)
         return None
@@ -180,15 +181,11 @@ def prepare(
     record = Record.read(location, 0)
     if record is None:
         if not _exists(location, MANIFEST) and (foreign := _foreign(location)):
-            raise UserError(
-                f"out: {location.url} is not empty and no TKV store (it has {foreign}); give a new"
-                " or empty directory"
-            )
+            what = f"is not empty and no TKV store (it has {foreign})"
+            raise UserError(f"{out} {what}; give a new or empty directory")
     elif record.identity != identity and not overwrite:
-        raise UserError(
-            f"out: {location.url} holds an unfinished export of {OTHER}; give overwrite=True to"
-            " start again, or another directory"
-        )
+        mend = f"give overwrite=True to start again, {elsewhere}"
+        raise UserError(f"{out} holds an unfinished export of {OTHER}; {mend}")
     elif _joinable(location, record, identity):
         return _resumed(location, identity, 0, record.prepared)
     # before clearing: a kill in between leaves an unfinished export, not foreign files
@@ -202,7 +199,7 @@ def prepare(
 
 def _join(
     location: Location, identity: dict, host: int, overwrite: bool, progress: bool
-) -> tuple[Record, dict[int, Shard]]:
+) -> Resumed:
     """Waits until host 0 has prepared the target for this export."""
     with ProgressLine(f"export: host {host} waits for host 0", 0, "s", enabled=progress) as line:
         began = time.monotonic()
@@ -211,10 +208,8 @@ def _join(
             if record and _joinable(location, record, identity):
                 return _resumed(location, identity, host, record.prepared)
             if record and record.identity != identity and not overwrite:
-                raise UserError(
-                    f"out: {location.url}: host 0 exports {OTHER} there; give every host the same"
-                    " options"
-                )
+                what = f"host 0 exports {OTHER} there; give every host the same options"
+                raise UserError(f"out: {location.url}: {what}")
             line.update(time.monotonic() - began)
             time.sleep(POLL_SECONDS)
 
@@ -223,17 +218,11 @@ def _joinable(location: Location, record: Record, identity: dict) -> bool:
     return record.identity == identity and record.ready and not _exists(location, MANIFEST)
 
 
-def _resumed(
-    location: Location, identity: dict, host: int, prepared: list[File]
-) -> tuple[Record, dict[int, Shard]]:
+def _resumed(location: Location, identity: dict, host: int, prepared: list[File]) -> Resumed:
     """The record of an interrupted export, without shards that have lost a file."""
     done, own = shards_done(location, identity), Record.read(location, host)
-    sizes = location.sizes([file.name for shard in done.values() for file in shard.files])
-    done = {
-        k: shard
-        for k, shard in done.items()
-        if all(sizes.get(file.name, -1) in (None, file.bytes) for file in shard.files)
-    }
+    lost = {f for f, _ in misfits(location, (f for shard in done.values() for f in shard.files))}
+    done = {k: shard for k, shard in done.items() if lost.isdisjoint(shard.files)}
     shards = own.shards if own and own.identity == identity else {}
     kept = {k: shard for k, shard in shards.items() if k in done}
     return Record(location, host, identity, prepared, kept), done
@@ -272,10 +261,8 @@ def shards_done(location: Location, identity: dict) -> dict[int, Shard]:
 def check_space(location: Location, needed: int, mend: str, where: str | None = None) -> None:
     """Raises UserError where a local target's disk has less than ``needed`` bytes free."""
     if location.local is not None and (free := shutil.disk_usage(location.local).free) < needed:
-        raise UserError(
-            f"{where or location.url}: {needed:,} bytes are to be written and the disk has"
-            f" {free:,} free; {mend}"
-        )
+        what = f"{needed:,} bytes are to be written and the disk has {free:,} free"
+        raise UserError(f"{where or location.url}: {what}; {mend}")
 
 
 @contextlib.contextmanager
@@ -288,9 +275,7 @@ def one_line_errors(where: str, mend: str) -> Iterator[None]:
 
 
 def bytes_there(location: Location) -> int:
-    """Bytes of what an export would clear or go on with; 0 for a remote target, whose space nobody
-    knows.
-    """
+    """Bytes of what an export would clear or go on with; 0 for a remote target."""
     if location.local is None:
         return 0
     contents = [name for name in location.names() if is_content(name)]
@@ -305,8 +290,8 @@ def sweep(location: Location) -> None:
 
 
 def clear(location: Location, names: Iterable[str]) -> None:
-    """Removes those of ``names`` that are a store's or an unfinished export's, and nothing else.
-    The manifest goes first: what is left is no store.
+    """Removes those of ``names`` that are a store's or an unfinished export's. The manifest goes
+    first: what is left is no store.
     """
     location.delete(MANIFEST)
     for name in names:

@@ -30,9 +30,7 @@ _SQ_HEAD, _SQ_TAIL, _SQ_ARRAY, _CQ_HEAD, _CQES = 10, 11, 16, 20, 25
 
 
 def linux_call() -> Callable:
-    """libc's ``syscall`` with six long arguments. Raises OSError (ENOSYS) where its numbers are
-    others: not on Linux, or on another machine than MACHINES.
-    """
+    """libc's ``syscall`` with six long arguments. Raises OSError (ENOSYS) on other machines."""
     if not sys.platform.startswith("linux"):
         raise OSError(errno.ENOSYS, "not Linux")
     if platform.machine() not in MACHINES:
@@ -44,9 +42,7 @@ def linux_call() -> Callable:
 
 
 class CacheStat:
-    """How many pages of a stretch of a file the page cache holds, without reading any (Linux 6.5
-    and later, for the file's owner).
-    """
+    """How many pages of a file's part the page cache holds (Linux 6.5, for the file's owner)."""
 
     def __init__(self) -> None:
         self._call = linux_call()
@@ -54,8 +50,8 @@ class CacheStat:
         self._addresses = ctypes.addressof(self._range), ctypes.addressof(self._found)
 
     def pages(self, fd: int, offset: int, length: int) -> int:
-        """Cached pages of bytes offset to offset + length of ``fd``. Raises OSError where the
-        kernel does not tell. One thread at a time.
+        """Cached pages of bytes offset to offset + length of ``fd``; one thread at a time. Raises
+        OSError where the kernel does not tell.
         """
         self._range[0], self._range[1] = offset, length
         if self._call(_CACHESTAT, fd, *self._addresses, 0, 0, 0):
@@ -65,9 +61,7 @@ class CacheStat:
 
 
 class Ring:
-    """One io_uring of ``entries`` places. Raises OSError where the kernel refuses one (seccomp,
-    sysctl, not Linux).
-    """
+    """One io_uring of ``entries`` places. Raises OSError where the kernel refuses one."""
 
     def __init__(self, entries: int = ENTRIES):
         self._call = linux_call()
@@ -155,22 +149,16 @@ class Ring:
         return got_N
 
     def _flying(self) -> int:
-        """Requests that the kernel took and whose results we did not. From the shared counters:
-        right wherever an interrupt struck.
-        """
+        """Requests that the kernel took and whose results we did not, by the shared counters."""
         return (int(self._sq_head[0]) - int(self._cq_head[0])) % 2**32
 
     def _settle(self) -> None:
-        """Waits until the kernel has stopped writing into the memory of an interrupted or failed
-        read.
-        """
+        """Waits until the kernel writes no more into the memory of an interrupted read."""
         while flying := self._flying():
             self._reap(flying)
 
     def _submit(self, requests: np.ndarray) -> int:
-        """Offers as many requests to the kernel as fit before the ring wraps; returns how many it
-        took.
-        """
+        """Offers the requests that fit before the ring wraps; returns how many the kernel took."""
         head = int(self._sq_head[0])
         place = head % self._entries
         requests = requests[: self._entries - place]
@@ -180,9 +168,7 @@ class Ring:
         return (int(self._sq_head[0]) - head) % 2**32
 
     def _reap(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Waits for up to ``count`` results, takes exactly these (the wait ordered them before our
-        loads, later ones it did not).
-        """
+        """Waits for up to ``count`` results and takes these: later ones may not be readable yet."""
         head = int(self._cq_head[0])
         place = head % len(self._cqes)
         count = min(count, len(self._cqes) - place)
