@@ -9,16 +9,7 @@ from flexmemory.config import Config, from_dict
 from flexmemory.errors import UserError
 from flexmemory.tkv import format
 from flexmemory.tkv.encoding import DTYPES, FLOATS
-from flexmemory.tkv.format import (
-    BACKBONE_NAME,
-    COUNTS,
-    TOKENIZER,
-    VERSION,
-    LayerError,
-    Manifest,
-    Provenance,
-    TokenizerInfo,
-)
+from flexmemory.tkv.format import VERSION, LayerError, Manifest, Provenance, TokenizerInfo
 from flexmemory.tkv.storage.crc import crc32
 from flexmemory.tkv.storage.location import File, Location, refuse
 from flexmemory.tkv.storage.target import COPY_MARK, MANIFEST, partial_file
@@ -48,7 +39,7 @@ def to_json(manifest: Manifest) -> dict:
         "groups": [{name: getattr(g, name) for name in GROUP_FIELDS} for g in m.groups],
         "table_bytes": m.table_bytes,
         "backbone": {"dtype": "float32"},
-        "tokenizer": {"file": TOKENIZER, **dataclasses.asdict(m.tokenizer)},
+        "tokenizer": {"file": format.TOKENIZER, **dataclasses.asdict(m.tokenizer)},
         "source": dataclasses.asdict(m.source),
         "errors": m.errors and [dataclasses.asdict(error) for error in m.errors],
         "files": [dataclasses.asdict(file) for file in m.files],
@@ -130,8 +121,8 @@ def _wrong(m: Manifest) -> str | None:
         if name not in sizes or sizes[name] != shards.get(name, sizes[name]):
             found = f"{sizes[name]} bytes" if name in sizes else "missing"
             return f"files: {name} is {found}, not as the model, dtype and shard_rows say"
-    for name in sorted(sizes.keys() - shards.keys() - {*fixed, COUNTS}):
-        if not BACKBONE_NAME.fullmatch(name):
+    for name in sorted(sizes.keys() - shards.keys() - {*fixed, format.COUNTS}):
+        if not format.BACKBONE_NAME.fullmatch(name):
             return f"files: {name!r} is no file of a store"
     return None
 

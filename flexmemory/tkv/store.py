@@ -22,14 +22,7 @@ from flexmemory.tkv.encoding import Basis
 from flexmemory.tkv.format import BASIS, COUNTS, TOKENIZER, Group, Manifest
 from flexmemory.tkv.manifest import read_manifest
 from flexmemory.tkv.storage.crc import crc32
-from flexmemory.tkv.storage.location import (
-    NETWORK,
-    File,
-    Location,
-    misfits,
-    open_location,
-    refuse,
-)
+from flexmemory.tkv.storage.location import NETWORK, File, Location, misfits, open_location, refuse
 from flexmemory.tkv.storage.reader import LocalReader, TensorStoreReader, open_reader
 
 
