@@ -1,6 +1,5 @@
 """zarr encodings as TensorStore makes them: taken from small arrays in memory, so that whole files
-can be written without its driver.
-"""
+can be written without its driver."""
 
 import tensorstore as ts
 
@@ -22,8 +21,7 @@ def zarr_metadata(manifest: Manifest, group: Group) -> dict[str, bytes]:
 
 def shard_tails(manifest: Manifest, group: Group) -> tuple[bytes, bytes]:
     """What follows the bundles (index and its crc32c) in every full shard of a group, and in its
-    last shard.
-    """
+    last shard."""
     array = _create(format.index_spec(MEMORY, manifest))
 
     def tail(rows: int) -> bytes:

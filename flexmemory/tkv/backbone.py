@@ -3,8 +3,7 @@ names that need no JAX.
 
 ``embed``, ``head``, ``norm.scale``, ``layers.<i>.attn.q``, ``layers.<i>.ffn.gate``, ...: see
 docs/formats.md. Files are written and read here and not by the safetensors library, which copies
-each once more and has no checksum (docs/architecture.md has the numbers).
-"""
+each once more and has no checksum (docs/architecture.md has the numbers)."""
 
 import functools
 import json
@@ -111,8 +110,7 @@ def load(
     stacked: blocks as the model's scan wants them, else as they are served, every layer by itself.
     dtype: of tensors with two or more dimensions, cast as they arrive; scales of norms stay
     float32. Beside the result at most 16 MiB of a file are in memory (stacking takes the blocks a
-    second time).
-    """
+    second time)."""
     named: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(1) as pool:
         # traces the model, which takes about as long as reading it
@@ -142,8 +140,7 @@ def load_tensors(
 
     Raises UserError unless the file has the size and the CRC-32 that ``file`` says: the CRC-32 of
     the very bytes that become the arrays. These go to the device before the whole file is checked,
-    but none is handed out.
-    """
+    but none is handed out."""
     size = location.sizes([file.name]).get(file.name, file.bytes)
     if size not in (None, file.bytes):
         raise refuse(location, file.name, f"{size} bytes, the manifest says {file.bytes}")
@@ -188,8 +185,7 @@ def load_tensors(
 
 def _header(location: Location, file: File) -> tuple[bytes, list[tuple[str, list[int], int]]]:
     """(the bytes before the first tensor, [(name, shape, where it starts)]). Raises ValueError and
-    the like unless float32 tensors fill the file.
-    """
+    the like unless float32 tensors fill the file."""
     size = int.from_bytes(first := read_exactly(location, file, 0, 8), "little")
     if 8 + size > file.bytes:
         raise ValueError("its header is longer than the file")

@@ -1,8 +1,7 @@
 """Copying a store from one location to another, checked on the way.
 
 tkv.json is written last. Until then the copy of it in tkv.partial.copy.json says which store the
-files belong to, so that the same copy goes on after a kill and no other one mixes its files in.
-"""
+files belong to, so that the same copy goes on after a kill and no other one mixes its files in."""
 
 import contextlib
 import json
@@ -51,8 +50,7 @@ def copy(
     trusted when their size is right). Returns {files, bytes: of the
     whole store; copied_files, copied_bytes: by this call; read_back: with ``deep``; seconds}.
     Raises UserError: no store or a damaged one at ``source``, something else at ``destination``,
-    disk full, no permission, no network.
-    """
+    disk full, no permission, no network."""
     began, origin, place = time.perf_counter(), open_location(source), open_location(destination)
     if _identity(origin) == _identity(place):
         raise _refuse(place, "source and destination are the same place", ELSEWHERE)
@@ -96,8 +94,7 @@ def _identity(location: Location) -> object:
 
 def _open(source: Location) -> tuple[list[File], bytes]:
     """(every file but the manifest, the small ones first; the manifest's bytes). Raises
-    DamagedFile for one that is missing or has another size.
-    """
+    DamagedFile for one that is missing or has another size."""
     manifest, content = read_manifest(source), _read(source, MANIFEST)
     if content is None or from_json(json.loads(content), f"{source.url}/{MANIFEST}") != manifest:
         raise _refuse(source, "was replaced while it was opened", AGAIN)

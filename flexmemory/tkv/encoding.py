@@ -2,8 +2,7 @@
 :func:`decode` run on the device, inside jit.
 
 docs/formats.md has the bytes. A plain group is an array of floats [V, L, W]; an encoded one has
-opaque bundles uint8 [V, B].
-"""
+opaque bundles uint8 [V, B]."""
 
 import dataclasses
 
@@ -68,8 +67,7 @@ class Layout:
 
 def encode(layout: Layout, rows_RLW: jax.Array, basis: Basis = ()) -> jax.Array:
     """Rows float32 as they are stored: [R, L, W] of the layout's dtype when plain, else bundles
-    uint8 [R, B].
-    """
+    uint8 [R, B]."""
     if layout.plain:
         return rows_RLW.astype(layout.dtype)
     if layout.ranks is None:

@@ -3,8 +3,7 @@
 The unit of work is a shard of every group; host h of n writes the shards k with k mod n = h. Each
 host counts what is on the disk in tkv.partial.<host>.json, so a killed export goes on where it
 stopped; host 0 prepares the target and at the end writes tkv.json. Learned tables stay in the
-host's memory, so they may be larger than the device.
-"""
+host's memory, so they may be larger than the device."""
 
 import contextlib
 import dataclasses
@@ -55,8 +54,7 @@ class RowFormat:
     ``rank_error``: the relative error (Frobenius norm) for which each layer's smallest rank is
     taken instead; ``scale_group``: numbers that share a scale, 0 for a whole record;
     ``shard_rows``: tokens in one shard, a power of two, by default about 32 MiB of the widest group
-    at full rank.
-    """
+    at full rank."""
 
     dtype: str = "float32"
     scale_group: int = 0
@@ -83,8 +81,7 @@ def export(
     process's number and how many share the work, by default JAX's processes; host 0 waits for the
     others. overwrite: replace another store at ``out``. Returns the dict of :func:`export_params`.
     Raises UserError for a missing run, another store or foreign files at ``out``, another process
-    that exports there, a bad option, rows that are not finite, a full disk.
-    """
+    that exports there, a bad option, rows that are not finite, a full disk."""
     check_options(RowFormat(**rows), host, hosts)
     config, params, step = load_params(Path(workdir), step, on_host=True)
     tokenizer, run = load_tokenizer(Path(workdir)), Path(workdir).resolve().name
@@ -112,8 +109,7 @@ def export_params(
     ``run`` and ``step`` name their source.
 
     Returns {store, seconds, rows_per_s, resumed_rows, complete_before, backbone_bytes, and the
-    figures of :func:`sizes`}; a host above 0 has no errors yet.
-    """
+    figures of :func:`sizes`}; a host above 0 has no errors yet."""
     row_format, model, began = RowFormat(**rows), config.model, time.perf_counter()
     check_options(row_format, host, hosts)
     if host is None or hosts is None:
@@ -195,8 +191,7 @@ def check_options(rows: RowFormat, host: int | None = None, hosts: int | None = 
 
 def read_counts(config: Config) -> np.ndarray | None:
     """How often each id occurs in the data of a run; None where they are not at hand or have been
-    prepared anew with another vocabulary.
-    """
+    prepared anew with another vocabulary."""
     path = Path(config.data.path) / "train_counts.npy"
     if not config.data.path or not path.is_file():
         return None
@@ -254,8 +249,7 @@ def _with_bases(
 
 class Writer:
     """Writes the files of a store; :meth:`write` and :meth:`copy` are called by many threads.
-    ``tables``: see :func:`fold.learned_tables`.
-    """
+    ``tables``: see :func:`fold.learned_tables`."""
 
     def __init__(self, location: Location, manifest: Manifest, tables: dict[str, list[np.ndarray]]):
         self.location, self.manifest, self.tables = location, manifest, tables
@@ -273,8 +267,7 @@ class Writer:
 
     def copy(self, group: Group, shard: int) -> list[File]:
         """:meth:`write` of learned rows, through a piece of memory that all shards use in turn: the
-        disk takes fresh memory more slowly.
-        """
+        disk takes fresh memory more slowly."""
         memory_N, m = self._free.get(), self.manifest
         try:
             where = *m.span(shard), m.fold_rows, memory_N
@@ -305,8 +298,7 @@ class Writer:
 
     def _in_turn(self, pieces: Iterator) -> Iterator:
         """The pieces, each copied and checked while no other thread does so: one is faster than the
-        disk, several wait for the interpreter's lock.
-        """
+        disk, several wait for the interpreter's lock."""
 
         def piece() -> Any:
             with self._turn:
@@ -319,8 +311,7 @@ def _write_shards(
     writer: Writer, folded: Iterator[Folded], total: int, record: target.Record, progress: bool
 ) -> None:
     """Writes shards of ``total`` rows as they are folded: threads check and write the last ones,
-    and copy learned rows themselves, while the device computes the next.
-    """
+    and copy learned rows themselves, while the device computes the next."""
     m, written, began = writer.manifest, 0, time.perf_counter()
     pending: deque[tuple[int, list[Future], target.Sums]] = deque()
 
@@ -429,8 +420,7 @@ def sizes(manifest: Manifest) -> dict:
     {dtype, scale_group, rank_error, table_bytes, float32_bytes, bfloat16_bytes, basis_bytes,
     layers: [{layer, width, bytes, rank, useful_rank, relative_rms, max_abs}]}; rank None at full
     rank, errors None where there are none (plain float32) or not yet.
-    useful_rank: above it, a rank saves nothing.
-    """
+    useful_rank: above it, a rank saves nothing."""
     m, v = manifest, manifest.vocab_size
     errors = {error.layer: error for error in m.errors or ()}
 

@@ -2,8 +2,7 @@
 so that equal weights give equal bits everywhere.
 
 Learned tables may lie in the host's memory and be larger than a device: a call is given the rows of
-its own addresses.
-"""
+its own addresses."""
 
 import functools
 import math
@@ -45,8 +44,7 @@ def on_device(params: dict) -> dict:
 
 def with_rows_of(params: dict, ids_R: np.ndarray, cfg: ModelConfig, names: Iterable[str]) -> dict:
     """``params`` whose learned tables hold the rows of the addresses ids_R alone, [L, R, W]; those
-    that no group of ``names`` needs hold zeros.
-    """
+    that no group of ``names`` needs hold zeros."""
     used = {stack for name in names for stack, _ in row_stacks(layer_specs(cfg))[name]}
 
     def rows(path: tuple, leaf: np.ndarray) -> np.ndarray:
@@ -75,8 +73,7 @@ def fold_call(
 
     stored: as :func:`encoding.encode` gives it. figures, each [L]: "finite" bool, of the stored
     rows and of the sums; but for plain float32 also "squared_error", "squares" (sums over rows and
-    numbers) and "max_abs" (the largest error), float32.
-    """
+    numbers) and "max_abs" (the largest error), float32."""
     params = with_rows_of(params, ids_R, cfg, [name for name, _ in layouts])
     return _fold(params, bases, ids_R, count, cfg=cfg, layouts=layouts)
 
@@ -114,8 +111,7 @@ def start_shard(
     fold_rows: int,
 ) -> list[Part]:
     """Dispatches the fold of the addresses start..stop-1 in calls of ``fold_rows`` addresses, the
-    last one padded, and does not wait. ``start``: a multiple of ``fold_rows``.
-    """
+    last one padded, and does not wait. ``start``: a multiple of ``fold_rows``."""
     assert start % fold_rows == 0, (start, fold_rows)  # so an address has always equal neighbours
     parts = []
     for at in range(start, stop, fold_rows) if layouts else ():
@@ -131,8 +127,7 @@ def fetch_shard(
 ) -> tuple[dict[str, list[np.ndarray]], dict[int, list[float]]]:
     """Waits for a started shard: ({group: [bundles uint8 [R, B] of each call]}, {model layer:
     [squared error, squares, largest error]}, float64, {} for plain float32). Raises UserError
-    naming layer and tokens of rows that are not finite.
-    """
+    naming layer and tokens of rows that are not finite."""
     bundles: dict[str, list[np.ndarray]] = {group.name: [] for group in groups}
     sums: dict[int, list[float]] = {}
     for stored, figures, at, count in parts:
@@ -164,8 +159,7 @@ def learned_tables(
     params: dict, cfg: ModelConfig, groups: tuple[Group, ...]
 ) -> dict[str, list[np.ndarray]]:
     """{group: [table float32 [V, W] of each of its layers]} of the groups whose bundles
-    :func:`copy_shard` makes: views of ``params``, which lie on the host.
-    """
+    :func:`copy_shard` makes: views of ``params``, which lie on the host."""
     specs, learned = layer_specs(cfg), {}
     for group in groups:
         tables = all(specs[layer].learned for layer in group.layers)
@@ -181,8 +175,7 @@ def learned_tables(
 
 def copy_memory(groups: Iterable[Group], count: int) -> np.ndarray:
     """uint8 [count, N]: the memory of ``count`` calls of :func:`copy_shard`, each from a page on,
-    so that a disk takes it as it lies.
-    """
+    so that a disk takes it as it lies."""
     size = max([COPY_BYTES, *(group.bundle_bytes for group in groups)])
     return allocate(count, -(-size // PAGE) * PAGE)
 
@@ -199,8 +192,7 @@ def copy_shard(
     gather of learned rows computes nothing.
 
     Every array is the same ``memory_N`` again, so small that its bundles are checked and written
-    while a processor's cache holds them. Raises the UserError of :func:`fetch_shard`.
-    """
+    while a processor's cache holds them. Raises the UserError of :func:`fetch_shard`."""
     size = group.bundle_bytes
     rows = min(fold_rows, format.floor_power(COPY_BYTES // size))
     for at in range(start, stop, rows):
@@ -226,8 +218,7 @@ def fold_table(
     shard_rows: int,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(first address, {group: bundles uint8 [R, B]}) of one shard after another, over all V, as an
-    export with the same ``fold_rows`` stores them.
-    """
+    export with the same ``fold_rows`` stores them."""
     layouts = layouts_of(groups)
     for start in range(0, cfg.vocab_size, shard_rows):
         span = start, min(start + shard_rows, cfg.vocab_size)

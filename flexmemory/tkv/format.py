@@ -9,8 +9,7 @@ docs/formats.md describes the same bytes for other readers.
     STORE/basis.safetensors         of low-rank rows
     STORE/counts.npy                optional, how often each id occurs in the training data
     STORE/backbone/*.safetensors    every parameter that is not folded away
-    STORE/tokenizer.json
-"""
+    STORE/tokenizer.json"""
 
 import dataclasses
 import math
@@ -92,8 +91,7 @@ class Provenance:
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What tkv.json says (:mod:`flexmemory.tkv.manifest` writes and reads it). ``groups`` and all
-    byte counts follow from the fields before ``files`` and are checked against them.
-    """
+    byte counts follow from the fields before ``files`` and are checked against them."""
 
     model: ModelConfig
     dtype: str  # one of encoding.DTYPES
@@ -165,8 +163,7 @@ def memory_layers(model: ModelConfig) -> list[int]:
 def model_layers(model: ModelConfig) -> list[dict]:
     """The resolved layers from input to output: kind of the block; d_ffn: width of the FFN that the
     block keeps, 0 without; square: number of D x D matrices of a flex layer's FFN-C, 0 for a
-    SwiGLU; group, place: where its rows are, rows/<group>[token, place], None without memory.
-    """
+    SwiGLU; group, place: where its rows are, rows/<group>[token, place], None without memory."""
     specs = layer_specs(model)
     places = {i: (g, k) for g, layers in row_groups(specs).items() for k, i in enumerate(layers)}
     layers = []
@@ -249,8 +246,7 @@ def records(manifest: Manifest, group: Group) -> Records:
 
 def rows_spec(kvstore: dict, manifest: Manifest, group: Group) -> dict:
     """TensorStore spec of rows/<group> in a kvstore (``location.spec(f"rows/{group.name}")``).
-    Opening with it checks the stored metadata against the manifest.
-    """
+    Opening with it checks the stored metadata against the manifest."""
     layout = group.layout
     inner, names = [layout.bundle_bytes], ["byte"]
     if layout.plain:

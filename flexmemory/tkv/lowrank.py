@@ -1,6 +1,5 @@
 """Low-rank rows: the best basis of a layer's rows is the leading eigenvectors of their Gram matrix
-X^T X (Eckart and Young).
-"""
+X^T X (Eckart and Young)."""
 
 import functools
 
@@ -22,8 +21,7 @@ def uniform_ranks(groups: tuple[Group, ...], rank: int | float) -> tuple[int, ..
     """One rank per memory layer in model order: ``rank`` itself, or as a float that share of each
     layer's width.
 
-    Raises UserError for a rank outside 1..W, a share outside 0..1.
-    """
+    Raises UserError for a rank outside 1..W, a share outside 0..1."""
     ranks: dict[int, int] = {}
     for group in groups:
         r = rank
@@ -57,8 +55,7 @@ def find_bases(
 
     ranks: by memory layer in model order. Without them each layer gets the smallest rank whose
     error, ||X - X B^T B|| / ||X|| in the Frobenius norm, is at most ``rank_error``. In memory: the
-    Gram matrices of all layers, in float32 on the device and in float64 on the host.
-    """
+    Gram matrices of all layers, in float32 on the device and in float64 on the host."""
     layers = sorted(layer for group in groups for layer in group.layers)
     rank_of = dict(zip(layers, ranks, strict=True)) if ranks else {}
     bases = {}

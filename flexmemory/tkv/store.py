@@ -1,6 +1,5 @@
 """Opening and reading a TKV store. Every row that leaves here was checked against its checksum
-unless checking is off.
-"""
+unless checking is off."""
 
 import dataclasses
 import functools
@@ -49,8 +48,7 @@ class Store:
         different token ids int64.
 
         Raises UserError for an id outside the vocabulary, a shard that is missing or damaged, a
-        bundle that fails its checksum; what ``out`` then holds must not be used.
-        """
+        bundle that fails its checksum; what ``out`` then holds must not be used."""
         if not len(ids_U):
             return
         if ids_U[0] < 0 or ids_U[-1] >= self.manifest.vocab_size:
@@ -72,8 +70,7 @@ class Store:
 
     def read_rows(self, ids_R: np.ndarray) -> dict[str, np.ndarray]:
         """{group: rows_RLW, decoded} of token ids, any order, repeats allowed; in the store's
-        dtype, float32 where rows are encoded.
-        """
+        dtype, float32 where rows are encoded."""
         unique_U, inverse_R = np.unique(np.asarray(ids_R, np.int64), return_inverse=True)
         ordered = len(unique_U) == len(inverse_R) and bool((np.diff(inverse_R) > 0).all())
         stored = {group.name: allocate(len(unique_U), group.bundle_bytes) for group in self.groups}
@@ -122,8 +119,7 @@ def open_store(path: str | Path, *, check: bool = True) -> Store:
     manifest, sizes of files, zarr metadata, tokenizer.
 
     check: verify the checksum of every bundle that is read. Raises UserError: no store, an
-    unfinished export, another version, a missing or truncated file, another tokenizer.
-    """
+    unfinished export, another version, a missing or truncated file, another tokenizer."""
     location = open_location(path)
     manifest = read_manifest(location)
     for file, what in misfits(location, manifest.files):
@@ -139,8 +135,7 @@ def open_store(path: str | Path, *, check: bool = True) -> Store:
 
 def decoded(group: Group, bundles_RB: np.ndarray, basis: Basis) -> np.ndarray:
     """rows_RLW of bundles uint8 [R, B]: a view in the stored dtype where they are plain, else
-    float32.
-    """
+    float32."""
     stored = encoding.host_view(group.layout, bundles_RB)
     if group.layout.plain:
         return stored

@@ -21,8 +21,7 @@ PART_BYTES, READERS = 8 << 20, 4
 def verify_deep(path: str | Path, *, progress: bool = True) -> dict:
     """Reads every file of a store again: its size and CRC-32 against the manifest, every bundle's
     CRC-32 against checksums/. Returns {files, bytes, bundles: counts of what was read, damaged:
-    [{name, what}], ok}. Raises UserError where there is no readable manifest.
-    """
+    [{name, what}], ok}. Raises UserError where there is no readable manifest."""
     location = open_location(path)
     manifest = read_manifest(location)
     shards = {format.shard_file(*shard): shard for shard in format.all_shards(manifest)}

@@ -13,8 +13,7 @@ PIECE_BYTES = 1 << 24  # checked by one thread: a millisecond
 
 def crc32_of_parts(parts: Iterable) -> int:
     """CRC-32 of bytes and contiguous arrays one after another, each by all processors. No part is
-    copied or kept.
-    """
+    copied or kept."""
     crc = 0
     with ThreadPoolExecutor() as pool:
         for part in parts:

@@ -2,8 +2,7 @@
 relative, with "/".
 
 All have the same methods. A write appears whole or not at all and is durable when it returns.
-Errors are a UserError of one line; an absent file is a FileNotFoundError of :meth:`read`.
-"""
+Errors are a UserError of one line; an absent file is a FileNotFoundError of :meth:`read`."""
 
 import contextlib
 import dataclasses
@@ -176,8 +175,7 @@ class RemoteLocation:
         The first claim takes the object over whatever it holds, so of several claimants the last to
         come goes on and all others learn of it at their next claim, unless both wrote the same
         bytes (S3 knows an object by its hash). As strict as the server's conditional writes: on an
-        S3 endpoint that is not Amazon's, TensorStore compares and writes in two requests.
-        """
+        S3 endpoint that is not Amazon's, TensorStore compares and writes in two requests."""
         self._check_writable(name)
         before = self.generations.get(name)
         if before is None:
@@ -250,8 +248,7 @@ def misfits(
     location: Location, files: Iterable[File], both: str = "{} bytes, {} expected"
 ) -> list[tuple[File, str]]:
     """(file, "missing" or ``both`` sizes) of the files that have not the bytes they should have;
-    where the location knows no sizes, a file that is there is trusted.
-    """
+    where the location knows no sizes, a file that is there is trusted."""
     wanted = {file.name: file for file in files}
     sizes = location.sizes(list(wanted))
     found = [(file, sizes.get(name, -1)) for name, file in wanted.items()]
@@ -268,8 +265,7 @@ def open_location(text: str | Path, *, patience: Patience | None = None) -> Loca
 
     s3: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL name another server than Amazon's, AWS_REGION or
     AWS_DEFAULT_REGION the region; credentials come from the environment, the profile files or the
-    instance. gs: TENSORSTORE_GCS_HTTP_URL names another server.
-    """
+    instance. gs: TENSORSTORE_GCS_HTTP_URL names another server."""
     if isinstance(text, Path) or "://" not in text:
         if not str(text):
             what = "give a directory or a URL such as s3://bucket/prefix"

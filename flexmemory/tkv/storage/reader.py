@@ -8,8 +8,7 @@ A local batch goes one of these ways (`flexmemory bench read` says what each is 
     uring        all O_DIRECT reads at once through io_uring
     threads      the same from 16 threads, where the kernel refuses io_uring
     read ahead   WILLNEED for every bundle, then preadv, where the file system refuses O_DIRECT
-    tensorstore  where the shards are laid out in another order
-"""
+    tensorstore  where the shards are laid out in another order"""
 
 import contextlib
 import dataclasses
@@ -69,8 +68,7 @@ def open_reader(
 ) -> "LocalReader | TensorStoreReader":
     """A reader of ``records``. ``method``: one of METHODS; "auto" chooses per batch, the others are
     for measuring and for trouble. Raises UserError for a missing shard, an unknown method, and
-    "uring" where the kernel refuses it.
-    """
+    "uring" where the kernel refuses it."""
     if method not in METHODS:
         raise UserError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     if location.local is None or method == "tensorstore" or not sys.platform.startswith("linux"):
@@ -166,8 +164,7 @@ class LocalReader:
     def read(self, ids_U: np.ndarray, out_UB: np.ndarray) -> None:
         """Fills out[u] (C-contiguous uint8 [U, B]) with the bundle of token ids[u] (int64 [U],
         ascending, no repeats). Thread-safe. Raises UserError naming the file when a shard is
-        missing, cut short, replaced or unreadable; out is then undefined.
-        """
+        missing, cut short, replaced or unreadable; out is then undefined."""
         shape = (len(ids_U), self._bundle)
         if out_UB.shape != shape or out_UB.itemsize != 1 or not out_UB.flags.carray:
             got = f"{out_UB.dtype} {out_UB.shape}"
@@ -188,8 +185,7 @@ class LocalReader:
 
     def stats(self) -> dict:
         """``method``: how large cold batches are read; ``reads``, ``bundles``, ``bytes``; bundles
-        by the way they came, see the top.
-        """
+        by the way they came, see the top."""
         if self._fallback:
             return self._fallback.stats()
         method = "buffered" if not self._o_direct else "uring" if self._ring else "threads"
@@ -342,8 +338,7 @@ class LocalReader:
         wanted_N: np.ndarray,
     ) -> np.ndarray:
         """Reads wanted bytes, rounded up to pages, at aligned offsets into rows of ``target``;
-        returns the bytes got, int64 [N].
-        """
+        returns the bytes got, int64 [N]."""
         lengths_N = -(-wanted_N // PAGE) * PAGE
 
         def one_by_one(part: slice) -> list[int]:
@@ -436,8 +431,7 @@ def _open_file(path: Path, flags: int) -> int:
 def _preadv(fd: int, memory: np.ndarray, offset: int, wanted: int, block: int) -> int:
     """Reads at ``offset`` into ``memory`` (uint8 [length]) until ``wanted`` bytes are there or no
     more come; returns the bytes got. A read that stopped short goes on from a multiple of
-    ``block``: PAGE where O_DIRECT demands it, else 1.
-    """
+    ``block``: PAGE where O_DIRECT demands it, else 1."""
     got = os.preadv(fd, (memory,), offset)
     while got < wanted:
         done = got // block * block

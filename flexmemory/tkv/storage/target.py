@@ -3,8 +3,7 @@ store.
 
 Host 0 marks it with its record (``ready`` false), clears what was there, writes what must come
 before the rows, and sets ``ready``. The other hosts wait for that. Every record lists shards whose
-files are on the disk; a shard in any host's record is done.
-"""
+files are on the disk; a shard in any host's record is done."""
 
 import contextlib
 import dataclasses
@@ -113,8 +112,7 @@ Resumed = tuple[Record, dict[int, Shard]]  # a host's record, and the shards of 
 
 def claim(location: Location, name: str, data: bytes) -> bool:
     """Writes ``name``. False where another process has written it since: on a remote target, a
-    local one is :func:`held`.
-    """
+    local one is :func:`held`."""
     if isinstance(location, RemoteLocation):
         return location.claim(name, data)
     location.write(name, data)
@@ -124,8 +122,7 @@ def claim(location: Location, name: str, data: bytes) -> bool:
 @contextlib.contextmanager
 def held(location: Location, host: int) -> Iterator[None]:
     """Keeps a second process with the same host number away from a local target; the records do
-    so on a remote one.
-    """
+    so on a remote one."""
     if location.local is None:
         yield
         return
@@ -166,8 +163,7 @@ def prepare(
     """This host's record and all shards done so far; or None when the target is this store.
 
     known: gives the identity of the store that is there. write_first: writes what rows need and
-    returns it; host 0 calls it once, on a cleared target.
-    """
+    returns it; host 0 calls it once, on a cleared target."""
     out, elsewhere = f"out: {location.url}", "or another directory"
     if _exists(location, MANIFEST) and not overwrite:
         if known() != identity:
@@ -291,8 +287,7 @@ def sweep(location: Location) -> None:
 
 def clear(location: Location, names: Iterable[str]) -> None:
     """Removes those of ``names`` that are a store's or an unfinished export's. The manifest goes
-    first: what is left is no store.
-    """
+    first: what is left is no store."""
     location.delete(MANIFEST)
     for name in names:
         if _is_private(name) or is_content(name):

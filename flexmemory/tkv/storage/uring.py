@@ -2,8 +2,7 @@
 from Python alone.
 
 Requests and results pass through memory shared with the kernel, which NumPy fills and reads a batch
-at a time.
-"""
+at a time."""
 
 import ctypes
 import errno
@@ -51,8 +50,7 @@ class CacheStat:
 
     def pages(self, fd: int, offset: int, length: int) -> int:
         """Cached pages of bytes offset to offset + length of ``fd``; one thread at a time. Raises
-        OSError where the kernel does not tell.
-        """
+        OSError where the kernel does not tell."""
         self._range[0], self._range[1] = offset, length
         if self._call(_CACHESTAT, fd, *self._addresses, 0, 0, 0):
             code = ctypes.get_errno()
@@ -113,8 +111,7 @@ class Ring:
 
         A read that brings less than wanted[n] (at least 1) is sent again for the rest until its
         file ends. Raises OSError for a read that fails; no request is in flight when this returns
-        or raises.
-        """
+        or raises."""
         count = len(fds_N)
         got_N, done_N = np.zeros((2, count), np.int64)  # done: where the last attempt started
         requests = np.empty((count, 5), np.int64)  # the five words of a request that are not 0
