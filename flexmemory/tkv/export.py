@@ -7,7 +7,6 @@ host's memory, so they may be larger than the device."""
 
 import contextlib
 import dataclasses
-import functools
 import io
 import threading
 import time
@@ -356,13 +355,10 @@ def _folded(
     m: Manifest, params: dict, bases: fold.Bases, todo: list[int], groups: tuple[Group, ...]
 ) -> Iterator[Folded]:
     """The shards ``todo`` of ``groups``; the device computes the next one meanwhile."""
-    layouts = fold.layouts_of(groups)
-    start = functools.partial(
-        fold.start_shard, params, bases, cfg=m.model, layouts=layouts, fold_rows=m.fold_rows
-    )
+    how = dict[str, Any](cfg=m.model, layouts=fold.layouts_of(groups), fold_rows=m.fold_rows)
     ahead: tuple[int, list[fold.Part]] | None = None
     for shard in todo:
-        parts = start(*m.span(shard))
+        parts = fold.start_shard(params, bases, *m.span(shard), **how)
         if ahead is not None:
             yield ahead[0], *fold.fetch_shard(ahead[1], groups)
         ahead = shard, parts
@@ -440,10 +436,8 @@ def sizes(manifest: Manifest) -> dict:
         return sum(group.bytes for group in format.model_groups(m.model, dtype, 1))
 
     layers = [figures(g, *one) for g in m.groups for one in zip(g.layout.numbers, g.layers)]
-    return {
-        **{
-            name: getattr(m, name) for name in ("dtype", "scale_group", "rank_error", "table_bytes")
-        },
+    own = {name: getattr(m, name) for name in ("dtype", "scale_group", "rank_error", "table_bytes")}
+    return own | {
         "float32_bytes": plain("float32"),
         "bfloat16_bytes": plain("bfloat16"),
         "basis_bytes": sum(4 * g.width * rank for g in m.groups for rank in g.ranks or ()),
