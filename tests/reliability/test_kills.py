@@ -125,7 +125,7 @@ def test_two_processes_at_one_target(first, whole, tmp_path, child_environment):
                     child.act(second, whole, out)
             assert process.poll() is None and sorted(tree_bytes(out)) == before
             process.send_signal(signal.SIGINT)
-            process.wait(timeout=120)  # fsyncs under way end first
+            process.wait(timeout=10)
         finally:
             process.kill()
     assert not list(out.glob(".lock*"))
