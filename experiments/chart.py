@@ -192,6 +192,26 @@ def layer_values(run: dict, measure: str, key: str) -> list:
     return [entry[key] for entry in (number(run, f"measures.{measure}") or {}).get("layers", [])]
 
 
+def third(measure: str, key: str, i: int) -> Callable[[dict], float | None]:
+    """The mean of a measure's number over third i of a run's layers: 0 first, 1 middle, 2 last."""
+
+    def of(run):
+        parts = thirds(layer_values(run, measure, key))
+        return parts and parts[i]
+
+    return of
+
+
+def rises(run: dict, measure: str, x: str | Callable[[dict], float]) -> list[tuple[float, float]]:
+    """[(x of a measure's point, rise of its loss over the first point in nat)], where both losses
+    are known.
+    """
+    points = (number(run, f"measures.{measure}") or {}).get("points", [])
+    at = x if callable(x) else lambda point: point[x]
+    losses = [(at(point), point["val_loss"], points[0]["val_loss"]) for point in points]
+    return [(value, loss - first) for value, loss, first in losses if None not in (loss, first)]
+
+
 def by_layer(
     name: str,
     title: str,

@@ -8,7 +8,7 @@ token's coefficients. Expected: more in the last third of the layers than in the
 """
 
 from experiments import scales
-from experiments.chart import layer_lines, layer_values, measured, thirds
+from experiments.chart import layer_lines, measured, third
 from experiments.verdicts import judge, within
 from flexmemory.analysis.keys import outliers
 
@@ -41,22 +41,11 @@ def analyse(runs):
 
 
 def claims(runs):
-    made = []
+    made, paper = [], "more in the last layers (figure only)"
+    needs = "memoryllm with at least three layers"
     for sigma in (6, 3):
         text = f"More coefficients above {sigma} σ in the last layers than in the first"
-        paper = "more in the last layers (figure only)"
-
-        def late(run, third, key=f"above_{sigma}"):
-            parts = thirds(layer_values(run, "outliers", key))
-            return parts and parts[third]
-
-        found = within(
-            runs,
-            "memoryllm",
-            lambda run, late=late: late(run, 2),
-            lambda run, late=late: late(run, 0),
-        )
-        made.append(
-            judge(text, paper, found, 1, "per token", needs="memoryllm with at least three layers")
-        )
+        last, first = (third("outliers", f"above_{sigma}", i) for i in (2, 0))
+        found = within(runs, "memoryllm", last, first)
+        made.append(judge(text, paper, found, 1, "per token", needs=needs))
     return made

@@ -12,8 +12,8 @@ what is left of the saving.
 """
 
 from experiments import scales
-from experiments.chart import mean_lines, measured
-from experiments.verdicts import limit_claim, number, steps_claim, within
+from experiments.chart import mean_lines, measured, rises
+from experiments.verdicts import limit_claim, steps_claim, within
 from flexmemory.analysis.compress import svd
 
 IDS = ("E14",)
@@ -29,12 +29,7 @@ def sweep(scale):
 
 def costs(run):
     """[(cut, rise of the loss over the uncut table in nat)]"""
-    points = (number(run, "measures.svd") or {}).get("points", [])
-    return [
-        (point["cut"], point["val_loss"] - points[0]["val_loss"])
-        for point in points
-        if None not in (point["val_loss"], points[0]["val_loss"])
-    ]
+    return rises(run, "svd", "cut")
 
 
 def analyse(runs):

@@ -8,7 +8,7 @@ smaller effective rank in the last third of the layers than in the middle one.
 """
 
 from experiments import scales
-from experiments.chart import by_layer, layer_values, measured, thirds
+from experiments.chart import by_layer, measured, third
 from experiments.figure import Figure, Series
 from experiments.verdicts import by_variant, judge, mean_spread, number, within
 from flexmemory.analysis.geometry import spectra
@@ -70,17 +70,11 @@ def analyse(runs):
 
 
 def claims(runs):
-    made = []
+    made, paper = [], "yes (figure only)"
+    middle, last = (third("spectra", "effective_rank", i) for i in (1, 2))
     for variant in ("memoryllm", "flex-b3"):
         text = f"{variant}: the last layers' tables are easier to compress than the middle ones'"
-        paper = "yes (figure only)"
-
-        def rank(run, third):
-            parts = thirds(layer_values(run, "spectra", "effective_rank"))
-            return parts and parts[third]
-
-        found = within(runs, variant, lambda run: rank(run, 2), lambda run: rank(run, 1))
-        made.append(
-            judge(text, paper, found, -1, "ranks", needs=f"{variant} with at least three layers")
-        )
+        found = within(runs, variant, last, middle)
+        needs = f"{variant} with at least three layers"
+        made.append(judge(text, paper, found, -1, "ranks", needs=needs))
     return made

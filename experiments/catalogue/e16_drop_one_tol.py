@@ -9,7 +9,7 @@ are models of the knowledge experiment, which have learned theirs.
 """
 
 from experiments.catalogue import e7_alpha_by_task, knowledge
-from experiments.chart import by_layer, layer_values, measured, thirds
+from experiments.chart import by_layer, measured, third
 from experiments.verdicts import judge, number, within
 from flexmemory.analysis.probes import drop_layer
 
@@ -54,32 +54,16 @@ def claims(runs):
     for key, (word, sign, unit) in TASKS.items():
         text = f"The first layers' tables matter more for {word} than the middle ones'"
         paper = "only the first few matter (figure only)"
-
-        def of(run, third, key=key):
-            chance = (
-                number(run, f"result.{key.replace('_acc', '_chance')}")
-                if key.endswith("_acc")
-                else None
-            )
-            if (
-                chance is not None
-                and number(run, f"measures.drop_layer.whole.{key}") < chance + LEARNED
-            ):
-                return None
-            parts = thirds(layer_values(run, "drop_layer", key))
-            return parts and parts[third]
-
-        found = within(
-            runs, "memoryllm", lambda run, of=of: of(run, 0), lambda run, of=of: of(run, 1)
-        )
-        made.append(
-            judge(
-                text,
-                paper,
-                found,
-                sign,
-                unit,
-                needs=f"memoryllm with at least three layers, and {word} well above chance",
-            )
-        )
+        learned = [run for run in runs if is_learned(run, key)]
+        first, middle = (third("drop_layer", key, i) for i in (0, 1))
+        found = within(learned, "memoryllm", first, middle)
+        needs = f"memoryllm with at least three layers, and {word} well above chance"
+        made.append(judge(text, paper, found, sign, unit, needs=needs))
     return made
+
+
+def is_learned(run, key):
+    """Whether the whole model is well above chance; the loss has no chance."""
+    chance = number(run, f"result.{key.removesuffix('_acc')}_chance")
+    whole = number(run, f"measures.drop_layer.whole.{key}")
+    return chance is None or whole is None or whole >= chance + LEARNED

@@ -8,7 +8,7 @@ the first one's; the figure has loss against the bytes that are saved.
 """
 
 from experiments import scales
-from experiments.chart import mean_lines, measured
+from experiments.chart import mean_lines, measured, rises
 from experiments.verdicts import judge, number, within
 from flexmemory.analysis.probes import drop_last, drop_layer
 
@@ -22,18 +22,10 @@ def sweep(scale):
     return scales.sweep(scale, [scales.memoryllm(n), scales.flex(n, 3)])
 
 
-def points(run):
-    return (number(run, "measures.drop_last") or {}).get("points", [])
-
-
 def saved(run):
     """[(share of the table's bytes that goes away in %, rise of the loss in nat)]"""
     whole = number(run, "measures.drop_last.table_bytes")
-    return [
-        (100 * p["table_bytes_gone"] / whole, p["val_loss"] - points(run)[0]["val_loss"])
-        for p in points(run)
-        if None not in (p["val_loss"], points(run)[0]["val_loss"])
-    ]
+    return rises(run, "drop_last", lambda point: 100 * point["table_bytes_gone"] / whole)
 
 
 def analyse(runs):
@@ -68,7 +60,7 @@ def claims(runs):
         found = within(
             runs,
             variant,
-            lambda run: points(run)[1]["val_loss"],
+            lambda run: number(run, "measures.drop_last")["points"][1]["val_loss"],
             lambda run: number(run, "measures.drop_layer")["layers"][0]["val_loss"],
         )
         made.append(judge(text, paper, found, -1, needs=variant))

@@ -7,6 +7,8 @@ Judged by thirds of the stack: the mean rise of the loss when a layer of that th
     python -m experiments.run e5 --scale=cpu          # E1's runs
 """
 
+import functools
+
 from experiments import scales
 from experiments.chart import by_layer, layer_values, measured, thirds
 from experiments.verdicts import judge, number, within
@@ -58,39 +60,17 @@ def rise(run, third):
 
 
 def claims(runs):
-    made = []
-    for text, paper, variant, more, less in (
-        (
-            "Base: the first layers' FFNs matter more than the middle ones'",
-            "a U over depth (figure only)",
-            "dense",
-            0,
-            1,
-        ),
-        (
-            "Base: the last layers' FFNs matter more than the middle ones'",
-            "a U over depth (figure only)",
-            "dense",
-            2,
-            1,
-        ),
-        (
-            "MemoryLLM: the first layers' FFNs matter more than the last ones'",
-            "early layers only (figure only)",
-            "memoryllm",
-            0,
-            2,
-        ),
-        (
-            "MemoryLLM: the first layers' FFNs matter more than the middle ones'",
-            "early layers only (figure only)",
-            "memoryllm",
-            0,
-            1,
-        ),
-    ):
-        found = within(
-            runs, variant, lambda run, i=more: rise(run, i), lambda run, i=less: rise(run, i)
-        )
-        made.append(judge(text, paper, found, 1, needs=f"{variant} with at least three layers"))
+    u, early = "a U over depth (figure only)", "early layers only (figure only)"
+    rows = (
+        ("Base", u, "dense", 0, 1),
+        ("Base", u, "dense", 2, 1),
+        ("MemoryLLM", early, "memoryllm", 0, 2),
+        ("MemoryLLM", early, "memoryllm", 0, 1),
+    )
+    words, made = ("first", "middle", "last"), []
+    for model, paper, variant, a, b in rows:
+        text = f"{model}: the {words[a]} layers' FFNs matter more than the {words[b]} ones'"
+        more, less = (functools.partial(rise, third=i) for i in (a, b))
+        needs = f"{variant} with at least three layers"
+        made.append(judge(text, paper, within(runs, variant, more, less), 1, needs=needs))
     return made

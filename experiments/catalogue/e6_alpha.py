@@ -8,8 +8,8 @@ Expected: the base model's loss rises more at every alpha; judged at 0.5.
 """
 
 from experiments import scales
-from experiments.chart import mean_lines, measured
-from experiments.verdicts import difference, judge, number
+from experiments.chart import mean_lines, measured, rises
+from experiments.verdicts import difference, judge
 from flexmemory.analysis.probes import alpha
 
 IDS = ("E6",)
@@ -22,14 +22,9 @@ def sweep(scale):
     return scales.sweep(scale, [scales.dense(n), scales.memoryllm(n)])
 
 
-def rises(run):
+def costs(run):
     """[(alpha, rise of the loss in nat)]"""
-    points = (number(run, "measures.alpha") or {}).get("points", [])
-    return [
-        (point["alpha"], point["val_loss"] - points[0]["val_loss"])
-        for point in points
-        if None not in (point["val_loss"], points[0]["val_loss"])
-    ]
+    return rises(run, "alpha", "alpha")
 
 
 def analyse(runs):
@@ -42,7 +37,7 @@ def analyse(runs):
                 "rise",
                 "The α-probe",
                 runs,
-                rises,
+                costs,
                 "α, scale of what FFNs and rows add",
                 "rise of the loss, nat per token",
             )
@@ -53,6 +48,6 @@ def analyse(runs):
 def claims(runs):
     text = "Scaling FFNs by 0.5 costs the base model more than MemoryLLM"
     paper = "base degrades more (figure only)"
-    runs = [run | {"rise": dict(rises(run)).get(0.5)} for run in runs]
+    runs = [run | {"rise": dict(costs(run)).get(0.5)} for run in runs]
     found = difference(runs, "dense", "memoryllm", "rise")
     return [judge(text, paper, found, 1, needs="dense and memoryllm of one seed")]
