@@ -4,8 +4,7 @@ is counted by itself.
 Two counting conventions exist in the papers: MemoryLLM's Table 5 leaves embeddings and head out of
 total and active (``total``, ``active``); STEM counts both in, and does not subtract the
 up-projections that its tables replace (``paper_total`` of a model with learned rows).
-``total_all`` and ``active_all`` are what the model really holds.
-"""
+``total_all`` and ``active_all`` are what the model really holds."""
 
 import math
 from typing import Any
@@ -28,8 +27,7 @@ def size(tree: Any) -> int:
 
 def matmul_weights(tree: Any) -> int:
     """Weights that multiply activations, of the parameters of stacked layers: all that have a
-    matrix's axes after the layers'; a gain has fewer.
-    """
+    matrix's axes after the layers'; a gain has fewer."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree) if leaf.ndim > 2)
 
 
@@ -43,8 +41,7 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
     row_bytes_per_token: with rows in the compute dtype. read_bytes_per_token: what decoding one
     token alone reads: all active weights, the head, one embedding and the rows, in the compute
     dtype. table_bytes: by row dtype. table_over_ffn: values of the folded table over the FFN
-    weights that it replaces. residual: see :func:`residual`.
-    """
+    weights that it replaces. residual: see :func:`residual`."""
     specs, parts = layer_specs(cfg), split(abstract_params(cfg))
     backbone = parts["backbone"]
     embed = size(parts["embed"]) + size(backbone.get("head", {}))
@@ -85,8 +82,7 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
 def residual(cfg: ModelConfig, specs: tuple[LayerSpec, ...]) -> float | None:
     """How far rounding moves the FFN weights (FFN-C and FFN-M together) from the papers' nominal 8
     D^2 per layer, as a share of a layer's 12 D^2. None where the pattern has layers of another form
-    (stem, attn_only).
-    """
+    (stem, attn_only)."""
     if not all(spec.nominal for spec in specs):
         return None
     ffn = sum(
@@ -99,8 +95,7 @@ def residual(cfg: ModelConfig, specs: tuple[LayerSpec, ...]) -> float | None:
 
 def train_flops_per_token(account_: dict, rows_per_token: float) -> float:
     """Forward and backward FLOPs per trained token, counting the work really done:
-    ``rows_per_token`` = R / (B T).
-    """
+    ``rows_per_token`` = R / (B T)."""
     return 3 * (account_["flops_per_token"] + account_["memory_flops_per_row"] * rows_per_token)
 
 

@@ -25,8 +25,7 @@ class Context:
     numbers, attention stays inside one, or None. ffn_scale: alpha of MemoryLLM section 3.2,
     multiplies what the FFN or the row adds to the residual; a plain 1.0 leaves the multiplication
     out, an array of one number is a value of the compiled program.
-    implementation: of ``jax.nn.dot_product_attention``, or "cpu": :func:`cpu_attention`.
-    """
+    implementation: of ``jax.nn.dot_product_attention``, or "cpu": :func:`cpu_attention`."""
 
     positions_BT: jax.Array
     segments_BT: jax.Array | None
@@ -41,8 +40,7 @@ class Context:
 
 def rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
     """Rotary embedding: dimension i is paired with i + H/2, angle position * base^(-2i/H); computed
-    in float32.
-    """
+    in float32."""
     half = x_BTNH.shape[-1] // 2
     frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_h
@@ -75,8 +73,7 @@ def cpu_attention(
     the keys behind them are not read.
 
     For the caches of a CPU: 1.9 times as fast as all scores at once (T 512). Scores are computed
-    again in the backward pass.
-    """
+    again in the backward pass."""
     length = q_BTNH.shape[1]
     block = max(BLOCK, -(-length // 8))
 
@@ -103,8 +100,7 @@ class Attention(nnx.Module):
     """softmax(q k^T / sqrt(H)) v with an output projection (MemoryLLM Eq 2.1 with the Llama
     recipe); no biases.
 
-    Weights: q [D, N, H], k [D, K, H], v [D, K, H], o [N, H, D], float32.
-    """
+    Weights: q [D, N, H], k [D, K, H], v [D, K, H], o [N, H, D], float32."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         d, n, k, h = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.head_width
@@ -121,8 +117,7 @@ class Attention(nnx.Module):
 
         ``cache`` is {"k", "v"} of [B, S, K, H], S > every position (a position beyond it is not
         kept). Raises ValueError for document masks together with a cache: a served sequence is one
-        document.
-        """
+        document."""
         if cache is not None and ctx.segments_BT is not None:
             raise ValueError("segments_BT with a cache: a served sequence is one document")
         dtype, at = h_BTD.dtype, ctx.positions_BT

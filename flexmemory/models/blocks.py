@@ -3,8 +3,7 @@ of every token.
 
 One class is one variant: ``spec`` resolves its widths, ``source`` makes its rows,
 ``after_attention`` is its equation. x is the residual stream X_L, h its norm, row the value that
-the memory hands in.
-"""
+the memory hands in."""
 
 from typing import Any
 
@@ -25,8 +24,7 @@ Output = tuple[Array, dict | None]  # (x_BTD of the next layer, updated KV cache
 
 class AttnOnly(nnx.Module):
     """Control: x + Attn(norm x), a MemoryLLM layer whose row is zero. Every other kind starts from
-    this one.
-    """
+    this one."""
 
     source: type[RowSource] | None = None  # what makes the rows
     takes_beta = False  # is one of the numbers in ``model.beta`` meant for this layer?
@@ -76,16 +74,14 @@ class Dense(AttnOnly):
 
 class Parallel(Dense):
     """Control: x' = x + Attn(norm x) + SwiGLU(norm' x), parallel like MemoryLLM but the FFN reads
-    the context.
-    """
+    the context."""
 
     parallel = True
 
 
 class MemoryLLM(AttnOnly):
     """M layer: x' = x + Attn(norm x) + row, row = SwiGLU_l(norm_l(E[id])) (MemoryLLM Eq 2.4-2.6).
-    W = D.
-    """
+    W = D."""
 
     source = FFNRows
 
@@ -103,8 +99,7 @@ class Flex(AttnOnly):
     section 4.2). W = D.
 
     The paper gives no equation: docs/variants.md says which switch covers which reading. beta = 0
-    is memoryllm, beta = 8 dense.
-    """
+    is memoryllm, beta = 8 dense."""
 
     source = FFNRows
     takes_beta = True
@@ -147,8 +142,7 @@ class Flex(AttnOnly):
 
 class Stem(AttnOnly):
     """A = x + Attn(norm x); x' = A + W_down(SiLU(W_gate h) * row), h = norm A, row = U_l[id] (STEM
-    section 1.1). W = F.
-    """
+    section 1.1). W = F."""
 
     kind = "stem"
     source = TableRows
@@ -180,8 +174,7 @@ class Stem(AttnOnly):
 
 class StemGate(Stem):
     """The row replaces the gate: W_down(SiLU(row) * (W_up h)). SiLU on the row is assumed: the
-    paper does not say.
-    """
+    paper does not say."""
 
     kind = "stem-gate"
     context_maps = ("up",)
@@ -214,8 +207,7 @@ KINDS: dict[str, type[AttnOnly]] = {
 
 def layer_specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
     """The resolved layers of a model, from input to output. Raises UserError on a bad pattern or
-    beta.
-    """
+    beta."""
     blocks = [KINDS[kind] for kind in parse_pattern(model.pattern, KINDS)]
     count = sum(block.takes_beta for block in blocks)
     betas = iter(parse_betas(model.beta, count) if count else ())

@@ -1,6 +1,5 @@
 """Norms and feed-forward maps. Weights are float32 and cast to the input's dtype where they are
-used.
-"""
+used."""
 
 import functools
 from typing import Any
@@ -22,8 +21,7 @@ def linear(x: jax.Array, weight_DF: jax.Array) -> jax.Array:
 
     On a mesh the weight is gathered for use and its gradient scattered again. A matmul of its own
     also because JAX's own gradient forms its transpose, for which XLA's CPU compiler transposes the
-    large operand [..., F] and then the result, a quarter of an FFN's time.
-    """
+    large operand [..., F] and then the result, a quarter of an FFN's time."""
     x, weight_DF = matching(x, weight_DF)
     return contract(x, weight_DF, x.ndim - 1, 0, P(*spec_of(x)[:-1], spec_of(weight_DF)[1]))
 
@@ -110,8 +108,7 @@ class LayerNorm(nnx.Module):
 
 class SwiGLU(nnx.Module):
     """W_down(SiLU(x W_gate) * (x W_up)), MemoryLLM Eq 2.2. Weights: gate [D, F], up [D, F], down
-    [F, D].
-    """
+    [F, D]."""
 
     def __init__(self, cfg: ModelConfig, d_ff: int, rngs: nnx.Rngs):
         self.gate = weight(cfg, rngs, cfg.d_model, d_ff)
@@ -128,8 +125,7 @@ class Square(nnx.Module):
     """FFN-C of ``count`` D x D matrices, the other reading of MemoryLLM section 4.2.
 
     1: a linear map; 2: SiLU(x A) B; 3: SwiGLU of width D. Weights: gate, up, down [D, D] as far as
-    they exist.
-    """
+    they exist."""
 
     def __init__(self, cfg: ModelConfig, count: int, rngs: nnx.Rngs):
         self.count = count

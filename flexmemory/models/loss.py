@@ -1,6 +1,5 @@
 """Cross-entropy over a large vocabulary, a piece of the batch at a time: logits of all its tokens
-never exist at once.
-"""
+never exist at once."""
 
 import functools
 
@@ -31,8 +30,7 @@ def chunked_losses(
 
     x_BTD final states in compute dtype; head_DV float32; targets_BT int32. ``chunk``: the most
     tokens whose logits exist at once; None: as many as LOGITS_BYTES holds. On a mesh every device
-    takes its own tokens, and its own part of the vocabulary.
-    """
+    takes its own tokens, and its own part of the vocabulary."""
     weight_DV = gathered(head_DV.astype(x_BTD.dtype))
     vocab_axes = names(spec_of(weight_DV)[1])
 
@@ -56,8 +54,7 @@ def _scores(
 ) -> tuple[jax.Array, ...]:
     """(exp(logits - the largest) [N, V], their sum, place of the target in V, logsumexp, logit of
     the target), float32. ``vocab_axes``: mesh axes over which the vocabulary is cut; V is the own
-    part, outside of which a place may lie, and all else but the first is of the whole.
-    """
+    part, outside of which a place may lie, and all else but the first is of the whole."""
     logits_NV = _matmul(x_ND, weight_DV)
     own = weight_DV.shape[1]
     place_N = targets_N - (jax.lax.axis_index(vocab_axes) * own if vocab_axes else 0)
@@ -89,8 +86,7 @@ def mean_loss(
 
     Only the first output is differentiable; its gradient is computed piece by piece in the forward
     pass, so that logits are computed once; that of head_DV is summed in float32. ``tokens`` and
-    ``z_weight`` are plain numbers.
-    """
+    ``z_weight`` are plain numbers."""
     return _means(*chunked_losses(x_BTD, head_DV, targets_BT, chunk), tokens, z_weight)
 
 
@@ -161,8 +157,7 @@ def pieces(tokens: int, vocab: int, chunk: int | None) -> int:
 
 def split(a_BT: jax.Array, count: int) -> jax.Array:
     """[B, T, ...] -> [count, N, ...], filled up with 0. Piece c is every count-th token from c on:
-    a batch spread over devices stays spread.
-    """
+    a batch spread over devices stays spread."""
     a_T = a_BT.reshape(-1, *a_BT.shape[2:])
     a_T = jnp.pad(a_T, [(0, -len(a_T) % count)] + [(0, 0)] * (a_T.ndim - 1))
     return a_T.reshape(-1, count, *a_T.shape[1:]).swapaxes(0, 1)

@@ -3,8 +3,7 @@ came from.
 
 ``TokenMemory(ids_R, e_RD)`` gives the rows of all memory layers for R addresses. The same values
 come from the live weights (training), from a fold over every address (export) or from a TKV store
-(serving); the blocks cannot tell.
-"""
+(serving); the blocks cannot tell."""
 
 import itertools
 from collections.abc import Callable
@@ -30,8 +29,7 @@ def gather_rows(rows_RW: jax.Array, inverse_BT: jax.Array) -> jax.Array:
     """rows_BTW = rows_RW[inverse_BT]; the gradient is summed in float32 whatever the rows' dtype.
 
     ``inverse_BT`` must lie in 0..R-1 (out of range is clipped); on a mesh every section of the
-    batch counts its own section of rows from 0. Reverse-mode derivatives only.
-    """
+    batch counts its own section of rows from 0. Reverse-mode derivatives only."""
     return local(
         lambda rows_RW, inverse_BT: jnp.take(rows_RW, inverse_BT, axis=0, mode="clip"),
         lambda rows, inverse: P(*inverse, *rows[1:]),
@@ -61,8 +59,7 @@ class RowSource(nnx.Module):
     embeddings.
 
     A source with a learned table sets ``self.table = empty_table(cfg, width)``, reads it by
-    :func:`take_rows` and gives the table's ``table_std``.
-    """
+    :func:`take_rows` and gives the table's ``table_std``."""
 
     stacking = "vmap"  # over the layers of a stack; with "scan" one layer is computed at a time
 
@@ -94,8 +91,7 @@ class FFNRows(RowSource):
 
 class TableRows(RowSource):
     """Learned row of one layer: the row of a table [V, W] float32, at first Xavier-normal as the
-    STEM code initialises it, or normal with ``cfg.table_init_std``.
-    """
+    STEM code initialises it, or normal with ``cfg.table_init_std``."""
 
     def __init__(self, cfg: ModelConfig, layer: LayerSpec, rngs: nnx.Rngs):
         self.table = empty_table(cfg, layer.row_width)
@@ -110,8 +106,7 @@ class TableRows(RowSource):
 
 def empty_table(cfg: ModelConfig, width: int) -> nnx.Param:
     """A table [V, width] of zeros. ``transformer.init_params`` draws the first values, because a
-    table may be larger than a device.
-    """
+    table may be larger than a device."""
     return nnx.Param(jnp.zeros((cfg.vocab_size, width), jnp.float32))
 
 
@@ -133,8 +128,7 @@ def first_rows(
 
 def take_rows(table_VW: jax.Array, ids_R: jax.Array | None) -> jax.Array:
     """rows_RW of the addresses ids_R. ids_R=None: the table is already gathered to these rows, as
-    in a train step.
-    """
+    in a train step."""
     return table_VW if ids_R is None else table_VW[ids_R]
 
 
@@ -163,8 +157,7 @@ def remat(body: Callable, length: int, scan: bool, keep: str) -> Callable:
     """``body`` of :func:`apply_stack` that keeps its inputs and the tensors named in ``keep`` (of
     KEEPABLE, between spaces) for the backward pass.
 
-    Unrolled code needs a barrier, a loop has one.
-    """
+    Unrolled code needs a barrier, a loop has one."""
     policy = jax.checkpoint_policies.save_only_these_names(*keep.split())
     return jax.checkpoint(body, policy=policy, prevent_cse=not (scan and length > 1))
 
@@ -180,8 +173,7 @@ def row_groups(specs: tuple[LayerSpec, ...]) -> dict[str, list[int]]:
 
 def row_stacks(specs: tuple[LayerSpec, ...]) -> dict[str, list[tuple[str, list[int]]]]:
     """Group name -> [(name of a stack of parameters, indices of the memory layers whose rows it
-    gives)]. Layers with equal specs share a stack.
-    """
+    gives)]. Layers with equal specs share a stack."""
     layers_of: dict[LayerSpec, list[int]] = {}
     for index in itertools.chain(*row_groups(specs).values()):
         layers_of.setdefault(specs[index], []).append(index)
@@ -193,8 +185,7 @@ def row_stacks(specs: tuple[LayerSpec, ...]) -> dict[str, list[tuple[str, list[i
 
 def rows_by_unit(rows: Rows, cuts: tuple) -> list[Rows]:
     """Deals the rows out to the scanned stack: for each (unit, repeats) of ``patterns.segments``
-    {"u<j>": rows [repeats, R, W]}.
-    """
+    {"u<j>": rows [repeats, R, W]}."""
     taken, units = dict.fromkeys(rows, 0), []
     for unit, repeats in cuts:
         groups, unit_rows = [spec.group for spec in unit], {}
@@ -210,8 +201,7 @@ def rows_by_unit(rows: Rows, cuts: tuple) -> list[Rows]:
 
 class TokenMemory(nnx.Module):
     """The row sources of all memory layers, in stacks of parameters [n, ...] as :func:`row_stacks`
-    has them. ``sources`` maps a layer kind to its RowSource.
-    """
+    has them. ``sources`` maps a layer kind to its RowSource."""
 
     def __init__(
         self,
@@ -239,8 +229,7 @@ class TokenMemory(nnx.Module):
 
     def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> Rows:
         """Rows of the addresses ids_R (int32, see :func:`take_rows`) whose token embeddings are
-        e_RD. Returns rows_LRW by group.
-        """
+        e_RD. Returns rows_LRW by group."""
         e_RD = e_RD.astype(self.dtype)
         if self.detach:
             e_RD = jax.lax.stop_gradient(e_RD)

@@ -3,8 +3,7 @@ a train state.
 
 A parameter is known by its dotted path, e.g. ``blocks.s0.u0.attn.q``, whatever stands in front of
 it in a train state. One that no row of :data:`PARAMETERS` matches raises, so that a new kind cannot
-be trained or placed by accident.
-"""
+be trained or placed by accident."""
 
 import dataclasses
 import re
@@ -67,8 +66,7 @@ def label_params(params: Any) -> Any:
 
 def is_table(path: tuple, leaf: Any) -> bool:
     """Is a leaf of a train state or of parameters a table [L, V, W], or a moment or a number of
-    each of its rows?
-    """
+    each of its rows?"""
     return leaf.ndim > 0 and bool(re.search(TABLE.pattern, path_name(path)))
 
 
@@ -79,8 +77,7 @@ def is_table(path: tuple, leaf: Any) -> bool:
 
 def split(tree: Any) -> Any:
     """The tree with every nested dict of a model's parameters in three parts; parts keep the paths
-    of what they hold.
-    """
+    of what they hold."""
 
     def one(node: Any) -> Any:
         if not _is_params(node):
@@ -121,8 +118,7 @@ _nested = traverse_util.unflatten_dict
 
 def addressed_rows(parts: dict, ids_R: jax.Array, places_R: jax.Array | None = None) -> dict:
     """{"embed", "tables"} of the rows of the addresses ids_R, see :func:`exchange.lookup`.
-    places_R: where these rows are in tables that do not hold all of them.
-    """
+    places_R: where these rows are in tables that do not hold all of them."""
     embed, tables = {"embed": parts["embed"]}, {"tables": parts["tables"]}
     if places_R is None:
         return lookup(embed | tables, ids_R)

@@ -1,6 +1,5 @@
 """Layer patterns: from ``"dense*8 memoryllm*16"`` to one LayerSpec per layer, and to the units that
-are scanned.
-"""
+are scanned."""
 
 import dataclasses
 import re
@@ -15,8 +14,7 @@ MAX_LAYERS, MAX_DEPTH = 4096, 100
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """Resolved widths of one layer. Layers with equal specs have equal parameter shapes and can be
-    stacked.
-    """
+    stacked."""
 
     kind: str  # a word of blocks.KINDS
     d_ffn: int = 0  # inner width of the FFN that stays in the block (dense, FFN-C, stem), or 0
@@ -47,8 +45,7 @@ def flex_widths(d_model: int, d_ff: int, beta: float) -> tuple[int, int]:
     beta.
 
     FFN-M is the paper's printed width where Table 5 has one, else (8 - beta)/8 of d_ff rounded to
-    the nearest integer (d_ff itself stands for 8h/3).
-    """
+    the nearest integer (d_ff itself stands for 8h/3)."""
     rounded = int(d_ff * (8 - beta) / 8 + 0.5)
     d_memory = TABLE5_FFN_M.get((d_model, d_ff), {}).get(beta, rounded)
     return d_ff - d_memory, d_memory
@@ -58,8 +55,7 @@ def parse_pattern(text: str, kinds: Collection[str]) -> tuple[str, ...]:
     """Expands a pattern into kind names. Grammar: item = (word | "(" items ")") ["*" count]; items
     are separated by spaces.
 
-    Raises UserError that shows the position of the bad word.
-    """
+    Raises UserError that shows the position of the bad word."""
     tokens = [(m.group(), m.start()) for m in re.finditer(r"[()]|\*|[^\s()*]+", text)]
     position = 0
 
@@ -116,8 +112,7 @@ def parse_pattern(text: str, kinds: Collection[str]) -> tuple[str, ...]:
 
 def parse_betas(text: str, count: int) -> tuple[float, ...]:
     """One beta per flex layer from "3" or "3 2.5 1" (spaces or commas). Raises UserError outside
-    0..8.
-    """
+    0..8."""
     betas = []
     for word in text.replace(",", " ").split():
         try:
@@ -141,8 +136,7 @@ def parse_betas(text: str, count: int) -> tuple[float, ...]:
 
 def segments(specs: tuple[LayerSpec, ...]) -> tuple[tuple[tuple[LayerSpec, ...], int], ...]:
     """Cuts the stack into (repeating unit, repeats), greedily from the input: the unit that covers
-    most, the shortest first.
-    """
+    most, the shortest first."""
     cuts: list[tuple[tuple[LayerSpec, ...], int]] = []
     start = 0
     while start < len(specs):

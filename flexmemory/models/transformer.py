@@ -1,8 +1,7 @@
 """The decoder: embedding, memory rows, a stack scanned over its repeating units, head.
 
 Two calls make a forward pass: ``rows = model.rows(unique_ids)`` and ``model(ids, rows, inverse)``.
-Serving leaves the first one out and hands in rows read from a TKV store.
-"""
+Serving leaves the first one out and hands in rows read from a TKV store."""
 
 import dataclasses
 import itertools
@@ -47,8 +46,7 @@ class Transformer(nnx.Module):
     repeats of segment i; memory.* (only with ``with_memory``): everything that a fold makes
     superfluous, learned tables as zeros (:func:`init_params` draws them). With ``stacked`` False
     every layer is a segment of its own: the form that is served, in which a step reads each weight
-    where it lies and the cache is updated in place.
-    """
+    where it lies and the cache is updated in place."""
 
     def __init__(
         self, cfg: ModelConfig, rngs: nnx.Rngs, with_memory: bool = True, stacked: bool = True
@@ -75,8 +73,7 @@ class Transformer(nnx.Module):
     def rows(self, ids_R: jax.Array | None) -> Rows:
         """Live rows of the addresses ids_R, int32: {group: rows_LRW in compute dtype}; {} for a
         model without memory. ids_R=None: embedding and tables are already gathered to the rows of
-        these addresses, as in a train step.
-        """
+        these addresses, as in a train step."""
         return {} if self.memory is None else self.memory(ids_R, take_rows(self.embed[...], ids_R))
 
     def hidden(
@@ -95,8 +92,7 @@ class Transformer(nnx.Module):
         ids_BT int32; rows as from :meth:`rows`; inverse_BT int32 points each token to its row:
         rows[:, inverse_BT]. positions_BT defaults to 0..T-1. segments_BT int32 document numbers or
         None. cache as from :func:`empty_cache`. ffn_scale of :class:`Context`: one number for all
-        layers, or an array [L] of one for each layer of the model.
-        """
+        layers, or an array [L] of one for each layer of the model."""
         if positions_BT is None:
             positions_BT = jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
             positions_BT = jnp.broadcast_to(positions_BT, ids_BT.shape)
@@ -122,8 +118,7 @@ class Transformer(nnx.Module):
         last: int | None = None,
     ) -> tuple[jax.Array, dict | None]:
         """(x_BTD, cache) after segments ``first`` to before ``last``; ``rows`` and ``cache`` are
-        those segments' own.
-        """
+        those segments' own."""
         cfg = self.cfg
         kernel = attention_implementation(cfg, masked=segments_BT is not None)
         ctx = Context(positions_BT, segments_BT, ffn_scale, kernel)
@@ -176,8 +171,7 @@ def output_logits(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
 
 def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
     """``Context.implementation``: "auto" is cpu on a CPU, cudnn on a GPU where cuDNN surely can
-    (bfloat16, head width a multiple of 8 and at most 128, no document mask), else xla.
-    """
+    (bfloat16, head width a multiple of 8 and at most 128, no document mask), else xla."""
     if cfg.attention != "auto":
         return cfg.attention
     width_fits = cfg.head_width % 8 == 0 and cfg.head_width <= 128
@@ -190,8 +184,7 @@ def attention_implementation(cfg: ModelConfig, masked: bool) -> str:
 
 def init_params(cfg: ModelConfig, seed: int, shardings: Any = None) -> dict:
     """Fresh parameters as a nested dict of float32 arrays, a pure function of (cfg, seed).
-    ``shardings``: a tree of where they lie.
-    """
+    ``shardings``: a tree of where they lie."""
     return drawing(lambda: fresh_params(cfg, seed), shardings)()
 
 
@@ -211,8 +204,7 @@ def first_table(
 ) -> jax.Array:
     """First values [L, blocks * TABLE_BLOCK, width] of the tables of a stack of row sources, from
     block ``first`` on; behind row V stand numbers that no table holds. See
-    :func:`memory.first_rows`.
-    """
+    :func:`memory.first_rows`."""
     specs = layer_specs(cfg)
     layers = dict(itertools.chain(*row_stacks(specs).values()))[stack]
     spec, key = specs[layers[0]], jax.random.fold_in(jax.random.key(seed), TABLE_KEYS)
@@ -259,8 +251,7 @@ def single_layers(specs: Specs) -> tuple[tuple[Specs, int], ...]:
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int) -> dict:
     """KV cache of a served model for ``batch`` sequences of up to ``length`` tokens: {"s<layer>":
-    {"u0": {"k", "v"}}}, each [1, B, S, K, H].
-    """
+    {"u0": {"k", "v"}}}, each [1, B, S, K, H]."""
     shape = (1, batch, length, cfg.kv_heads, cfg.head_width)
     return {
         f"s{i}": {"u0": {name: jnp.zeros(shape, cfg.compute_dtype) for name in ("k", "v")}}

@@ -5,8 +5,7 @@ frequencies. Every budget sees the same draws. A step looks up its unique tokens
 then what is missing there in the RAM tier, and reads the rest at once. The caches start as after an
 endless text of such draws.
 
-Real text repeats itself more than independent draws do, so lru and lfu do better on it.
-"""
+Real text repeats itself more than independent draws do, so lru and lfu do better on it."""
 
 import dataclasses
 import functools
@@ -27,8 +26,7 @@ STEPS = 4096
 
 def probabilities(counts_V: np.ndarray) -> np.ndarray:
     """p_V float64 above 0, sum 1: the corpus frequencies. Ids that never occur share the
-    probability that Good and Turing give to the unseen: (ids seen once, or 1) / (tokens + 1).
-    """
+    probability that Good and Turing give to the unseen: (ids seen once, or 1) / (tokens + 1)."""
     counts_V = np.asarray(counts_V, np.float64)
     total, unseen = counts_V.sum(), np.count_nonzero(counts_V == 0)
     if not unseen:
@@ -40,8 +38,7 @@ def probabilities(counts_V: np.ndarray) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class Text:
     """Ids that a cache is asked for: ``steps``, each sorted and unique, and before them ``past``,
-    the last use of each id, latest first, ``ago`` steps before the first step.
-    """
+    the last use of each id, latest first, ``ago`` steps before the first step."""
 
     steps: list[np.ndarray]
     past: np.ndarray
@@ -89,8 +86,7 @@ def hit_rate(text: Text, counts_V: np.ndarray, slots: int, policy: str) -> float
 
 def read_us(latency_us: dict[int, float], reads: np.ndarray) -> np.ndarray:
     """Microseconds of one read of that many bundles: straight lines between the points, flat before
-    them, the last line beyond.
-    """
+    them, the last line beyond."""
     points = np.asarray(sorted(latency_us))
     times = np.asarray([us for _, us in sorted(latency_us.items())], np.float64)
     slope = times[-1] / points[-1]
@@ -102,8 +98,7 @@ def read_us(latency_us: dict[int, float], reads: np.ndarray) -> np.ndarray:
 
 def available_memory() -> tuple[int, int]:
     """(bytes of RAM that can be had now, bytes of the first device's own memory that are free, 0
-    where it tells of none).
-    """
+    where it tells of none)."""
     import jax
 
     try:
@@ -139,8 +134,7 @@ def try_budgets(
     step_ms: of a step with all rows resident; overlap_ms: its part that runs while rows are read;
     ram_available, hot_available: bytes, by default what is free now. Good enough: waits at most
     WAIT_SHARE of step_ms. Where nothing is, ``proposal`` is the best that fits and its ``meets`` is
-    False. Raises UserError for values that cannot be.
-    """
+    False. Raises UserError for values that cannot be."""
     if ram_available is None or hot_available is None:
         ram, hot = available_memory()
         ram_available = ram if ram_available is None else ram_available
@@ -271,8 +265,7 @@ def measure_latency(
     repeats: int = 9,
 ) -> dict[int, float]:
     """Median microseconds of read(ids_U) for that many uniformly drawn ids, sorted and unique,
-    after one untimed read. Each read has new ids. Sizes above the vocabulary are left out.
-    """
+    after one untimed read. Each read has new ids. Sizes above the vocabulary are left out."""
 
     def seconds(size: int) -> float:
         ids_U = np.sort(rng.choice(vocab, size, replace=False))

@@ -20,8 +20,7 @@ lfu     The score is the number of uses, each worth half as much HALF_LIFE * K l
         later wins, and a row that is read once does not displace one in steady use. With corpus
         counts, the start is as if text of those frequencies had gone before for ever.
 window  As lru, but at the end of a lookup the slots of rows not used in the last ``window`` steps,
-        this one included, are free again; an id that was not used in them is not kept.
-"""
+        this one included, are free again; an id that was not used in them is not kept."""
 
 import math
 from collections import deque
@@ -46,8 +45,7 @@ class SlotCache:
     use; window: steps. Not safe to call from two threads at once.
 
     Raises UserError for an unknown policy, negative sizes, static without counts, window without
-    steps.
-    """
+    steps."""
 
     def __init__(
         self,
@@ -112,8 +110,7 @@ class SlotCache:
 
     def peek(self, ids_U: np.ndarray) -> np.ndarray:
         """slots_U int32, -1 where absent, and no trace in scores or counters. IndexError for an id
-        outside the vocabulary.
-        """
+        outside the vocabulary."""
         ids_U = np.asarray(ids_U, np.int64)
         if len(ids_U) and np.minimum.reduce(ids_U) < 0:
             raise IndexError(f"id {ids_U.min()} is negative")
@@ -124,8 +121,7 @@ class SlotCache:
         updates the scores.
 
         The slots stay those rows' until the next lookup, and after it while they are among the
-        pinned slots of admit.
-        """
+        pinned slots of admit."""
         ids_U = np.array(ids_U, np.int64)
         self._step_ids = ids_U
         slots_U = self.peek(ids_U)
@@ -144,8 +140,7 @@ class SlotCache:
     def lookup_few(self, ids: list[int]) -> list[int] | None:
         """:meth:`lookup` of a few ascending ids, in a quarter of its time; None, and no trace,
         where that has more to do: an id is absent, steps leave the window, lfu scores want to be
-        brought back. The list is kept until the next step.
-        """
+        brought back. The list is kept until the next step."""
         slot_of, policy = self._slot_of, self.policy
         slots = [slot_of[i] for i in ids]
         if -1 in slots or not ids or ids[0] < 0 or policy == "window":
@@ -172,8 +167,7 @@ class SlotCache:
 
         Never gives away a slot of the latest lookup's rows, of ids_M themselves or of pinned_slots
         (rows of earlier steps that are still in use; -1 is skipped). Where slots run short, the ids
-        with the highest scores are kept.
-        """
+        with the highest scores are kept."""
         ids_M = np.asarray(ids_M, np.int64)
         if len(np.unique(ids_M)) != len(ids_M):
             raise ValueError("admit: an id occurs twice")
@@ -217,8 +211,7 @@ class SlotCache:
 
     def preload_ids(self) -> np.ndarray:
         """Ascending ids worth admitting before the first step: the K highest corpus counts for
-        static and lfu, else none.
-        """
+        static and lfu, else none."""
         return self._preload.copy()
 
     @property
@@ -232,8 +225,7 @@ class SlotCache:
 
     def _use(self, ids_U: np.ndarray) -> float:
         """Scores one use of each id; returns the clock before it, below every score of a time that
-        it gives.
-        """
+        it gives."""
         before = self._clock
         self._clock += len(ids_U)
         times_U = np.arange(self._clock, before, -1)
@@ -263,8 +255,7 @@ class SlotCache:
 
     def _take_free(self, count: int, pins: int) -> np.ndarray:
         """Up to ``count`` free slots that are not pinned. A free slot can be pinned: its row
-        expired while still in use.
-        """
+        expired while still in use."""
         start = max(0, self._free_count - count - pins)
         top = self._free_K[start : self._free_count].copy()
         open_ = ~self._pinned_K[top]
@@ -279,8 +270,7 @@ class SlotCache:
         first.
 
         Scores only rise, so a row outside _low stays above _ceiling, and only when _low is used up
-        are all slots looked at.
-        """
+        are all slots looked at."""
         if count <= 0:
             return np.empty(0, np.int32)
         low = self._low
@@ -312,8 +302,7 @@ def tier_caches(
     window: int = 0,
 ) -> tuple[SlotCache, SlotCache]:
     """The caches (hot, RAM) of a served model. Where both are static, RAM keeps the next most
-    frequent rows. ``window``: of a policy ``window``.
-    """
+    frequent rows. ``window``: of a policy ``window``."""
 
     def cache(slots: int, policy: str, counts_V: np.ndarray | None) -> SlotCache:
         if not slots and policy == "static":

@@ -3,8 +3,7 @@ fixed slots.
 
 The compiled steps are functions of (parameters, cache, tokens, rows) in fixed shapes; where the
 rows come from is the row source's business. So a resident and an offloaded engine run the same
-programs, and equal rows give equal bits.
-"""
+programs, and equal rows give equal bits."""
 
 import time
 from collections import deque
@@ -47,8 +46,7 @@ class Engine:
     before compiles the steps again); read_ahead: this many of the likeliest next tokens have their
     rows read while the token is drawn; check: verify the checksum of every row that is read, for a
     store given by its address. ``close`` gives files and threads back, as does leaving a ``with``
-    block.
-    """
+    block."""
 
     _own: Store | None = None  # a store that was opened here, to be closed here
 
@@ -87,8 +85,7 @@ class Engine:
         **options: int,
     ) -> "Engine":
         """An engine of its parts. params: the params dict, ``memory`` is not needed. Without a
-        tokenizer prompts are ids.
-        """
+        tokenizer prompts are ids."""
         engine = cls.__new__(cls)
         engine._start(cfg, forward.served_params(params, cfg), source, tokenizer, **options)
         return engine
@@ -105,8 +102,7 @@ class Engine:
         **options: int,
     ) -> "Engine":
         """An engine on live parameters, folded into device memory with rows of the float ``dtype``.
-        Equal bits to a store of the same dtype and ``shard_rows`` exported on the same backend.
-        """
+        Equal bits to a store of the same dtype and ``shard_rows`` exported on the same backend."""
         shard_rows = shard_rows or default_shard_rows(cfg, dtype)
         groups = model_groups(cfg, dtype, shard_rows)
         bases: dict = {group.name: () for group in groups}
@@ -116,8 +112,7 @@ class Engine:
     @classmethod
     def from_run(cls, workdir: str | Path, *, step: int | None = None, **options: Any) -> "Engine":
         """An engine on a run folder's checkpoint, the latest by default. Options also those of
-        :meth:`from_params`.
-        """
+        :meth:`from_params`."""
         config, params, _ = load_params(Path(workdir), step)
         return cls.from_params(config.model, params, tokenizers.load(Path(workdir)), **options)
 
@@ -178,8 +173,7 @@ class Engine:
         on_text: OnText | None = None,
     ) -> list[Generation]:
         """Continues each prompt by up to ``max_tokens`` tokens; :meth:`run` with the same options
-        for all.
-        """
+        for all."""
         if isinstance(prompts, str):
             raise UserError("prompts: give a list of prompts, not one text")
         options = (max_tokens, temperature, top_p, seed)
@@ -197,8 +191,7 @@ class Engine:
 
         on_token and on_text are called as tokens and pieces of text appear; the pieces of a request
         joined are its text. A draw depends on (seed, number of the request, its text) alone. Raises
-        UserError for a prompt outside the vocabulary, before anything runs.
-        """
+        UserError for a prompt outside the vocabulary, before anything runs."""
         waiting = deque(self._running(n, request) for n, request in enumerate(requests))
         results: dict[int, Generation] = {}
         slots: list[Running | None] = [None] * self.max_batch
@@ -288,8 +281,7 @@ class Engine:
 
         The last chunk is padded on the right with its last token: what a pad writes to the cache
         lies behind every real position, so no real token attends to it, and decoding overwrites it
-        before its position is reached.
-        """
+        before its position is reached."""
         began, first = time.perf_counter(), run.filled
         part = run.prompt_ids[first : first + self.chunk]
         ids_1C = np.asarray([part + [part[-1]] * (self.chunk - len(part))], np.int32)
@@ -308,8 +300,7 @@ class Engine:
 
     def _decode(self, slots: list[Running | None], live: list[Running]) -> np.ndarray:
         """One token, int32 [B], for each live request. Asks for the rows of the step after it as
-        soon as its tokens are known.
-        """
+        soon as its tokens are known."""
         began, tokens_B = time.perf_counter(), [live[0].ids[-1]] * len(slots)
         # an idle slot repeats what a live one feeds, so it needs no row of its own; its cache is
         # written where nobody looks before it is written again
@@ -356,8 +347,7 @@ class Engine:
 
     def _make_caches(self, waiting: Sequence[Running]) -> None:
         """Sees to caches that are long enough. What an earlier run left in them is never read: a
-        position is written before it is attended to.
-        """
+        position is written before it is attended to."""
         chunk = self.chunk
         needed = max(
             (max(-(-len(run.prompt_ids) // chunk) * chunk, run.length) for run in waiting),
@@ -375,8 +365,7 @@ class Engine:
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt. Raises UserError outside the vocabulary, and for text or nothing without
-        a tokenizer.
-        """
+        a tokenizer."""
         tokenizer = self.tokenizer
         if tokenizer is None and (isinstance(prompt, str) or not len(prompt)):
             raise UserError("prompt: this engine has no tokenizer; give at least one token id")
@@ -434,8 +423,7 @@ class Engine:
         source's counters.
 
         The first step of a shape counts as compile time, so a rate is None until a second one ran:
-        generate twice to measure.
-        """
+        generate twice to measure."""
         clock, result = self._clock, {}
         for phase in ("prefill", "decode"):
             seconds = clock[f"{phase}_seconds"]

@@ -2,8 +2,7 @@
 
 A step is cut before the first memory layer: ``lead`` needs no row, so it runs while the rows are
 being read; ``tail`` takes them. Whoever hands in the rows, these are the same programs, so equal
-rows give equal bits.
-"""
+rows give equal bits."""
 
 import functools
 
@@ -36,8 +35,7 @@ def served_params(params: dict, cfg: ModelConfig) -> dict:
     matrices in compute dtype.
 
     Casting here gives the bits that casting in every step would. ``Store.backbone(stacked=False)``
-    is in this form already.
-    """
+    is in this form already."""
 
     def put(array: jax.Array) -> jax.Array:
         vector = array.size == array.shape[-1]  # the scale of a norm
@@ -58,8 +56,7 @@ def lead(
     cfg: ModelConfig,
 ) -> tuple[jax.Array, dict]:
     """(x_BTD before the first memory layer, cache). slot: None for all sequences of the cache, or
-    the number of the one that ids_1T belongs to.
-    """
+    the number of the one that ids_1T belongs to."""
     model = build(cfg, with_memory=False, stacked=False)(params)
     x_BTD, part = model.layers(
         model.embedded(ids_BT),
@@ -88,8 +85,7 @@ def tail(
     layouts: Layouts,
 ) -> tuple[jax.Array, dict]:
     """(logits_BV float32 of token last_B of each sequence, cache). stored, bases: {group: what
-    ``encoding.decode`` takes}.
-    """
+    ``encoding.decode`` takes}."""
     model = build(cfg, with_memory=False, stacked=False)(params)
     rows = model_rows(stored, bases, cfg, layouts)
     x_BTD, part = model.layers(

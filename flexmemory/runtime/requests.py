@@ -15,8 +15,7 @@ OnText = Callable[[int, str], object]  # number of the request, piece of text
 class Request:
     """What to continue and how. ``prompt``: text or token ids; an empty one starts after an end of
     document. temperature 0 takes the likeliest token. stop: texts that end the generation and are
-    not part of it. Raises UserError for values out of range.
-    """
+    not part of it. Raises UserError for values out of range."""
 
     prompt: str | Sequence[int]
     max_tokens: int = 64
@@ -42,8 +41,7 @@ class Request:
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """One finished request. ``ids`` are the new tokens, the end of document included where it came;
-    ``text`` ends before a stop text.
-    """
+    ``text`` ends before a stop text."""
 
     text: str
     ids: list[int]

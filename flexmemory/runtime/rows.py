@@ -3,8 +3,7 @@
 ticket = source.request(ids_U, size)   # starts to read what must be read, returns at once
 stored = ticket.collect()              # waits for the rows
 inverse_BT = ticket.inverse(ids_BT)    # where in them each token's row is
-ticket.release()                       # the step has ended, its buffers may be used again
-"""
+ticket.release()                       # the step has ended, its buffers may be used again"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -31,8 +30,7 @@ class Budgets:
     (runtime/cache.py).
 
     hot: on the device. ram: in host memory; None for the whole table on the device, then nothing is
-    read while running. window: steps that the policy ``window`` keeps.
-    """
+    read while running. window: steps that the policy ``window`` keeps."""
 
     ram: int | None = 64 << 20
     hot: int = 0
@@ -43,8 +41,7 @@ class Budgets:
 
 class Ticket:
     """The rows of one step. ids_U: sorted; index_U int32: where each id's row is in ``stored``;
-    waited: seconds that :meth:`collect` stood still.
-    """
+    waited: seconds that :meth:`collect` stood still."""
 
     waited = 0.0
 
@@ -102,8 +99,7 @@ class ResidentRows(RowSource):
         cls, cfg: ModelConfig, params: dict, groups: tuple[Group, ...], bases: Bases, fold_rows: int
     ) -> "ResidentRows":
         """Folds live parameters. Equal bits to a store with these groups and ``fold_rows`` that was
-        exported on the same backend.
-        """
+        exported on the same backend."""
         v, params = cfg.vocab_size, jax.device_put(params)
         call: dict = dict(cfg=cfg, groups=groups, fold_rows=fold_rows, shard_rows=fold_rows)
         parts = fold.fold_table(params, bases, **call) if groups else ()
@@ -132,8 +128,7 @@ class LiveRows(RowSource):
     against its run.
 
     The fold runs at ``fold_rows`` addresses a call, the shape of the export, so on the same backend
-    the bits are the same.
-    """
+    the bits are the same."""
 
     def __init__(
         self,

@@ -32,8 +32,7 @@ def sample(
     probabilities reach ``top_p``; the likeliest where the temperature is 0.
 
     The draw is a function of (seed, request number, step) and the request's own logits, whatever
-    else is in the batch.
-    """
+    else is in the batch."""
 
     def one(
         logits_V: jax.Array,

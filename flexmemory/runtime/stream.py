@@ -8,8 +8,7 @@ class TextStream:
     came; ``finish()`` returns the rest.
 
     The pieces joined are the decoded ids up to the first stop text. A character of which only some
-    bytes are there, and text that may still become a stop text, are held back.
-    """
+    bytes are there, and text that may still become a stop text, are held back."""
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()):
         self._decode, self._stops = decode, tuple(stops)

@@ -1,6 +1,5 @@
 """The rows of a running model in tiers: hot ones on the device, warm ones in RAM, cold ones read
-from the store, each where its policy puts it.
-"""
+from the store, each where its policy puts it."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,8 +56,7 @@ class Read(NamedTuple):
 
 class TieredTicket(Ticket):
     """In the buffers lie the rows from RAM, then those read for this step, then those that were
-    read ahead. With a hot tier index_U is -1 for its rows until they are put together.
-    """
+    read ahead. With a hot tier index_U is -1 for its rows until they are put together."""
 
     hot_slot_U: np.ndarray  # with a hot tier: slots there, -1 where absent
     read: Read | None = None  # of rows that no tier has
@@ -89,8 +87,7 @@ class TieredRows(RowSource):
     of its own, and copies the warm rows into the step's buffer at once: what is evicted later in
     the same step has been copied before. Hot rows that outstanding tickets point to are pinned.
     Raises UserError for a budget below one row, or a policy that needs counts which the store has
-    not.
-    """
+    not."""
 
     def __init__(self, store: Store, budgets: Budgets, progress: bool = False):
         self.store, self.budgets = store, budgets
@@ -172,8 +169,7 @@ class TieredRows(RowSource):
 
     def _place(self, ticket: TieredTicket, rest: np.ndarray, ram_slot: np.ndarray) -> None:
         """Gives the rows that are not hot (``rest``, indices into ids_U) a place in the buffers,
-        starts to read those that RAM has not, and copies the others.
-        """
+        starts to read those that RAM has not, and copies the others."""
         ids_U, buffers, in_ram = ticket.ids_U, ticket.buffers, ram_slot >= 0
         warm, cold = rest[in_ram], rest[~in_ram]
         borrowed = cold[:0]
@@ -241,8 +237,7 @@ class TieredRows(RowSource):
 
     def _with_hot(self, ticket: TieredTicket) -> dict:
         """The step's rows on the device, hot and fresh, in the order of the ids. The hot tier keeps
-        of the fresh ones what its policy says.
-        """
+        of the fresh ones what its policy says."""
         ids_U, hot_slot_U, size = ticket.ids_U, ticket.hot_slot_U, ticket.buffers.size
         hot_S, fresh_S = np.full(size, -1, np.int32), np.zeros(size, np.int32)
         hot_S[: len(ids_U)] = hot_slot_U
@@ -260,8 +255,7 @@ class TieredRows(RowSource):
 
     def _end(self, ticket: TieredTicket) -> None:
         """Gives a step's buffers back, once. Those of the few sizes that steps have are kept; those
-        of a rarer size go when a new size comes.
-        """
+        of a rarer size go when a new size comes."""
         if ticket not in self._outstanding:
             return
         self._outstanding.remove(ticket)
@@ -275,8 +269,7 @@ class TieredRows(RowSource):
     def read_ahead(self, ids: np.ndarray) -> None:
         """Starts to read rows that the next step may want. They serve the requests until the next
         call. A local reader does one read at a time, so a step that misses all the same waits for
-        this one first.
-        """
+        this one first."""
         self._ahead = None
         if not self.layouts:
             return
@@ -321,8 +314,7 @@ class TieredRows(RowSource):
 @jax.jit
 def merge_rows(tables: dict, fresh: dict, hot_S: jax.Array, fresh_S: jax.Array) -> dict:
     """Row s from hot_S[s] of the tables where that is not negative, else from fresh_S[s] of
-    ``fresh``.
-    """
+    ``fresh``."""
 
     def one(table: jax.Array, new: jax.Array) -> jax.Array:
         hot = (hot_S >= 0).reshape(-1, *[1] * (table.ndim - 1))

@@ -1,6 +1,5 @@
 """Proof that a store is its run: the rows are those that the weights fold to, and the model that
-reads them gives the logits and the greedy tokens of the live weights.
-"""
+reads them gives the logits and the greedy tokens of the live weights."""
 
 import itertools
 from collections.abc import Iterator
@@ -27,8 +26,7 @@ def verify(
     store_path: str | Path, workdir: str | Path, *, progress: bool = True, **options: Any
 ) -> dict:
     """:func:`verify_params` of the store and the run folder's checkpoint of the step that it was
-    exported from, with the same options. Raises UserError where either cannot be opened.
-    """
+    exported from, with the same options. Raises UserError where either cannot be opened."""
     store = open_store(store_path)
     config, params, _ = load_params(Path(workdir), store.manifest.source.step)
     return verify_params(store, config.model, params, progress=progress, **options)
@@ -58,8 +56,7 @@ def verify_params(
     rounding_rows_max_abs_diff, rounding_logits_max_rel_diff: what that rounding itself costs, 0 for
     a float32 store. ok: all relative differences within ``tolerance`` and the greedy tokens equal.
     Also tokens, prompts, tolerance, dtype, and what the row cache saw. Raises UserError where the
-    store is of another model.
-    """
+    store is of another model."""
     m, tokenizer = store.manifest, store.tokenizer()
     if cfg != store.model:
         raise UserError(
@@ -111,8 +108,7 @@ def compare_rows(store: Store, cfg: ModelConfig, params: dict, progress: bool = 
 
     rows_max_abs_diff, rows_max_rel_diff: against the fold encoded as the store is (with the store's
     bases), 0 on the backend that exported. rounding_rows_max_abs_diff: of that encoding against
-    float32 rows.
-    """
+    float32 rows."""
     m, v, bases, groups = store.manifest, cfg.vocab_size, store.bases(), store.groups
     exact_groups, params = exact_form(store), jax.device_put(params)
     call: dict = dict(cfg=cfg, fold_rows=m.fold_rows, shard_rows=m.shard_rows)

@@ -1,6 +1,5 @@
 """Checkpoints through Orbax: items params, optimizer, data; written asynchronously, complete or not
-there at all.
-"""
+there at all."""
 
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from flexmemory.train.step import abstract_state
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.training.Checkpointer:
     """The run's checkpoints, ``workdir/checkpoints/<step>``; leftovers of an interrupted save are
-    removed.
-    """
+    removed."""
     return ocp.training.Checkpointer(
         (Path(workdir) / "checkpoints").absolute(),
         cleanup_tmp_directories=True,
@@ -34,8 +32,7 @@ def save(
     loop's own counts.
 
     The state may be donated as soon as this returns: Orbax has copied it, or holds views that make
-    JAX leave the buffers alone.
-    """
+    JAX leave the buffers alone."""
     data = {name: np.asarray(value, np.float64) for name, value in counts.items()}
     items = {name: join(state[name]) for name in ("params", "optimizer")}
     items["data"] = data | {"step": np.asarray(step)}
@@ -44,8 +41,7 @@ def save(
 
 def restore(checkpoints: ocp.training.Checkpointer, workdir: Path, cfg: Config) -> dict | None:
     """The latest full state with the loop's counts under "data", or None when there is no
-    checkpoint. Raises UserError on a damaged one.
-    """
+    checkpoint. Raises UserError on a damaged one."""
     if checkpoints.latest is None:
         return None
     step, state = checkpoints.latest.step, abstract_state(cfg)

@@ -33,8 +33,7 @@ PARTS = ("setup", "compile", "step", "data_wait", "rows_wait", "eval", "checkpoi
 
 def peak_flops() -> float | None:
     """FLOP/s that the devices of the mesh in force can do, or one device without a mesh; None for a
-    device that is not in the table.
-    """
+    device that is not in the table."""
     kind, mesh = jax.devices()[0].device_kind, jax.sharding.get_mesh()
     count = 1 if mesh.empty else mesh.size
     return next((peak * count for name, peak in PEAKS.items() if name in kind), None)
@@ -42,8 +41,7 @@ def peak_flops() -> float | None:
 
 class Clock:
     """Gives every moment since its creation to one of PARTS: "step", except inside a span of
-    another name. Of nested spans the inner one counts.
-    """
+    another name. Of nested spans the inner one counts."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now, self._last, self._part = now, now(), "step"
@@ -80,8 +78,7 @@ class Work:
     all starts.
 
     account: numbers of models/accounting. counts: of earlier starts, from their checkpoint; keys
-    other than those of ``self.counts`` (an older program's) are dropped.
-    """
+    other than those of ``self.counts`` (an older program's) are dropped."""
 
     def __init__(self, clock: Clock, account: dict, tokens_per_step: int, counts: dict[str, float]):
         self.clock, self.account, self.tokens_per_step = clock, account, tokens_per_step
@@ -94,8 +91,7 @@ class Work:
 
     def interrupt(self) -> None:
         """Before a step that must not be timed, such as the first after a compilation: timing
-        starts again after that step.
-        """
+        starts again after that step."""
         self._since = None
 
     def count(self, step: int, rows: int) -> None:
@@ -106,8 +102,7 @@ class Work:
 
     def rates(self, step: int) -> dict:
         """{"tokens_per_s", "mfu", "rows_per_token"} of the steps since the last reading; {} where
-        there is none.
-        """
+        there is none."""
         if self._since is None or step == self._since[0]:
             return {}
         since, began, rows = self._since
@@ -124,8 +119,7 @@ class Work:
 
     def totals(self, steps: int) -> dict:
         """{"train_tokens_per_s", "mfu", "rows_per_token", "flops"} of the whole run of ``steps``
-        steps; None for what was not measured.
-        """
+        steps; None for what was not measured."""
         counts, tokens = self.counts, steps * self.tokens_per_step
         rate = counts["timed_tokens"] / counts["timed_seconds"] if counts["timed_seconds"] else None
         rows = counts["rows"] / tokens if steps else None
@@ -147,8 +141,7 @@ def flops(account: dict, tokens: int, rows_per_token: float) -> dict:
     """FLOPs of ``tokens`` trained tokens.
 
     counted: forward and backward, as MFU counts them. saved: how many more they would be if every
-    token computed its own rows; saved_share: as a share of that larger number.
-    """
+    token computed its own rows; saved_share: as a share of that larger number."""
     counted = tokens * train_flops_per_token(account, rows_per_token)
     naive = tokens * train_flops_per_token(account, 1.0)
     return {"counted": counted, "saved": naive - counted, "saved_share": 1 - counted / naive}

@@ -22,8 +22,7 @@ def collectives(hlo: str) -> list[dict]:
 
     ``hlo``: text of ``jax.stages.Compiled.as_text()``. A loop counts as often as XLA knows it to
     run; one that it does not know counts once. What runs in a branch counts as if it were taken.
-    Collectives over a single device are no traffic and are left out.
-    """
+    Collectives over a single device are no traffic and are left out."""
     bodies, entry = _computations(hlo)
     counts: Counter[tuple[str, str]] = Counter()
 

@@ -28,8 +28,7 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int] | None:
     """Bytes of a compiled program on its device; None where the backend does not say.
 
     {"arguments", "outputs", "aliased": outputs that lie in donated arguments, "temporaries",
-    "code", "peak": what a call needs, arguments + outputs - aliased + temporaries + code}.
-    """
+    "code", "peak": what a call needs, arguments + outputs - aliased + temporaries + code}."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None

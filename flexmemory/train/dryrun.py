@@ -47,8 +47,7 @@ def cpu_mesh(sizes: dict[str, int]) -> Mesh:
 
 def tpu_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
     """A mesh of the devices of a TPU topology that only the compiler knows. Raises UserError
-    without libtpu, for an unknown name and for another number of devices.
-    """
+    without libtpu, for an unknown name and for another number of devices."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "topology: needs the TPU compiler; 'pip install jax[tpu]', a TPU is not needed"
@@ -75,8 +74,7 @@ def tpu_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
 
 def on_mesh(cfg: Config, mesh: str) -> tuple[Config, list[str]]:
     """(the config on that mesh, fields changed for it): the smallest plan that uses the mesh's axes
-    where the config's does not, and micro-batches that its sections divide.
-    """
+    where the config's does not, and micro-batches that its sections divide."""
     changed, plan = [], cfg.parallel.plan
     used = {word.partition("=")[0] for word in mesh.split(",") if not word.endswith("=1")}
     if not used <= set(parallel.PLANS[plan][1]):
@@ -96,8 +94,7 @@ def on_mesh(cfg: Config, mesh: str) -> tuple[Config, list[str]]:
 
 def abstract_step(cfg: Config, mesh: Mesh | AbstractMesh, rows: int) -> tuple[dict, dict]:
     """(state, batch) of shapes with shardings on a mesh, for :func:`make_train_step`; ``rows``:
-    unique ids of a section.
-    """
+    unique ids of a section."""
     sections = parallel.sections_of(dict(mesh.shape))
     count = min(max(rows, expected_rows(cfg, 1)), sections * rows, cfg.model.vocab_size)
     state = abstract_state(cfg)
@@ -122,8 +119,7 @@ def abstract_step(cfg: Config, mesh: Mesh | AbstractMesh, rows: int) -> tuple[di
 
 def expected_rows(cfg: Config, sections: int) -> int:
     """Unique ids of a section, padded, if tokens were drawn by Zipf's law (exponent 1) over the
-    vocabulary; of a model without rows as many as there may be, as in training.
-    """
+    vocabulary; of a model without rows as many as there may be, as in training."""
     tokens, vocab = cfg.data.batch_size * cfg.data.seq_len // sections, cfg.model.vocab_size
     if not any(spec.row_width for spec in layer_specs(cfg.model)):
         return min(tokens, vocab)
@@ -141,8 +137,7 @@ def dry_run(cfg: Config, mesh: Mesh | AbstractMesh, rows: int, compiled: bool = 
     device); "arrays": per device, the largest first, [{"name", "shape", "bytes", "spec"}] (of such
     tables the rows of a batch); "flops": of a step on each device; "collectives": see
     collectives.py, and "sent": their bytes; None where not compiled}. Raises UserError where the
-    mesh does not divide the model or the batch.
-    """
+    mesh does not divide the model or the batch."""
     sizes = dict(mesh.shape)
     count, sections = math.prod(sizes.values()), parallel.sections_of(sizes)
     state = abstract_state(cfg)

@@ -5,8 +5,7 @@ A step is given tables of C rows, those of its batch's ``table_ids``, and trains
 were whole. While step k computes, the rows of batch k+1 are read and sent; those of them that step
 k changes are then taken from its result, on the devices, so that every row is what it would be if
 nothing overlapped. After that the result of step k goes back into the tables. Each process holds
-the columns of its own devices.
-"""
+the columns of its own devices."""
 
 import functools
 import os
@@ -44,8 +43,7 @@ class HostTables:
     ``given``: a state as a checkpoint gives it; by default that of ``step.init_state``. The
     training loop begins with ``state`` and does, for every batch of :meth:`ahead`, ``state =
     rows_in(state)``, the step, and ``rows_out(state)``: the tables in its state have the rows of
-    one batch. What fails in the background is raised by a later call.
-    """
+    one batch. What fails in the background is raised by a later call."""
 
     def __init__(self, cfg: Config, given: dict | None = None):
         abstract, self._model = abstract_state(cfg), cfg.model
@@ -107,8 +105,7 @@ class HostTables:
 
     def rows_out(self, state: dict) -> None:
         """Sends the rows of a state that the step has changed, or is about to change, back into the
-        tables; waits for nothing.
-        """
+        tables; waits for nothing."""
         leaves = jax.tree.leaves(state)
         self._changed = {i: leaves[i] for i in self._shapes}
         for rows in self._changed.values():
@@ -117,8 +114,7 @@ class HostTables:
 
     def whole(self, state: dict) -> dict:
         """A state like that of ``step.init_state``, with a copy of the tables in ``pinned_host``
-        memory.
-        """
+        memory."""
         self._settle()
 
         def copy(i: int) -> jax.Array:
@@ -173,8 +169,7 @@ class HostTables:
 
     def _read(self, leaves: Iterable[int], ids_C: np.ndarray) -> Arrays:
         """Rows of some leaves on the devices, [L, C, W] or [L, C]; an id equal to V gets the last
-        row.
-        """
+        row."""
         parts = {
             (i, columns): np.empty((len(table), len(ids_C), *table.shape[2:]), np.float32)
             for i in leaves
@@ -217,8 +212,7 @@ class HostTables:
 
     def _fresh(self, seed: int, abstract: list, names: list[tuple[str, ...]]) -> list:
         """Leaves of ``step.init_state``; the tables are drawn into the host's memory, some blocks
-        at a time, and are None.
-        """
+        at a time, and are None."""
         model, tables, leaves = self._model, self._shapes, [None] * len(names)
         weights = [i for i, name in enumerate(names) if name[0] == "params" and i not in tables]
         # moments and counts begin with zeros

@@ -39,20 +39,17 @@ from flexmemory.train.step import init_state, make_train_step
 
 class TrainingDiverged(RuntimeError):
     """The loss or a gradient is not finite. The message names the step and the last good
-    checkpoint.
-    """
+    checkpoint."""
 
 
 class TrainingInterrupted(RuntimeError):
     """Asked to stop. The message names the step; a checkpoint of it is written and the same call
-    goes on from there.
-    """
+    goes on from there."""
 
 
 def resolve(cfg: Config) -> tuple[Config, TokenShards, TokenShards]:
     """(config with the data's vocabulary filled in, train shards, validation shards). Raises
-    UserError when they do not fit.
-    """
+    UserError when they do not fit."""
     if not cfg.data.path:
         raise UserError("config data.path: empty; give a directory written by `flexmemory prepare`")
     # absolute, so that the run folder can be evaluated from anywhere
@@ -86,8 +83,7 @@ def train(
     ``stop`` is asked after every step (in a run of one process; several hear SIGTERM together);
     when it says so, a checkpoint is written and TrainingInterrupted raised. A profiler trace of
     ``profile_steps``, numbered from 1, goes to the run folder. Raises UserError (also when the disk
-    is full) and TrainingDiverged.
-    """
+    is full) and TrainingDiverged."""
     workdir, clock = Path(workdir), Clock()
     if profile_steps is not None:
         trace.check(profile_steps, cfg.train.steps)
@@ -295,8 +291,7 @@ class Run:
 
     def _compile(self, line: ProgressLine, rows: tuple[int, int], state: dict, batch: dict) -> None:
         """Compiles the step for the batch's R and C, which take a few static sizes, and writes what
-        is known of all of them to compile.json.
-        """
+        is known of all of them to compile.json."""
         text = line.text
         line.update(line.done, f"compiling for {rows[0]:,} rows")
         with self.clock.span("compile"):
@@ -315,8 +310,7 @@ class Run:
 
     def _log(self, line: ProgressLine, step: int, metrics: dict, rows: tuple[int, int]) -> None:
         """Reads one step's metrics (this waits for that step only), checks them, and writes every
-        log_every-th.
-        """
+        log_every-th."""
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if bad := [
             f"{name} {numbers[name]}"

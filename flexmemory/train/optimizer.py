@@ -1,6 +1,5 @@
 """AdamW with a label for every parameter: clipping by true global norm, warm-up schedules, own
-settings for tables.
-"""
+settings for tables."""
 
 from collections.abc import Callable
 
@@ -14,8 +13,7 @@ from flexmemory.models.parameters import join, label_params, parameter_kind, pat
 
 def schedule(cfg: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     """Learning rate at a step: linear warm-up from lr/warmup_steps, then cosine or wsd (constant,
-    then linear) to min_lr, or constant.
-    """
+    then linear) to min_lr, or constant."""
     warmup = min(cfg.warmup_steps, steps)
     rest = max(steps - warmup, 1)
     if cfg.schedule == "cosine":
@@ -42,8 +40,7 @@ def group_norms(grads: dict) -> dict[str, jax.Array]:
 
 def clip(grads: dict, norms: dict[str, jax.Array], cfg: OptimizerConfig) -> dict:
     """Scales gradients so that the norm over all labels (tables apart when they have their own
-    clip) is at most clip_norm.
-    """
+    clip) is at most clip_norm."""
 
     def factor(names: list[str], limit: float) -> jax.Array:
         norm = jnp.sqrt(sum(norms[n] ** 2 for n in names))
@@ -58,8 +55,7 @@ def clip(grads: dict, norms: dict[str, jax.Array], cfg: OptimizerConfig) -> dict
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW (decoupled decay) on clipped gradients; norms do not decay, tables take table_lr and
-    table_weight_decay.
-    """
+    table_weight_decay."""
 
     def decay(updates: dict, params: dict | None) -> dict:
         rate, labels = {"table": cfg.table_weight_decay, "norm": 0.0}, label_params(params)

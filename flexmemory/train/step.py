@@ -1,6 +1,5 @@
 """The train step: rows once per unique id, loss with exact denominators, accumulation, clipping,
-update. One compiled function.
-"""
+update. One compiled function."""
 
 import dataclasses
 import functools
@@ -23,8 +22,7 @@ from flexmemory.train.tables import apply_rows, make_table_optimizer
 def init_state(cfg: Config) -> dict:
     """{"params": in three parts (models/parameters.py), "optimizer", "step"}: arrays, a pure
     function of the config; on a mesh each lies where the plan says. The tables lie on the devices
-    whatever parallel.table_memory is: for those in the host's memory see train/host_tables.py.
-    """
+    whatever parallel.table_memory is: for those in the host's memory see train/host_tables.py."""
     if cfg.parallel.plan == "single":
         params = split(init_params(cfg.model, cfg.train.seed))
         optimizer = init_optimizer(cfg, params)
@@ -48,8 +46,7 @@ def abstract_state(cfg: Config) -> dict:
 
 def init_optimizer(cfg: Config, params: dict) -> dict:
     """The optimisers' states: {"weights": of the parts that AdamW trains, "tables": of the tables
-    trained row by row, {} where there are none}.
-    """
+    trained row by row, {} where there are none}."""
     weights, tables = by_optimizer(cfg, params)
     settings = cfg.optimizer, cfg.train.steps
     return {
@@ -73,8 +70,7 @@ def make_gradients(cfg: Config) -> Callable[[dict, dict, dict], tuple[tuple[dict
     in a tied model "head", the transposed embedding. A batch as data/pipeline.py makes it:
     micro-batches on a leading axis A, one set of unique ids for all. The memory's rows are computed
     once, before the micro-batches, and differentiated once, after them: its work is R rows a step
-    however the batch is split, and the loss of every token counts the same.
-    """
+    however the batch is split, and the loss of every token counts the same."""
     untied = dataclasses.replace(cfg.model, tied_head=False)
     merge_all, merge_blocks = build(untied), build(untied, with_memory=False)
 
@@ -127,8 +123,7 @@ def make_train_step(cfg: Config) -> jax.stages.Wrapped:
     metrics: loss and z_loss in nats per token, lr, grad_norm, grad_norm/<label>, and param_norm of
     all that the step may have changed (of row-sparse tables the touched rows); float32 scalars.
     With a row-sparse table_optimizer nothing of the size of a table is computed, read or written,
-    unless a batch has the whole vocabulary.
-    """
+    unless a batch has the whole vocabulary."""
     settings = cfg.optimizer, cfg.train.steps
     gradients, optimizer, rate = make_gradients(cfg), make_optimizer(*settings), schedule(*settings)
     vocab, on_host = cfg.model.vocab_size, cfg.parallel.table_memory == "host"

@@ -10,8 +10,7 @@ and computes nothing of size V·W:
     tables = apply_rows(tables, updates, ids_R)  # in place where the caller donates them
 
 ids_R is int32 [R], every id at most once. An entry equal to V is no row (padding, an id that the
-batch does not hold): whatever stands there in rows, gradients and updates changes nothing.
-"""
+batch does not hold): whatever stands there in rows, gradients and updates changes nothing."""
 
 from typing import Any, NamedTuple
 
@@ -45,8 +44,7 @@ def make_table_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTran
 
     ``init(tables)``; ``update(grads, state, rows, ids_R=ids_R)`` with grads and rows [L, R, W],
     grads summed over equal ids. Raises KeyError for "adamw": a dense table is a parameter like
-    others.
-    """
+    others."""
     scale = {
         "lazy_adam": scale_by_lazy_adam(cfg.b1, cfg.b2, cfg.eps),
         "rowwise_adagrad": scale_by_rowwise_adagrad(cfg.eps),
@@ -70,8 +68,7 @@ def scale_by_lazy_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
     keeps moving it by its old m, here both stand still. With every row touched at every step the
     two are one. t counts steps, not the row's visits, as in LazyAdam of TensorFlow Addons: with b1
     = 0.9, b2 = 0.95 a row first seen late takes a first step of (1 - b1) / sqrt(1 - b2) = 0.45 of
-    the rate, where counts per row ([L, V] more state) would make it 1.
-    """
+    the rate, where counts per row ([L, V] more state) would make it 1."""
 
     def init(tables: Any) -> LazyAdamState:
         mu, nu = (jax.tree.map(jnp.zeros_like, tables) for _ in range(2))

@@ -12,8 +12,7 @@ from flexmemory.train.clock import Clock
 class Trace:
     """Writes what jax.profiler sees of ``steps``, numbered from 1 as in metrics.jsonl, into
     ``folder``; a context manager that ends the trace whatever happens. Of a resumed run it traces
-    the steps that are left. Starting and writing it are the clock's "profile".
-    """
+    the steps that are left. Starting and writing it are the clock's "profile"."""
 
     def __init__(self, folder: Path, steps: range, clock: Clock):
         self.folder, self.steps, self.clock, self.running = folder, steps, clock, False
@@ -24,8 +23,7 @@ class Trace:
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """To be held while step ``number`` is called: starts the trace where it is time, and names
-        the step in it.
-        """
+        the step in it."""
         if number not in self.steps:
             return contextlib.nullcontext()
         if not self.running:
