@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from flexmemory.models.config import ModelConfig
@@ -27,18 +28,18 @@ class Context:
     out, an array of one number is a value of the compiled program.
     implementation: of ``jax.nn.dot_product_attention``, or "cpu": :func:`cpu_attention`."""
 
-    positions_BT: jax.Array
-    segments_BT: jax.Array | None
-    ffn_scale: float | jax.Array
+    positions_BT: Array
+    segments_BT: Array | None
+    ffn_scale: float | Array
     implementation: str
 
-    def scaled(self, x: jax.Array) -> jax.Array:
+    def scaled(self, x: Array) -> Array:
         if isinstance(self.ffn_scale, float) and self.ffn_scale == 1.0:
             return x
         return x * jnp.asarray(self.ffn_scale, x.dtype)
 
 
-def rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+def rope(x_BTNH: Array, positions_BT: Array, base: float) -> Array:
     """Rotary embedding: dimension i is paired with i + H/2, angle position * base^(-2i/H); computed
     in float32."""
     half = x_BTNH.shape[-1] // 2
@@ -51,12 +52,8 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
 
 
 def causal_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segments_BT: jax.Array | None,
-    implementation: Any,
-) -> jax.Array:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None, implementation: Any
+) -> Array:
     """Causal attention, inside a document only where there are ``segments_BT``."""
     mask = None
     if segments_BT is not None:
@@ -66,9 +63,7 @@ def causal_attention(
     )
 
 
-def cpu_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None
-) -> jax.Array:
+def cpu_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None) -> Array:
     """Causal attention, one sequence and BLOCK queries at a time (an eighth of a long sequence);
     the keys behind them are not read.
 
@@ -78,9 +73,7 @@ def cpu_attention(
     block = max(BLOCK, -(-length // 8))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def sequence(
-        q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, segments_T: jax.Array | None
-    ) -> jax.Array:
+    def sequence(q_TNH: Array, k_TKH: Array, v_TKH: Array, segments_T: Array | None) -> Array:
         parts = []
         for start in range(0, length, block):
             stop = min(start + block, length)
@@ -111,8 +104,8 @@ class Attention(nnx.Module):
         self.rope_base = cfg.rope_base
 
     def __call__(
-        self, h_BTD: jax.Array, ctx: Context, cache: dict | None = None
-    ) -> tuple[jax.Array, dict | None]:
+        self, h_BTD: Array, ctx: Context, cache: dict | None = None
+    ) -> tuple[Array, dict | None]:
         """Returns (attention output BTD, updated cache).
 
         ``cache`` is {"k", "v"} of [B, S, K, H], S > every position (a position beyond it is not
@@ -150,7 +143,7 @@ class Attention(nnx.Module):
         return linear(y_BTE, o_ED), cache
 
 
-def heads(h_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
+def heads(h_BTD: Array, weight_DNH: Array) -> Array:
     """h_BTD weight_DNH -> [B, T, N, H]"""
     flat_BTE = linear(h_BTD, weight_DNH.reshape(len(weight_DNH), -1))
     return flat_BTE.reshape(*h_BTD.shape[:2], *weight_DNH.shape[1:])

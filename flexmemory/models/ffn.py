@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
+from jax import Array, P
 from jax.ad_checkpoint import checkpoint_name
 
 from flexmemory.models.config import ModelConfig
@@ -15,7 +15,7 @@ from flexmemory.sharding import gathered, like, local, sharding, spec_of, sum_ov
 
 
 @jax.custom_vjp
-def linear(x: jax.Array, weight_DF: jax.Array) -> jax.Array:
+def linear(x: Array, weight_DF: Array) -> Array:
     """x [..., D] @ weight_DF, float32 and cast to x's dtype. The weight's gradient is summed and
     given in float32. Reverse-mode derivatives only.
 
@@ -26,18 +26,18 @@ def linear(x: jax.Array, weight_DF: jax.Array) -> jax.Array:
     return contract(x, weight_DF, x.ndim - 1, 0, P(*spec_of(x)[:-1], spec_of(weight_DF)[1]))
 
 
-def _linear_forward(x: jax.Array, weight_DF: jax.Array) -> tuple:
+def _linear_forward(x: Array, weight_DF: Array) -> tuple:
     return linear(x, weight_DF), (x, weight_DF)
 
 
-def _linear_backward(residuals: tuple, grad: jax.Array) -> tuple:
+def _linear_backward(residuals: tuple, grad: Array) -> tuple:
     x, weight_DF = residuals
     cut_x, used_DF = matching(x, weight_DF)
     x_ND, grad_NF = cut_x.reshape(-1, weight_DF.shape[0]), grad.reshape(-1, weight_DF.shape[1])
     spec, by_rows = spec_of(weight_DF), (((0,), (0,)), ((), ()))
 
     # XLA would sum the whole gradient on every device and then cut it: twice the traffic
-    def own(x_ND: jax.Array, grad_NF: jax.Array) -> jax.Array:
+    def own(x_ND: Array, grad_NF: Array) -> Array:
         product = jax.lax.dot_general(x_ND, grad_NF, by_rows, preferred_element_type=jnp.float32)
         return sum_over_batch(product, spec)
 
@@ -45,15 +45,13 @@ def _linear_backward(residuals: tuple, grad: jax.Array) -> tuple:
     return contract(grad, used_DF, grad.ndim - 1, 1, spec_of(x)), grad_DF.astype(weight_DF.dtype)
 
 
-def matching(x: jax.Array, weight_DF: jax.Array) -> tuple[jax.Array, jax.Array]:
+def matching(x: Array, weight_DF: Array) -> tuple[Array, Array]:
     """x, and the weight in its dtype whole over the batch's axes, both cut alike along D."""
     used_DF = gathered(weight_DF.astype(x.dtype))
     return like(x, P(*spec_of(x)[:-1], spec_of(used_DF)[0])), used_DF
 
 
-def contract(
-    a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, out: P, dtype: Any = None
-) -> jax.Array:
+def contract(a: Array, b: Array, axis_a: int, axis_b: int, out: P, dtype: Any = None) -> Array:
     """Sum of products over one axis of each; the result is cut as ``out`` says."""
     axes = (((axis_a,), (axis_b,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype, out_sharding=sharding(out))
@@ -63,13 +61,13 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # costs less to compute again than to keep
-def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+def gated(gate: Array, up: Array) -> Array:
     """SiLU(gate) * up"""
     return jax.nn.silu(gate) * up
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: Array, scale_D: Array, eps: float) -> Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * scale_D).astype(x.dtype)
@@ -87,7 +85,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(d, jnp.float32))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         return rms_norm(x, self.scale[...], self.eps)
 
 
@@ -99,7 +97,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d, jnp.float32))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
@@ -115,7 +113,7 @@ class SwiGLU(nnx.Module):
         self.up = weight(cfg, rngs, cfg.d_model, d_ff)
         self.down = weight(cfg, rngs, d_ff, cfg.d_model)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         gate = checkpoint_name(linear(x, self.gate[...]), "gate")
         up = checkpoint_name(linear(x, self.up[...]), "up")
         return linear(gated(gate, up), self.down[...])
@@ -135,7 +133,7 @@ class Square(nnx.Module):
         if count == 3:
             self.up = weight(cfg, rngs, cfg.d_model, cfg.d_model)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         if self.count == 1:
             return linear(x, self.down[...])
         gate = checkpoint_name(linear(x, self.gate[...]), "gate")

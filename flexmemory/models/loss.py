@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from flexmemory.sharding import gathered, local, names, spec_of, sum_over_batch, varying
 
@@ -14,7 +15,7 @@ from flexmemory.sharding import gathered, local, names, spec_of, sum_over_batch,
 LOGITS_BYTES = 1 << 29
 
 
-def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_losses(logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array]:
     """(cross-entropy in nats, logsumexp^2), each float32 [B, T]."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -23,8 +24,8 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arra
 
 
 def chunked_losses(
-    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int | None = None
-) -> tuple[jax.Array, jax.Array]:
+    x_BTD: Array, head_DV: Array, targets_BT: Array, chunk: int | None = None
+) -> tuple[Array, Array]:
     """:func:`token_losses` of the logits x_BTD @ head_DV, for evaluation: its derivative would keep
     every logit.
 
@@ -34,10 +35,10 @@ def chunked_losses(
     weight_DV = gathered(head_DV.astype(x_BTD.dtype))
     vocab_axes = names(spec_of(weight_DV)[1])
 
-    def losses(x_BTD: jax.Array, weight_DV: jax.Array, targets_BT: jax.Array) -> tuple:
+    def losses(x_BTD: Array, weight_DV: Array, targets_BT: Array) -> tuple:
         count = pieces(targets_BT.size, weight_DV.shape[1], chunk)
 
-        def piece(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def piece(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
             x_ND, targets_N = inputs
             _, _, _, lse_N, picked_N = _scores(x_ND, targets_N, weight_DV, vocab_axes)
             return lse_N - picked_N, lse_N**2
@@ -50,8 +51,8 @@ def chunked_losses(
 
 
 def _scores(
-    x_ND: jax.Array, targets_N: jax.Array, weight_DV: jax.Array, vocab_axes: tuple[str, ...]
-) -> tuple[jax.Array, ...]:
+    x_ND: Array, targets_N: Array, weight_DV: Array, vocab_axes: tuple[str, ...]
+) -> tuple[Array, ...]:
     """(exp(logits - the largest) [N, V], their sum, place of the target in V, logsumexp, logit of
     the target), float32. ``vocab_axes``: mesh axes over which the vocabulary is cut; V is the own
     part, outside of which a place may lie, and all else but the first is of the whole."""
@@ -74,13 +75,13 @@ def _scores(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def mean_loss(
-    x_BTD: jax.Array,
-    head_DV: jax.Array,
-    targets_BT: jax.Array,
+    x_BTD: Array,
+    head_DV: Array,
+    targets_BT: Array,
     tokens: int,
     z_weight: float,
     chunk: int | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[Array, tuple[Array, Array]]:
     """(loss + z_weight * z, (loss, z)): float32 sums over the batch of :func:`chunked_losses`,
     whose arguments it takes, over ``tokens``.
 
@@ -90,24 +91,19 @@ def mean_loss(
     return _means(*chunked_losses(x_BTD, head_DV, targets_BT, chunk), tokens, z_weight)
 
 
-def _means(ce_BT: jax.Array, z_BT: jax.Array, tokens: int, z_weight: float) -> tuple:
+def _means(ce_BT: Array, z_BT: Array, tokens: int, z_weight: float) -> tuple:
     loss, z = ce_BT.sum() / tokens, z_BT.sum() / tokens
     return loss + z_weight * z, (loss, z)
 
 
 def _forward(
-    x_BTD: jax.Array,
-    head_DV: jax.Array,
-    targets_BT: jax.Array,
-    tokens: int,
-    z_weight: float,
-    chunk: int | None,
+    x_BTD: Array, head_DV: Array, targets_BT: Array, tokens: int, z_weight: float, chunk: int | None
 ) -> tuple:
     head_spec, weight_DV = spec_of(head_DV), gathered(head_DV.astype(x_BTD.dtype))
     vocab_axes = names(spec_of(weight_DV)[1])
 
-    def losses(x_BTD: jax.Array, weight_DV: jax.Array, targets_BT: jax.Array) -> tuple:
-        def piece(grad_DV: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple:
+    def losses(x_BTD: Array, weight_DV: Array, targets_BT: Array) -> tuple:
+        def piece(grad_DV: Array, inputs: tuple[Array, Array]) -> tuple:
             x_ND, targets_N = inputs
             scores = _scores(x_ND, targets_N, weight_DV, vocab_axes)
             exp_NV, sum_N, place_N, lse_N, picked_N = scores
@@ -125,7 +121,7 @@ def _forward(
         # drops the rest
         zeros_DV = varying(jnp.zeros(weight_DV.shape, jnp.float32), vocab_axes)
         inputs = split(x_BTD, count), split(targets_BT, count)
-        by_piece: tuple[jax.Array, ...]
+        by_piece: tuple[Array, ...]
         grad_DV, by_piece = jax.lax.scan(piece, zeros_DV, inputs)
         ce_BT, z_BT, grad_BTD = (join(a_CN, targets_BT.shape) for a_CN in by_piece)
         return ce_BT, z_BT, grad_BTD, sum_over_batch(grad_DV, head_spec)
@@ -146,7 +142,7 @@ def _backward(
 mean_loss.defvjp(_forward, _backward)
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
@@ -155,7 +151,7 @@ def pieces(tokens: int, vocab: int, chunk: int | None) -> int:
     return -(-tokens // (chunk or max(1, LOGITS_BYTES // (4 * vocab))))
 
 
-def split(a_BT: jax.Array, count: int) -> jax.Array:
+def split(a_BT: Array, count: int) -> Array:
     """[B, T, ...] -> [count, N, ...], filled up with 0. Piece c is every count-th token from c on:
     a batch spread over devices stays spread."""
     a_T = a_BT.reshape(-1, *a_BT.shape[2:])
@@ -163,7 +159,7 @@ def split(a_BT: jax.Array, count: int) -> jax.Array:
     return a_T.reshape(-1, count, *a_T.shape[1:]).swapaxes(0, 1)
 
 
-def join(a_CN: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def join(a_CN: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of :func:`split`: [C, N, ...] -> [B, T, ...]."""
     a_T = a_CN.swapaxes(0, 1).reshape(-1, *a_CN.shape[2:])
     return a_T[: shape[0] * shape[1]].reshape(*shape, *a_CN.shape[2:])

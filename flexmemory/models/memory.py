@@ -13,19 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import P
+from jax import Array, P
 
 from flexmemory.models.config import ModelConfig
 from flexmemory.models.ffn import LayerNorm, RMSNorm, SwiGLU
 from flexmemory.models.patterns import LayerSpec
 from flexmemory.sharding import local
 
-Rows = dict[str, jax.Array]  # group name -> rows_LRW of the group's memory layers, in layer order
+Rows = dict[str, Array]  # group name -> rows_LRW of the group's memory layers, in layer order
 TABLE_BLOCK = 256  # rows of a table whose first values come from one key
 
 
 @jax.custom_vjp
-def gather_rows(rows_RW: jax.Array, inverse_BT: jax.Array) -> jax.Array:
+def gather_rows(rows_RW: Array, inverse_BT: Array) -> Array:
     """rows_BTW = rows_RW[inverse_BT]; the gradient is summed in float32 whatever the rows' dtype.
 
     ``inverse_BT`` must lie in 0..R-1 (out of range is clipped); on a mesh every section of the
@@ -36,12 +36,12 @@ def gather_rows(rows_RW: jax.Array, inverse_BT: jax.Array) -> jax.Array:
     )(rows_RW, inverse_BT)
 
 
-def _gather_forward(rows_RW: jax.Array, inverse_BT: jax.Array) -> tuple:
+def _gather_forward(rows_RW: Array, inverse_BT: Array) -> tuple:
     return gather_rows(rows_RW, inverse_BT), (inverse_BT, rows_RW)
 
 
-def _gather_backward(residuals: tuple, grad_BTW: jax.Array) -> tuple:
-    def add(inverse_BT: jax.Array, rows_RW: jax.Array, grad_BTW: jax.Array) -> jax.Array:
+def _gather_backward(residuals: tuple, grad_BTW: Array) -> tuple:
+    def add(inverse_BT: Array, rows_RW: Array, grad_BTW: Array) -> Array:
         zeros_RW = jnp.zeros(rows_RW.shape, jnp.float32)  # rows only for their shape and dtype
         grad_RW = zeros_RW.at[inverse_BT].add(grad_BTW.astype(jnp.float32), mode="clip")
         return grad_RW.astype(rows_RW.dtype)
@@ -71,7 +71,7 @@ class RowSource(nnx.Module):
         """Standard deviation of the table's first values, which are normal."""
         raise NotImplementedError("a source with a table gives table_std")
 
-    def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
+    def __call__(self, ids_R: Array | None, e_RD: Array) -> Array:
         raise NotImplementedError
 
 
@@ -85,7 +85,7 @@ class FFNRows(RowSource):
         self.norm = None if cfg.x0_norm_shared else x0_norm(cfg)
         self.ffn = SwiGLU(cfg, layer.d_memory, rngs)
 
-    def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
+    def __call__(self, ids_R: Array | None, e_RD: Array) -> Array:
         return self.ffn(e_RD if self.norm is None else self.norm(e_RD))
 
 
@@ -100,7 +100,7 @@ class TableRows(RowSource):
     def table_std(cfg: ModelConfig, layer: LayerSpec) -> float:
         return cfg.table_init_std or (2 / (cfg.vocab_size + layer.row_width)) ** 0.5
 
-    def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> jax.Array:
+    def __call__(self, ids_R: Array | None, e_RD: Array) -> Array:
         return take_rows(self.table[...], ids_R).astype(e_RD.dtype)
 
 
@@ -110,15 +110,13 @@ def empty_table(cfg: ModelConfig, width: int) -> nnx.Param:
     return nnx.Param(jnp.zeros((cfg.vocab_size, width), jnp.float32))
 
 
-def first_rows(
-    keys_L: jax.Array, std: float, first: int | jax.Array, blocks: int, width: int
-) -> jax.Array:
+def first_rows(keys_L: Array, std: float, first: int | Array, blocks: int, width: int) -> Array:
     """First values [L, blocks * TABLE_BLOCK, width], float32, of some rows of L tables. Block b of
     a table, its TABLE_BLOCK rows from row b * TABLE_BLOCK on, is std * normal(fold_in(key, b)):
     the same numbers however many blocks are drawn at a time. ``first``: number of the first block.
     """
 
-    def block(key: jax.Array, b: jax.Array) -> jax.Array:
+    def block(key: Array, b: Array) -> Array:
         return std * jax.random.normal(jax.random.fold_in(key, b), (TABLE_BLOCK, width))
 
     over_blocks = jax.vmap(block, (None, 0))
@@ -126,7 +124,7 @@ def first_rows(
     return rows.reshape(len(keys_L), blocks * TABLE_BLOCK, width)
 
 
-def take_rows(table_VW: jax.Array, ids_R: jax.Array | None) -> jax.Array:
+def take_rows(table_VW: Array, ids_R: Array | None) -> Array:
     """rows_RW of the addresses ids_R. ids_R=None: the table is already gathered to these rows, as
     in a train step."""
     return table_VW if ids_R is None else table_VW[ids_R]
@@ -227,7 +225,7 @@ class TokenMemory(nnx.Module):
             for g, parts in order.items()
         )
 
-    def __call__(self, ids_R: jax.Array | None, e_RD: jax.Array) -> Rows:
+    def __call__(self, ids_R: Array | None, e_RD: Array) -> Rows:
         """Rows of the addresses ids_R (int32, see :func:`take_rows`) whose token embeddings are
         e_RD. Returns rows_LRW by group."""
         e_RD = e_RD.astype(self.dtype)
@@ -243,13 +241,11 @@ class TokenMemory(nnx.Module):
             rows[group] = rows_LRW if at == sorted(at) else rows_LRW[np.argsort(at)]
         return rows
 
-    def _stack_rows(
-        self, stack: RowSource, ids_R: jax.Array | None, e_RD: jax.Array, length: int
-    ) -> jax.Array:
+    def _stack_rows(self, stack: RowSource, ids_R: Array | None, e_RD: Array, length: int) -> Array:
         if stack.stacking == "vmap":
             return jax.vmap(lambda source: source(ids_R, e_RD))(stack)
 
-        def body(carry: None, source: RowSource) -> tuple[None, jax.Array]:
+        def body(carry: None, source: RowSource) -> tuple[None, Array]:
             return carry, source(ids_R, e_RD)
 
         body = remat(body, length, self.scan, self.keep) if self.remat else body

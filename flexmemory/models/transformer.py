@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
+from jax import Array, P
 from jax.sharding import auto_axes, get_abstract_mesh
 
 from flexmemory.models.attention import Context
@@ -70,7 +70,7 @@ class Transformer(nnx.Module):
         has_memory = with_memory and row_groups(self.specs)
         self.memory = TokenMemory(cfg, self.specs, sources, rngs) if has_memory else None
 
-    def rows(self, ids_R: jax.Array | None) -> Rows:
+    def rows(self, ids_R: Array | None) -> Rows:
         """Live rows of the addresses ids_R, int32: {group: rows_LRW in compute dtype}; {} for a
         model without memory. ids_R=None: embedding and tables are already gathered to the rows of
         these addresses, as in a train step."""
@@ -78,15 +78,15 @@ class Transformer(nnx.Module):
 
     def hidden(
         self,
-        ids_BT: jax.Array,
+        ids_BT: Array,
         rows: Rows,
-        inverse_BT: jax.Array,
+        inverse_BT: Array,
         *,
-        positions_BT: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
+        positions_BT: Array | None = None,
+        segments_BT: Array | None = None,
         cache: dict | None = None,
-        ffn_scale: float | jax.Array = 1.0,
-    ) -> tuple[jax.Array, dict | None]:
+        ffn_scale: float | Array = 1.0,
+    ) -> tuple[Array, dict | None]:
         """Final normed states: (x_BTD in compute dtype, updated cache or None).
 
         ids_BT int32; rows as from :meth:`rows`; inverse_BT int32 points each token to its row:
@@ -101,22 +101,22 @@ class Transformer(nnx.Module):
         )
         return self.norm(x_BTD), cache
 
-    def embedded(self, ids_BT: jax.Array) -> jax.Array:
+    def embedded(self, ids_BT: Array) -> Array:
         """x_BTD, the residual stream before the first layer."""
         return gather_rows(self.embed[...], ids_BT).astype(self.cfg.compute_dtype)
 
     def layers(
         self,
-        x_BTD: jax.Array,
+        x_BTD: Array,
         rows: Rows,
-        inverse_BT: jax.Array,
-        positions_BT: jax.Array,
-        segments_BT: jax.Array | None = None,
+        inverse_BT: Array,
+        positions_BT: Array,
+        segments_BT: Array | None = None,
         cache: dict | None = None,
-        ffn_scale: float | jax.Array = 1.0,
+        ffn_scale: float | Array = 1.0,
         first: int = 0,
         last: int | None = None,
-    ) -> tuple[jax.Array, dict | None]:
+    ) -> tuple[Array, dict | None]:
         """(x_BTD, cache) after segments ``first`` to before ``last``; ``rows`` and ``cache`` are
         those segments' own."""
         cfg = self.cfg
@@ -128,7 +128,7 @@ class Transformer(nnx.Module):
             zip(cuts, rows_by_unit(rows, cuts)), first
         ):
 
-            def body(x_BTD: jax.Array, layer: tuple, unit: Specs = unit) -> tuple[jax.Array, Any]:
+            def body(x_BTD: Array, layer: tuple, unit: Specs = unit) -> tuple[Array, Any]:
                 blocks, layer_rows, layer_cache, scale_U = layer
                 caches = {}
                 for j, spec in enumerate(unit):
@@ -152,18 +152,16 @@ class Transformer(nnx.Module):
         return x_BTD, new_cache if cache is not None else None
 
     @property
-    def head_DV(self) -> jax.Array:
+    def head_DV(self) -> Array:
         """The output weights, float32: the head, or the transposed embedding."""
         return self.embed[...].T if self.head is None else self.head[...]
 
-    def __call__(
-        self, ids_BT: jax.Array, rows: Rows, inverse_BT: jax.Array, **kwargs: Any
-    ) -> jax.Array:
+    def __call__(self, ids_BT: Array, rows: Rows, inverse_BT: Array, **kwargs: Any) -> Array:
         """logits_BTV float32; arguments as for :meth:`hidden`."""
         return output_logits(self.hidden(ids_BT, rows, inverse_BT, **kwargs)[0], self.head_DV)
 
 
-def output_logits(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+def output_logits(x_BTD: Array, head_DV: Array) -> Array:
     """logits_BTV float32 of final states x_BTD."""
     x_BTD, used_DV = matching(x_BTD, head_DV)
     return contract(x_BTD, used_DV, 2, 0, P(*spec_of(x_BTD)[:-1], spec_of(used_DV)[1]), jnp.float32)
@@ -200,8 +198,8 @@ def fresh_params(cfg: ModelConfig, seed: int) -> dict:
 
 
 def first_table(
-    cfg: ModelConfig, seed: int, stack: str, width: int, first: int | jax.Array, blocks: int
-) -> jax.Array:
+    cfg: ModelConfig, seed: int, stack: str, width: int, first: int | Array, blocks: int
+) -> Array:
     """First values [L, blocks * TABLE_BLOCK, width] of the tables of a stack of row sources, from
     block ``first`` on; behind row V stand numbers that no table holds. See
     :func:`memory.first_rows`."""
