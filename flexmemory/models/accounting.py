@@ -19,6 +19,15 @@ from flexmemory.models.transformer import abstract_params
 
 # of rows only, without scales
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
+COUNTS = {
+    "total": "total, no embeddings or head",
+    "active": "active, no embeddings or head",
+    "embed": "embedding + head",
+    "total_all": "total, all",
+    "active_all": "active, all",
+    "paper_total": "total as the paper counts",
+    "paper_active": "active as the paper counts",
+}
 
 
 def size(tree: Any) -> int:
@@ -52,7 +61,14 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
     flops = 2 * matmul_weights(backbone["blocks"]) + attention + 2 * cfg.d_model * cfg.vocab_size
     row_values = sum(spec.row_width for spec in specs)
     replaced = sum(spec.replaces for spec in specs)
-    bytes_each, learned = DTYPE_BYTES[cfg.compute_dtype], [spec for spec in specs if spec.learned]
+    bytes_each = DTYPE_BYTES[cfg.compute_dtype]
+    # learned rows are counted as STEM counts
+    paper_total, paper_active = total, active
+    if any(spec.learned for spec in specs):
+        paper_total = total + embed + sum(spec.replaces for spec in specs if spec.learned)
+        paper_active = active + embed
+    read = active + cfg.d_model * (cfg.vocab_size + 1) + row_values
+    values = cfg.vocab_size * row_values
     return {
         "pattern": cfg.pattern,
         "layers": len(specs),
@@ -61,19 +77,15 @@ def account(cfg: ModelConfig, seq_len: int = 2048) -> dict:
         "embed": embed,
         "total_all": total + embed,
         "active_all": active + embed,
-        "paper_total": total + embed + sum(spec.replaces for spec in learned) if learned else total,
-        "paper_active": active + embed if learned else active,
+        "paper_total": paper_total,
+        "paper_active": paper_active,
         "flops_per_token": round(flops),
         "memory_flops_per_row": 2 * matmul_weights(backbone.get("memory", {})),
         "row_bytes_per_token": row_values * bytes_each,
-        "read_bytes_per_token": (
-            (active + cfg.d_model * (cfg.vocab_size + 1) + row_values) * bytes_each
-        ),
+        "read_bytes_per_token": read * bytes_each,
         "row_dtype": cfg.compute_dtype,
-        "table_bytes": {
-            name: int(cfg.vocab_size * row_values * n) for name, n in DTYPE_BYTES.items()
-        },
-        "table_over_ffn": cfg.vocab_size * row_values / replaced if replaced else None,
+        "table_bytes": {name: int(values * n) for name, n in DTYPE_BYTES.items()},
+        "table_over_ffn": values / replaced if replaced else None,
         "ffn_widths": [[spec.d_ffn, spec.d_memory] for spec in specs],
         "residual": residual(cfg, specs),
     }
@@ -85,12 +97,9 @@ def residual(cfg: ModelConfig, specs: tuple[LayerSpec, ...]) -> float | None:
     (stem, attn_only)."""
     if not all(spec.nominal for spec in specs):
         return None
-    ffn = sum(
-        3 * cfg.d_model * spec.d_memory
-        + (spec.square * cfg.d_model**2 or 3 * cfg.d_model * spec.d_ffn)
-        for spec in specs
-    )
-    return (ffn / len(specs) - 8 * cfg.d_model**2) / (12 * cfg.d_model**2)
+    d = cfg.d_model
+    ffn = sum(3 * d * s.d_memory + (s.square * d**2 or 3 * d * s.d_ffn) for s in specs)
+    return (ffn / len(specs) - 8 * d**2) / (12 * d**2)
 
 
 def train_flops_per_token(account_: dict, rows_per_token: float) -> float:
@@ -110,30 +119,18 @@ def table(numbers: dict) -> str:
             return f"{n / 1e9:.3f} GB"
         return f"{n / 1e6:.2f} MB" if n >= 1e6 else f"{n / 1e3:.2f} kB"
 
-    lines = [f"{'pattern':<34}{numbers['pattern']}  ({numbers['layers']} layers)"]
-    for key, what in (
-        ("total", "total, no embeddings or head"),
-        ("active", "active, no embeddings or head"),
-        ("embed", "embedding + head"),
-        ("total_all", "total, all"),
-        ("active_all", "active, all"),
-        ("paper_total", "total as the paper counts"),
-        ("paper_active", "active as the paper counts"),
-    ):
-        lines.append(f"{what:<34}{count(numbers[key]):>12}")
-    lines.append(f"{'forward FLOPs per token':<34}{numbers['flops_per_token'] / 1e9:>9.3f} G")
-    lines.append(
-        f"{'rows read per token':<34}{bytes_(numbers['row_bytes_per_token']):>12} in"
-        f" {numbers['row_dtype']}"
-    )
+    over, residual_ = numbers["table_over_ffn"], numbers["residual"]
+    rows = [("pattern", f"{numbers['pattern']}  ({numbers['layers']} layers)")]
+    rows += [(label, f"{count(numbers[key]):>12}") for key, label in COUNTS.items()]
+    row_bytes = f"{bytes_(numbers['row_bytes_per_token']):>12} in {numbers['row_dtype']}"
+    rows += [
+        ("forward FLOPs per token", f"{numbers['flops_per_token'] / 1e9:>9.3f} G"),
+        ("rows read per token", row_bytes),
+    ]
     for dtype in ("float32", "bfloat16", "int8", "int4"):
-        lines.append(f"{'table ' + dtype:<34}{bytes_(numbers['table_bytes'][dtype]):>12}")
-    over = numbers["table_over_ffn"]
-    lines.append(
-        f"{'table over replaced FFN (values)':<34}{'-' if over is None else f'{over:.2f}x':>12}"
-    )
-    if numbers["residual"] is not None:
-        lines.append(
-            f"{'FFN weights against nominal 8h^2':<34}{100 * numbers['residual']:>+11.3f}% of 12h^2"
-        )
-    return "\n".join(lines)
+        rows.append((f"table {dtype}", f"{bytes_(numbers['table_bytes'][dtype]):>12}"))
+    share = "-" if over is None else f"{over:.2f}x"
+    rows.append(("table over replaced FFN (values)", f"{share:>12}"))
+    if residual_ is not None:
+        rows.append(("FFN weights against nominal 8h^2", f"{100 * residual_:>+11.3f}% of 12h^2"))
+    return "\n".join(f"{label:<34}{value}" for label, value in rows)
