@@ -105,11 +105,7 @@ def abstract_step(cfg: Config, mesh: Mesh | AbstractMesh, rows: int) -> tuple[di
         ("ids", "targets", "inverse", *(("segments",) if cfg.data.document_mask else ())),
         (accum, cfg.data.batch_size // accum, cfg.data.seq_len),
     )
-    shapes |= {
-        "unique_ids": (sections * rows,),
-        "places": (sections * rows,),
-        "table_ids": (count,),
-    }
+    shapes |= dict.fromkeys(("unique_ids", "places"), (sections * rows,)) | {"table_ids": (count,)}
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
     specs = parallel.batch_specs(batch)
     return jax.tree.map(_at, state, parallel.placed(cfg, state)), {
@@ -147,9 +143,8 @@ def dry_run(cfg: Config, mesh: Mesh | AbstractMesh, rows: int, compiled: bool = 
         state, batch = abstract_step(cfg, mesh, rows)
         traced = make_train_step(cfg).trace(state, batch)
     parts, arrays, more = dict.fromkeys((*PARTS, HOST), 0), [], 0
-    for (path, leaf), there in zip(
-        jax.tree_util.tree_leaves_with_path(join(state)), whole, strict=True
-    ):
+    leaves = jax.tree_util.tree_leaves_with_path(join(state))
+    for (path, leaf), there in zip(leaves, whole, strict=True):
         name, own = path_name(path), _own_bytes(leaf)
         spec = str(leaf.sharding.spec)
         arrays.append({"name": name, "shape": leaf.shape, "bytes": own, "spec": spec})

@@ -10,7 +10,7 @@ the columns of its own devices."""
 import functools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -175,11 +175,7 @@ class HostTables:
             for i in leaves
             for columns, table in self._tables[i].items()
         }
-        self._copy(
-            (np.take, layer, ids_C, 0, rows, "clip")
-            for (i, columns), part in parts.items()
-            for layer, rows in zip(self._tables[i][columns], part, strict=True)
-        )
+        self._copy(parts, lambda layer, rows: np.take(layer, ids_C, 0, rows, "clip"))
 
         def array(i: int) -> jax.Array:
             shape = self._shapes[i][0], len(ids_C), *self._shapes[i][2:]
@@ -192,21 +188,27 @@ class HostTables:
         real_C = ids_C < self._model.vocab_size
         count = real_C.sum()
         # what is no row stands behind those that are one, unless C is V
-        places = slice(count) if real_C[:count].all() else real_C
+        places, ids = slice(count) if real_C[:count].all() else real_C, ids_C[real_C]
         parts = {
             (i, _columns(shard.index)): np.asarray(shard.data)
             for i, rows in changed.items()
             for shard in rows.addressable_shards
         }
-        self._copy(
-            (_put, layer, ids_C[real_C], rows, places)
+
+        def put(layer: np.ndarray, rows: np.ndarray) -> None:
+            layer[ids] = rows[places]
+
+        self._copy(parts, put)
+
+    def _copy(self, parts: dict[tuple, np.ndarray], copy: Callable) -> None:
+        """Runs ``copy(layer of a table, its rows)`` for every layer of {(leaf, columns): rows}."""
+        jobs = [
+            self._copying.submit(copy, layer, rows)
             for (i, columns), part in parts.items()
             for layer, rows in zip(self._tables[i][columns], part, strict=True)
-        )
-
-    def _copy(self, jobs: Iterable[tuple]) -> None:
-        for future in [self._copying.submit(*job) for job in jobs]:
-            future.result()
+        ]
+        for job in jobs:
+            job.result()
 
     # --- first values ---
 
@@ -257,10 +259,6 @@ def with_rows(abstract: Any, count: int) -> Any:
 def _columns(index: tuple) -> tuple:
     """Of a shard's index in a leaf."""
     return index[2:]
-
-
-def _put(layer: np.ndarray, ids: np.ndarray, rows: np.ndarray, places: np.ndarray | slice) -> None:
-    layer[ids] = rows[places]
 
 
 def _spread(whole: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:

@@ -53,21 +53,17 @@ def resolve(cfg: Config) -> tuple[Config, TokenShards, TokenShards]:
     if not cfg.data.path:
         raise UserError("config data.path: empty; give a directory written by `flexmemory prepare`")
     # absolute, so that the run folder can be evaluated from anywhere
-    cfg = dataclasses.replace(
-        cfg, data=dataclasses.replace(cfg.data, path=str(Path(cfg.data.path).absolute()))
-    )
-    train, val = TokenShards(cfg.data.path, "train"), TokenShards(cfg.data.path, "val")
-    if not cfg.model.vocab_size:
-        cfg = dataclasses.replace(
-            cfg, model=dataclasses.replace(cfg.model, vocab_size=train.vocab_size)
-        )
-    if cfg.model.vocab_size < train.vocab_size:
+    data = dataclasses.replace(cfg.data, path=str(Path(cfg.data.path).absolute()))
+    train, val = TokenShards(data.path, "train"), TokenShards(data.path, "val")
+    vocab_size = cfg.model.vocab_size or train.vocab_size
+    if vocab_size < train.vocab_size:
         raise UserError(
-            f"config model.vocab_size: {cfg.model.vocab_size} is smaller than the data's vocabulary"
+            f"config model.vocab_size: {vocab_size} is smaller than the data's vocabulary"
             f" {train.vocab_size}; set it to that or to 0"
         )
-    train.num_windows(cfg.data.seq_len)  # raises when a sequence is longer than a shard
-    return cfg, train, val
+    train.num_windows(data.seq_len)  # raises when a sequence is longer than a shard
+    model = dataclasses.replace(cfg.model, vocab_size=vocab_size)
+    return dataclasses.replace(cfg, data=data, model=model), train, val
 
 
 def train(
@@ -137,15 +133,15 @@ def train(
             state = tables.state
         state = state or init_state(cfg)
         shown = progress and cluster.is_first()
-        run = Run(cfg, workdir, clock, checkpoints, shown, start, counts, tables)
+        run = Run(cfg, workdir, val_shards, clock, checkpoints, shown, start, counts, tables)
         closing.enter_context(contextlib.closing(run))
         traced = profile_steps if profile_steps and cluster.is_first() else range(0)
         tracing = closing.enter_context(trace.Trace(workdir / "profile", traced, clock))
         closing = closing.pop_all()
     try:
         with closing:
-            state = run.steps(state, batches, val_shards, stop, tracing)
-            return run.finish(state, val_shards, tokenizer, questions)
+            state = run.steps(state, batches, stop, tracing)
+            return run.finish(state, tokenizer, questions)
     except Exception as error:
         if is_disk_full(error):
             raise UserError(
@@ -155,30 +151,31 @@ def train(
         raise
 
 
+@dataclasses.dataclass(eq=False)
 class Run:
     """One call of :func:`train`: what the loop carries besides the train state."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        workdir: Path,
-        clock: Clock,
-        checkpoints: Any,
-        progress: bool,
-        start: int,
-        counts: dict[str, float],
-        tables: HostTables | None,
-    ):
-        self.cfg, self.workdir, self.clock = cfg, workdir, clock
-        self.checkpoints, self.tables = checkpoints, tables
-        self.progress, self.start, self.saved = progress, start, start
+    cfg: Config
+    workdir: Path
+    val_shards: TokenShards
+    clock: Clock
+    checkpoints: Any
+    progress: bool
+    start: int
+    counts: dict[str, float]  # of earlier starts
+    tables: HostTables | None
+
+    def __post_init__(self) -> None:
+        cfg, start, self.saved = self.cfg, self.start, self.start
         self.step_fn, self.eval_step = make_train_step(cfg), make_eval_step(cfg)
         # (R of all sections, C): (compiled step, its facts)
         self.compiled: dict[tuple[int, int], tuple[Any, dict]] = {}
-        self.writer = Writer(workdir, start, cfg.train.tensorboard) if cluster.is_first() else None
+        self.writer: Writer | None = None
+        if cluster.is_first():
+            self.writer = Writer(self.workdir, start, cfg.train.tensorboard)
         self.account = account(cfg.model, cfg.data.seq_len)
         self.tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
-        self.work = Work(clock, self.account, self.tokens_per_step, counts)
+        self.work = Work(self.clock, self.account, self.tokens_per_step, self.counts)
 
     def close(self) -> None:
         if self.writer:
@@ -189,30 +186,29 @@ class Run:
             self.writer.write(step, numbers)
 
     def steps(
-        self,
-        state: dict,
-        batches: Batches,
-        val_shards: TokenShards,
-        stop: Callable[[], bool],
-        tracing: trace.Trace,
+        self, state: dict, batches: Batches, stop: Callable[[], bool], tracing: trace.Trace
     ) -> dict:
         """Trains from ``start`` to the end and returns the state."""
-        cfg, pending = self.cfg, None
+        cfg, start, steps = self.cfg.train, self.start, self.cfg.train.steps
+        pending: tuple | None = None  # a step that is not logged yet
         with (
-            ProgressLine(
-                "train", cfg.train.steps, "steps", self.progress, start=self.start
-            ) as line,
-            prefetch(batches, self.start, cfg.train.steps, put=parallel.batch_loader()) as loaded,
+            ProgressLine("train", steps, "steps", self.progress, start=start) as line,
+            prefetch(batches, start, steps, put=parallel.batch_loader()) as loaded,
         ):
+
+            def settle() -> None:
+                nonlocal pending
+                if pending:
+                    self._log(line, *pending)
+                pending = None
+
             stream = self.tables.ahead(loaded) if self.tables else loaded
-            for step in range(self.start + 1, cfg.train.steps + 1):
+            for step in range(start + 1, steps + 1):
                 with self.clock.span("data_wait"):
                     batch = next(stream)
                 rows = batch["unique_ids"].size, batch["table_ids"].size
-                if pending and (rows not in self.compiled or tracing.begins(step)):
-                    # so that no step's time passes for the compiler's or the profiler's
-                    self._log(line, *pending)
-                    pending = None
+                if rows not in self.compiled or tracing.begins(step):
+                    settle()  # so that no step's time passes for the compiler's or the profiler's
                 if self.tables:
                     with self.clock.span("rows_wait"):
                         state = self.tables.rows_in(state)
@@ -223,25 +219,22 @@ class Run:
                     state, metrics = run_step(state, batch)
                 if self.tables:
                     self.tables.rows_out(state)
-                if pending:
-                    self._log(line, *pending)
+                settle()
                 pending = (step, metrics, rows)
-                evaluates = self._due(cfg.train.eval_every, step)
-                saves = self._due(cfg.train.checkpoint_every, step)
+                evaluates = self._due(cfg.eval_every, step)
+                saves = self._due(cfg.checkpoint_every, step)
                 if evaluates or saves or tracing.ends(step):
                     # waits for the step: what is evaluated or saved must be sound, what is traced
                     # complete
-                    self._log(line, *pending)
-                    pending = None
+                    settle()
                     if tracing.ends(step):
                         tracing.close()
                     if evaluates:
-                        self._evaluate(state, step, val_shards)
+                        self._evaluate(state, step)
                     if saves:
                         self._save(state, step)
-                if (stop() or cluster.preempted(step)) and step < cfg.train.steps:
-                    if pending:
-                        self._log(line, *pending)
+                if (stop() or cluster.preempted(step)) and step < steps:
+                    settle()
                     if self.saved < step:
                         self._save(state, step)
                     with self.clock.span("checkpoint"):
@@ -249,24 +242,20 @@ class Run:
                     raise TrainingInterrupted(
                         f"stopped after step {step}; the same command goes on from there"
                     )
-            if pending:
-                self._log(line, *pending)
+            settle()
         return state
 
-    def finish(
-        self, state: dict, val_shards: TokenShards, tokenizer: Tokenizer, questions: list[dict]
-    ) -> dict:
+    def finish(self, state: dict, tokenizer: Tokenizer, questions: list[dict]) -> dict:
         """Final checkpoint, evaluation and result."""
         cfg, steps = self.cfg, self.cfg.train.steps
         if self.saved < steps or not complete_steps(self.workdir):
             self._save(state, steps)
         with self.clock.span("checkpoint"):
             self.checkpoints.wait()
-        result = self._evaluate(state, steps, val_shards)
+        result = self._evaluate(state, steps)
         with self.clock.span("eval"):
-            answers = answer_accuracy(
-                cfg, join(state["params"]), tokenizer, questions, rows_of=self._rows_of(state)
-            )
+            params, rows_of = self._evaluated(state)
+            answers = answer_accuracy(cfg, params, tokenizer, questions, rows_of=rows_of)
         seconds = self.clock.seconds()
         final = {
             "step": steps,
@@ -286,8 +275,8 @@ class Run:
     def _due(self, every: int, step: int) -> bool:
         return bool(every) and step % every == 0 and step < self.cfg.train.steps
 
-    def _rows_of(self, state: dict) -> RowsOf | None:
-        return self.tables.rows_of(state) if self.tables else None
+    def _evaluated(self, state: dict) -> tuple[dict, RowsOf | None]:
+        return join(state["params"]), self.tables.rows_of(state) if self.tables else None
 
     def _compile(self, line: ProgressLine, rows: tuple[int, int], state: dict, batch: dict) -> None:
         """Compiles the step for the batch's R and C, which take a few static sizes, and writes what
@@ -336,15 +325,10 @@ class Run:
         self.write(step, {**numbers, **rates, "tokens": step * self.tokens_per_step, **seconds})
         line.update(step, text)
 
-    def _evaluate(self, state: dict, step: int, val_shards: TokenShards) -> dict:
+    def _evaluate(self, state: dict, step: int) -> dict:
         with self.clock.span("eval"):
-            result = perplexity(
-                self.cfg,
-                join(state["params"]),
-                val_shards,
-                self.eval_step,
-                rows_of=self._rows_of(state),
-            )
+            params, rows_of = self._evaluated(state)
+            result = perplexity(self.cfg, params, self.val_shards, self.eval_step, rows_of=rows_of)
         result = {f"val_{name}": value for name, value in result.items()}
         self.write(step, result)
         return result
@@ -353,10 +337,6 @@ class Run:
         with self.clock.span("checkpoint"):
             if self.tables:
                 self.checkpoints.wait()  # or the host would hold the tables three times
-            checkpoint.save(
-                self.checkpoints,
-                step,
-                self.tables.whole(state) if self.tables else state,
-                self.work.counts,
-            )
+                state = self.tables.whole(state)
+            checkpoint.save(self.checkpoints, step, state, self.work.counts)
         self.saved = step
