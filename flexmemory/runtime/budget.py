@@ -196,15 +196,11 @@ def try_budgets(
         while high - low > max(1, high // 100):
             middle = (low + high) // 2
             low, high = (low, middle) if row(middle)["meets"] else (middle, high)
+    asked = dict(policy=policy, hot_policy=hot_policy, window=window, batch=batch, vocab=vocab)
+    step = dict(bundle_bytes=bundle_bytes, step_ms=step_ms, overlap_ms=overlap_ms)
     return {
-        "policy": policy,
-        "hot_policy": hot_policy,
-        "window": window,
-        "batch": batch,
-        "vocab": vocab,
-        "bundle_bytes": bundle_bytes,
-        "step_ms": step_ms,
-        "overlap_ms": overlap_ms,
+        **asked,
+        **step,
         "latency_us": {str(n): float(us) for n, us in sorted(latency_us.items())},
         "unique_per_step": len(text) / len(text.steps),
         "hot_slots": hot_slots,

@@ -88,9 +88,8 @@ class SlotCache:
         self._half_life = HALF_LIFE * self.slots
         self._rescale_at = RESCALE * self._half_life
         self._step_ids: np.ndarray | list[int] = []  # of the latest lookup
-        self._steps: deque[tuple[float, np.ndarray]] = (
-            deque()
-        )  # window: (clock before the step, its ids) of the last steps
+        # window: (clock before the step, its ids) of the last steps
+        self._steps: deque[tuple[float, np.ndarray]] = deque()
         self._pinned_K = np.zeros(self.slots, bool)  # all False between calls
         self._free_K = np.arange(self.slots, dtype=np.int32)[::-1].copy()  # a stack, its top last
         self._free_count = self.slots

@@ -239,10 +239,8 @@ class Engine:
                     " give stop_at_eos=False and no stop text"
                 )
             return Running(number, request, ids, None, None)
-        stream = TextStream(tokenizer.decode, request.stop)
-        return Running(
-            number, request, ids, stream, tokenizer.eos_id if request.stop_at_eos else None
-        )
+        eos_id = tokenizer.eos_id if request.stop_at_eos else None
+        return Running(number, request, ids, TextStream(tokenizer.decode, request.stop), eos_id)
 
     def _request(self, ids: Sequence[int] | np.ndarray, tokens: int) -> Ticket:
         """Asks for the rows of a step of that many tokens."""
@@ -332,27 +330,21 @@ class Engine:
         """int32 [B]; waits for the step."""
         if not any(run and run.request.temperature for run in runs):
             return np.asarray(greedy(logits_BV, self.vocab_size))
-        all_ = [run or IDLE for run in runs]
-        return np.asarray(
-            sample(
-                logits_BV,
-                np.asarray([run.request.seed for run in all_], np.uint32),
-                np.asarray([run.number for run in all_], np.int32),
-                np.asarray([len(run.ids) for run in all_], np.int32),
-                np.asarray([run.request.temperature for run in all_], np.float32),
-                np.asarray([run.request.top_p for run in all_], np.float32),
-                vocab_size=self.vocab_size,
-            )
+        all_ = [(run, run.request) for run in (run or IDLE for run in runs)]
+        columns = (
+            np.asarray([request.seed for _, request in all_], np.uint32),
+            np.asarray([run.number for run, _ in all_], np.int32),
+            np.asarray([len(run.ids) for run, _ in all_], np.int32),
+            np.asarray([request.temperature for _, request in all_], np.float32),
+            np.asarray([request.top_p for _, request in all_], np.float32),
         )
+        return np.asarray(sample(logits_BV, *columns, vocab_size=self.vocab_size))
 
     def _make_caches(self, waiting: Sequence[Running]) -> None:
         """Sees to caches that are long enough. What an earlier run left in them is never read: a
         position is written before it is attended to."""
-        chunk = self.chunk
-        needed = max(
-            (max(-(-len(run.prompt_ids) // chunk) * chunk, run.length) for run in waiting),
-            default=1,
-        )
+        chunked = lambda run: -(-len(run.prompt_ids) // self.chunk) * self.chunk
+        needed = max((max(chunked(run), run.length) for run in waiting), default=1)
         if self.max_length and needed > self.max_length:
             raise UserError(
                 f"max_length: {self.max_length} is below {needed}, the tokens of the longest"
@@ -426,10 +418,8 @@ class Engine:
         generate twice to measure."""
         clock, result = self._clock, {}
         for phase in ("prefill", "decode"):
-            seconds = clock[f"{phase}_seconds"]
-            result[f"{phase}_tokens_per_s"] = (
-                clock[f"{phase}_tokens"] / seconds if seconds else None
-            )
+            tokens, seconds = clock[f"{phase}_tokens"], clock[f"{phase}_seconds"]
+            result[f"{phase}_tokens_per_s"] = tokens / seconds if seconds else None
         result |= clock
         for q in (50, 99):
             wait = float(np.percentile(self._waits, q)) if self._waits else None

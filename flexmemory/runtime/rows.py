@@ -21,6 +21,7 @@ from flexmemory.tkv.fold import Bases, Layouts, layouts_of
 from flexmemory.tkv.format import Group
 from flexmemory.tkv.store import Store
 
+Groups = tuple[Group, ...]
 PRELOAD = 512  # rows in one read of a table that is loaded ahead
 
 
@@ -45,8 +46,9 @@ class Ticket:
 
     waited = 0.0
 
-    def __init__(self, ids_U: np.ndarray, index_U: np.ndarray, stored: dict):
-        self.ids_U, self.index_U, self.stored = ids_U, index_U, stored
+    def __init__(self, ids_U: np.ndarray, stored: dict):
+        self.ids_U, self.stored = ids_U, stored
+        self.index_U = np.arange(len(ids_U), dtype=np.int32)
 
     def collect(self) -> dict:
         """{group: at least U rows as ``encoding.decode`` takes them}"""
@@ -96,7 +98,7 @@ class ResidentRows(RowSource):
 
     @classmethod
     def from_params(
-        cls, cfg: ModelConfig, params: dict, groups: tuple[Group, ...], bases: Bases, fold_rows: int
+        cls, cfg: ModelConfig, params: dict, groups: Groups, bases: Bases, fold_rows: int
     ) -> "ResidentRows":
         """Folds live parameters. Equal bits to a store with these groups and ``fold_rows`` that was
         exported on the same backend."""
@@ -116,7 +118,7 @@ class ResidentRows(RowSource):
     def request(self, ids_U: np.ndarray, size: int) -> Ticket:
         ids_S = np.zeros(size, np.int32)
         ids_S[: len(ids_U)] = ids_U
-        return Ticket(ids_U, np.arange(len(ids_U), dtype=np.int32), take_rows(self.tables, ids_S))
+        return Ticket(ids_U, take_rows(self.tables, ids_S))
 
     def stats(self) -> dict:
         size = sum(table.nbytes for table in self.tables.values())
@@ -131,12 +133,7 @@ class LiveRows(RowSource):
     the bits are the same."""
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        params: dict,
-        groups: tuple[Group, ...],
-        bases: Bases,
-        fold_rows: int,
+        self, cfg: ModelConfig, params: dict, groups: Groups, bases: Bases, fold_rows: int
     ):
         self.cfg, self.params, self.fold_rows = cfg, jax.device_put(params), fold_rows
         self.layouts, self.bases = layouts_of(groups), bases
@@ -157,7 +154,7 @@ class LiveRows(RowSource):
         for name, rows in result.items():
             for k, i in enumerate(ids_U.tolist()):
                 rows[k] = self._known[i][name]
-        return Ticket(ids_U, np.arange(len(ids_U), dtype=np.int32), result)
+        return Ticket(ids_U, result)
 
     def stats(self) -> dict:
         return {"source": "live", "computed": len(self._known)}
@@ -201,6 +198,5 @@ def take_rows(tables: dict, ids_S: jax.Array) -> dict:
 @jax.jit(donate_argnums=0)
 def put_rows(tables: dict, stored: dict, slots_S: jax.Array) -> dict:
     """tables with stored[s] at slots_S[s]; a slot beyond the table is dropped."""
-    return {
-        name: table.at[slots_S].set(stored[name], mode="drop") for name, table in tables.items()
-    }
+    put = lambda name, table: table.at[slots_S].set(stored[name], mode="drop")
+    return {name: put(name, table) for name, table in tables.items()}

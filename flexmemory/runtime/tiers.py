@@ -146,7 +146,7 @@ class TieredRows(RowSource):
 
     def request(self, ids_U: np.ndarray, size: int) -> Ticket:
         if not self.layouts:
-            return Ticket(ids_U, np.arange(len(ids_U), dtype=np.int32), {})
+            return Ticket(ids_U, {})
         if self._broken:
             self._begin()
         free = self._free.get(size)
@@ -297,8 +297,8 @@ class TieredRows(RowSource):
 
     def stats(self) -> dict:
         def tier(cache: SlotCache) -> dict:
-            sizes = {"bytes": cache.slots, "hit_bytes": cache.hits}
-            return cache.stats() | {name: n * self.bundle_bytes for name, n in sizes.items()}
+            each = self.bundle_bytes
+            return cache.stats() | {"bytes": cache.slots * each, "hit_bytes": cache.hits * each}
 
         tiers = {"hot": tier(self.hot), "ram": tier(self.ram), "cold": dict(self.cold)}
         return {"source": "tiered"} | tiers

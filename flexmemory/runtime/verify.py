@@ -86,21 +86,14 @@ def verify_params(
     result["rounding_logits_max_rel_diff"] = rounding
     # ragged on purpose, and past the end of documents, so that all tokens are compared
     ragged = [ids[: max(1, tokens - b)] for b, ids in enumerate(ids_BT.tolist())]
-    live_ids, offloaded_ids = (
-        [g.ids for g in engine.generate(ragged, tokens, stop_at_eos=False)]
-        for engine in (live, offloaded)
-    )
+    greedy = [engine.generate(ragged, tokens, stop_at_eos=False) for engine in (live, offloaded)]
+    live_ids, offloaded_ids = ([generation.ids for generation in each] for each in greedy)
     result["greedy_equal"] = live_ids == offloaded_ids
     relatives = result["rows_max_rel_diff"], result["logits_max_rel_diff"]
     within = all(difference <= tolerance for difference in relatives)  # False for NaN
-    return result | {
-        "ok": bool(within and result["greedy_equal"]),
-        "dtype": m.dtype,
-        "tokens": tokens,
-        "prompts": prompts,
-        "tolerance": tolerance,
-        "rows": offloaded.source.stats(),
-    }
+    result["ok"] = bool(within and result["greedy_equal"])
+    settings = dict(dtype=m.dtype, tokens=tokens, prompts=prompts, tolerance=tolerance)
+    return result | settings | {"rows": offloaded.source.stats()}
 
 
 def compare_rows(store: Store, cfg: ModelConfig, params: dict, progress: bool = False) -> dict:
