@@ -119,13 +119,10 @@ class Attention(nnx.Module):
         v_BTKH = checkpoint_name(heads(h_BTD, self.v[...]), "v")
         if cache is None:
             # every device's own sequences and heads: they know nothing of others
-            kernel: Callable = functools.partial(
-                causal_attention, implementation=ctx.implementation
-            )
-            kernel = local(
-                cpu_attention if ctx.implementation == "cpu" else kernel,
-                lambda q, k, v, segments: q,
-            )
+            kernel: Callable = cpu_attention
+            if ctx.implementation != "cpu":
+                kernel = functools.partial(causal_attention, implementation=ctx.implementation)
+            kernel = local(kernel, lambda q, *_: q)
             y_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT)
         else:
             b = jnp.arange(h_BTD.shape[0])[:, None]

@@ -124,9 +124,8 @@ class Transformer(nnx.Module):
         ctx = Context(positions_BT, segments_BT, ffn_scale, kernel)
         cuts, new_cache = self.cuts[first:last], {}
         start = sum(len(unit) * repeats for unit, repeats in self.cuts[:first])
-        for i, ((unit, repeats), unit_rows) in enumerate(
-            zip(cuts, rows_by_unit(rows, cuts)), first
-        ):
+        units = enumerate(zip(cuts, rows_by_unit(rows, cuts)), first)
+        for i, ((unit, repeats), unit_rows) in units:
 
             def body(x_BTD: Array, layer: tuple, unit: Specs = unit) -> tuple[Array, Any]:
                 blocks, layer_rows, layer_cache, scale_U = layer
@@ -142,10 +141,9 @@ class Transformer(nnx.Module):
 
             body = remat(body, repeats, cfg.scan_layers, cfg.remat_keep) if cfg.remat else body
             stop = start + len(unit) * repeats
-            per_layer = jnp.ndim(ffn_scale) > 0
-            scale_RU = (
-                jnp.asarray(ffn_scale)[start:stop].reshape(repeats, -1) if per_layer else None
-            )
+            scale_RU = None
+            if jnp.ndim(ffn_scale) > 0:
+                scale_RU = jnp.asarray(ffn_scale)[start:stop].reshape(repeats, -1)
             start, s = stop, f"s{i}"
             xs = (self.blocks[s], unit_rows, cache and cache[s], scale_RU)
             x_BTD, new_cache[s] = apply_stack(body, x_BTD, xs, repeats, cfg.scan_layers)
