@@ -114,25 +114,20 @@ def layers(scale: str, paper: str = "memoryllm-1b") -> int:
 
 def sweep(
     scale: str,
-    variants: Sweep,
+    variants: str | Sweep,
     paper: str = "memoryllm-1b",
     numbers: dict[str, tuple[int, ...]] = SEEDS,
 ) -> Sweep:
-    """Every variant, laid over the scale's settings, at every seed of the scale in ``numbers``. At
-    paper scale names hold the size: "dense@memoryllm-1b-s0".
+    """Every variant, laid over the scale's settings, at every seed of the scale in ``numbers``;
+    names of :func:`models` stand for their variants. At paper scale a run's name holds the size:
+    "dense@memoryllm-1b-s0".
     """
+    if isinstance(variants, str):
+        variants = models(variants, layers(scale, paper))
     rows = [settings(scale, paper) | row for row in variants]
     if scale == "paper":
         rows = [row | {"name": f"{row['name']}@{paper}"} for row in rows]
     return product(rows, seeds(numbers[scale]))
-
-
-def changed(variant: dict, *others: dict) -> dict:
-    """A variant with other settings laid over it, their names after its own."""
-    names = "-".join(row["name"] for row in (variant, *others) if row.get("name"))
-    return {key: value for row in (variant, *others) for key, value in row.items()} | {
-        "name": names
-    }
 
 
 def variant(name: str, pattern: str, **fields) -> dict:
@@ -142,26 +137,28 @@ def variant(name: str, pattern: str, **fields) -> dict:
     }
 
 
-def dense(n: int) -> dict:
-    return variant("dense", f"dense*{n}")
+def models(names: str, n: int) -> Sweep:
+    """Variants of n layers that many experiments share, by their names.
 
-
-def memoryllm(n: int) -> dict:
-    return variant("memoryllm", f"memoryllm*{n}")
-
-
-def flex(n: int, beta: int) -> dict:
-    """Equal in total parameters to dense(n) and memoryllm(n), as the paper has it."""
-    return variant(f"flex-b{beta}", f"flex*{n}", beta=str(beta))
-
-
-def stem(n: int, share: str = "third", kind: str = "stem") -> dict:
-    """STEM layers as the paper places them: the middle one of every whole three, every second from
-    layer 1, or all but layer 0.
+    dense, memoryllm, attn_only: all layers alike. flex-b1 to flex-b3: equal in total parameters to
+    dense and memoryllm, as the paper has it. stem-third, stem-half, stem-full: STEM layers as the
+    paper places them, the middle one of every whole three, every second from layer 1, or all but
+    layer 0. stem-gate, stem-dagger: that block in place of stem-third's.
     """
-    is_stem = {
-        "third": lambda i: i % 3 == 1 and i + 1 < n,
-        "half": lambda i: i % 2 == 1,
-        "full": lambda i: i > 0,
-    }[share]
-    return variant(f"{kind}-{share}", " ".join(kind if is_stem(i) else "dense" for i in range(n)))
+    return [model(name, n) for name in names.split()]
+
+
+def model(name: str, n: int) -> dict:
+    kind, _, part = name.partition("-")
+    if kind == "flex":
+        return variant(name, f"flex*{n}", beta=part.removeprefix("b"))
+    if kind != "stem":
+        return variant(name, f"{name}*{n}")
+    places = {"half": range(1, n, 2), "full": range(1, n)}.get(part, range(1, n - 1, 3))
+    block = "stem" if part in ("third", "half", "full") else name
+    return variant(name, " ".join(block if i in places else "dense" for i in range(n)))
+
+
+def equal(mode: str, knob: str, pattern: str) -> dict:
+    """The override that solves a width so that the model costs what ``pattern`` does."""
+    return {"budget": {"mode": mode, "knob": knob, "like": {"model.pattern": pattern}}}

@@ -8,8 +8,9 @@ the 95% interval of its mean over the seeds (Student's t) leaves out zero.
 
 import dataclasses
 import math
+import operator
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from scipy import stats
 
@@ -20,6 +21,17 @@ OURS = "not in the papers"  # begins Claim.paper of a question that is ours
 CONFIDENCE, POWER = 0.95, 0.8
 ONE_SEED = "one seed decides nothing; run at least three"
 MOST_SEEDS = 1000  # beyond that many no number of seeds is worth naming
+LOSS = "result.val_loss"
+# what must be equal for two runs to see the same batches
+PAIRED = (
+    "data_fingerprint",
+    "config.data.seq_len",
+    "config.data.batch_size",
+    "config.data.document_mask",
+    "config.train.steps",
+    "config.train.seed",
+)
+Value = str | Callable[[dict], float | None]  # a number of a run: its dotted path, or a function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,59 +57,80 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Differences a - b of one number, seed by seed."""
+    """Differences of two numbers, {seed: difference}; {} where no seed has both."""
 
-    a: str
-    b: str
-    values: tuple[float, ...]  # one per seed that both have
-    seeds: tuple[int, ...]
+    by_seed: dict[int, float]
+
+    @property
+    def seeds(self) -> int:
+        return len(self.by_seed)
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.values)
+        return statistics.fmean(self.by_seed.values())
 
     @property
     def std(self) -> float | None:
         """Sample standard deviation; None for one seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return statistics.stdev(self.by_seed.values()) if self.seeds > 1 else None
 
     def half_width(self, confidence: float = CONFIDENCE) -> float:
         """Half of the interval of the mean; infinite for one seed and where no spread has been
         seen, as counts that happen to agree have none.
         """
-        n = len(self.values)
-        return (
-            float(stats.t.ppf((1 + confidence) / 2, n - 1)) * self.std / n**0.5
-            if self.std
-            else math.inf
-        )
+        if not self.std:
+            return math.inf
+        return float(quantile(confidence, self.seeds)) * self.std / self.seeds**0.5
 
     def sign(self, confidence: float = CONFIDENCE) -> int:
         """1 or -1 where the interval of the mean leaves out zero, else 0."""
-        return (
-            0 if abs(self.mean) <= self.half_width(confidence) else int(math.copysign(1, self.mean))
-        )
+        if abs(self.mean) <= self.half_width(confidence):
+            return 0
+        return int(math.copysign(1, self.mean))
 
-    def seeds_to_decide(self, confidence: float = CONFIDENCE) -> int | None:
+    def seeds_to_decide(self) -> int | None:
         """With how many seeds a difference of this mean and spread would be decided four times out
         of five; None where no number up to 1,000 is enough, with one seed, or without a spread.
         """
-        if not self.std:
-            return None
-        for n in range(2, MOST_SEEDS + 1):
-            if (
-                stats.t.ppf((1 + confidence) / 2, n - 1) + stats.t.ppf(POWER, n - 1)
-            ) * self.std / n**0.5 < abs(self.mean):
+        for n in range(2, MOST_SEEDS + 1) if self.std else ():
+            needed = quantile(CONFIDENCE, n) + stats.t.ppf(POWER, n - 1)
+            if needed * self.std / n**0.5 < abs(self.mean):
                 return n
         return None
 
 
-def number(run: dict, path: str):
-    """The value at a dotted path of a run, e.g. "result.val_loss"; None where there is none."""
+def quantile(confidence: float, seeds: int) -> float:
+    """Standard errors that an interval of this confidence reaches to each side of its mean."""
+    return stats.t.ppf((1 + confidence) / 2, seeds - 1)
+
+
+def number(run: dict, value: Value):
+    """The value at a dotted path of a run, e.g. "result.val_loss", or of a function of it; None
+    where there is none.
+    """
+    if callable(value):
+        return value(run)
     at = run
-    for part in path.split("."):
+    for part in value.split("."):
         at = at.get(part) if isinstance(at, dict) else None
     return at
+
+
+def entry(measured: str, key: str, **having) -> Callable[[dict], float | None]:
+    """A function of a run: ``key`` of the first entry that has these values in a measure's list,
+    e.g. entry("svd.points", "val_loss", cut=0.1).
+    """
+
+    def of(run):
+        entries = number(run, f"measures.{measured}") or []
+        return next((found[key] for found in entries if having.items() <= found.items()), None)
+
+    return of
+
+
+def at(curve: Callable[[dict], Iterable], x: float) -> Callable[[dict], float | None]:
+    """A function of a run: y at x of its curve, whose points are (x, y)."""
+    return lambda run: dict(curve(run)).get(x)
 
 
 def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
@@ -111,99 +144,49 @@ def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def combined(
-    runs: list[dict],
-    variants: tuple[str, ...],
-    f: Callable[..., float],
-    path: str = "result.val_loss",
-) -> Difference | None:
-    """f(numbers of the variants) of every seed that all of them have, e.g. a difference of
-    differences; None where there is none.
-    """
-    groups = {
-        variant: {run["seed"]: run for run in by_variant(runs).get(variant, [])}
-        for variant in variants
-    }
-    values, seeds = [], []
-    for seed in sorted(set.intersection(*(set(group) for group in groups.values()))):
-        members = [groups[variant][seed] for variant in variants]
-        numbers = [number(run, path) for run in members]
-        if None not in numbers:
-            for run in members[1:]:
-                check_paired(members[0], run)
-            values.append(f(*numbers))
-            seeds.append(seed)
-    return Difference(variants[0], variants[-1], tuple(values), tuple(seeds)) if values else None
-
-
-def minus(a: Difference | None, b: Difference | None) -> Difference | None:
-    """a - b over the seeds that both have: whether one difference is larger than another, also
-    where the two come from other data or steps.
-    """
-    if a is None or b is None:
-        return None
-    there = dict(zip(b.seeds, b.values, strict=True))
-    both = [
-        (value - there[seed], seed)
-        for value, seed in zip(a.values, a.seeds, strict=True)
-        if seed in there
-    ]
-    return (
-        Difference(
-            f"({a.a} − {a.b})",
-            f"({b.a} − {b.b})",
-            tuple(v for v, _ in both),
-            tuple(s for _, s in both),
-        )
-        if both
-        else None
-    )
-
-
-def within(
-    runs: list[dict],
-    variant: str,
-    a: Callable[[dict], float | None],
-    b: Callable[[dict], float | None] = lambda run: 0.0,
-) -> Difference | None:
-    """a(run) - b(run) of each run of a variant: two numbers of the same model, seed by seed. None
-    where no run has both.
-    """
-    pairs = [(a(run), b(run), run["seed"]) for run in by_variant(runs).get(variant, [])]
-    pairs = [(x - y, seed) for x, y, seed in pairs if x is not None and y is not None]
-    return (
-        Difference(variant, variant, tuple(v for v, _ in pairs), tuple(s for _, s in pairs))
-        if pairs
-        else None
-    )
-
-
-PAIRED = (
-    "data.seq_len",
-    "data.batch_size",
-    "data.document_mask",
-    "train.steps",
-)  # what must be equal for two runs to see the same batches
-
-
-def difference(
-    runs: list[dict], a: str, b: str, path: str = "result.val_loss"
-) -> Difference | None:
-    """a minus b over the seeds that both variants have; None where there is none.
+    runs: list[dict], sides: Iterable[tuple[str, Value]], f: Callable[..., float]
+) -> Difference:
+    """f(numbers) of every seed for which each side, (variant, number of its run), has one.
 
     Raises UserError when two runs to be paired did not see the same batches in the same order.
     """
-    return combined(runs, (a, b), lambda x, y: x - y, path)
+    variants, values = zip(*sides, strict=True)
+    groups = [{run["seed"]: run for run in runs if run["variant"] == name} for name in variants]
+    found = {}
+    for seed in sorted(set.intersection(*map(set, groups))):
+        members = [group[seed] for group in groups]
+        numbers = list(map(number, members, values))
+        if None not in numbers:
+            for run in members[1:]:
+                check_paired(members[0], run)
+            found[seed] = f(*numbers)
+    return Difference(found)
+
+
+def difference(runs: list[dict], a: str, b: str, value: Value = LOSS) -> Difference:
+    """Variant a minus variant b in one number."""
+    return combined(runs, [(a, value), (b, value)], operator.sub)
+
+
+def within(runs: list[dict], variant: str, a: Value, b: Value) -> Difference:
+    """a - b of each run of a variant: two numbers of the same model."""
+    return combined(runs, [(variant, a), (variant, b)], operator.sub)
+
+
+def minus(a: Difference, b: Difference) -> Difference:
+    """a - b over the seeds that both have: whether one difference is larger than another, also
+    where the two come from other data or steps.
+    """
+    both = [seed for seed in a.by_seed if seed in b.by_seed]
+    return Difference({seed: a.by_seed[seed] - b.by_seed[seed] for seed in both})
 
 
 def check_paired(run: dict, other: dict) -> None:
     """Raises UserError unless both runs saw the same batches in the same order."""
-    facts = [("data fingerprint", *(r["data_fingerprint"] for r in (run, other)))]
-    facts += [
-        (path, *(number(r["config"], path) for r in (run, other)))
-        for path in (*PAIRED, "train.seed")
-    ]
-    for name, own, theirs in facts:
+    for path in PAIRED:
+        own, theirs = number(run, path), number(other, path)
         if own != theirs:
+            name = path.removeprefix("config.").replace("_fingerprint", " fingerprint")
             raise UserError(
                 f"{run['name']} and {other['name']} cannot be compared: {name} is {own!r} and"
                 f" {theirs!r}, so they saw other batches; give both the same, or compare means over"
@@ -224,7 +207,7 @@ def signed(difference: Difference) -> str:
 def shown(difference: Difference, unit: str) -> str:
     """+0.031 ± 0.014 nat (mean and sample standard deviation over the seeds)."""
     spread = "" if difference.std is None else f" ± {difference.std:.{places(difference)}f}"
-    return signed(difference) + spread + (f" {unit}" if unit else "")
+    return f"{signed(difference)}{spread} {unit}".rstrip()
 
 
 def not_run(text: str, paper: str, missing: str) -> Claim:
@@ -232,125 +215,94 @@ def not_run(text: str, paper: str, missing: str) -> Claim:
     return Claim(text, paper, "", "not run", 0, missing)
 
 
-def sign_claim(
-    text: str,
-    paper: str,
-    runs: list[dict],
-    a: str,
-    b: str,
-    expected: int,
-    path: str = "result.val_loss",
-    unit: str = "nat",
-) -> Claim:
-    """The claim that variant a lies above (expected 1) or below (-1) variant b in the number at
-    ``path``.
-    """
-    return judge(
-        text, paper, difference(runs, a, b, path), expected, unit, needs=f"{a} and {b} of one seed"
-    )
-
-
 def judge(
-    text: str, paper: str, found: Difference | None, expected: int, unit: str = "nat", *, needs: str
+    text: str, paper: str, found: Difference, expected: int, unit: str = "nat", *, needs: str
 ) -> Claim:
     """The claim that the mean of a difference is positive (expected 1) or negative (-1); ``needs``
     says what is missing where there is none.
     """
-    if found is None:
+    if not found.seeds:
         return not_run(text, paper, f"needs {needs}")
-    sign, n = found.sign(), len(found.values)
-    if sign:
-        interval = f"95% interval ± {found.half_width():.2g}"
-        return Claim(
-            text,
-            paper,
-            shown(found, unit),
-            "reproduced" if sign == expected else "contradicted",
-            n,
-            interval,
-        )
-    return Claim(text, paper, shown(found, unit), "within noise", n, undecided(found, n))
+    if sign := found.sign():
+        verdict = "reproduced" if sign == expected else "contradicted"
+        detail = f"95% interval ± {found.half_width():.2g}"
+    else:
+        verdict, detail = "within noise", undecided(found)
+    return Claim(text, paper, shown(found, unit), verdict, found.seeds, detail)
 
 
-def undecided(found: Difference, n: int) -> str:
+def undecided(found: Difference) -> str:
     """How much more compute would decide."""
-    if n == 1:
+    if found.seeds == 1:
         return ONE_SEED
+    if not found.mean and not found.std:
+        return "equal on every seed"
     if not found.std:
-        return (
-            "equal on every seed"
-            if not found.mean
-            else "the same on every seed: no spread to judge by"
-        )
+        return "the same on every seed: no spread to judge by"
     needed = found.seeds_to_decide()
-    return (
-        f"not decided by {MOST_SEEDS:,} seeds at this spread"
-        if needed is None
-        else f"about {needed} seeds would decide it, {needed / n:.1f} times the compute"
-    )
+    if needed is None:
+        return f"not decided by {MOST_SEEDS:,} seeds at this spread"
+    return f"about {needed} seeds would decide it, {needed / found.seeds:.1f} times the compute"
 
 
 def order_claim(
-    text: str,
-    paper: str,
-    runs: list[dict],
-    variants: list[str],
-    path: str = "result.val_loss",
-    unit: str = "nat",
+    text: str, paper: str, runs: list[dict], order: str, value: Value = LOSS, unit: str = "nat"
 ) -> Claim:
-    """The claim that the number rises from variant to variant."""
-    return steps_claim(
-        text,
-        paper,
-        [
-            (f"{a}→{b}", difference(runs, b, a, path))
-            for a, b in zip(variants, variants[1:], strict=False)
-        ],
-        unit,
-    )
+    """The claim that an order of variants holds in one number: "memoryllm > dense", or "a < b < c"
+    with every step upwards.
+    """
+    variants, signs = order.split()[::2], order.split()[1::2]
+    if len(variants) == 2:
+        found, expected = difference(runs, *variants, value), 1 if signs == [">"] else -1
+        return judge(
+            text, paper, found, expected, unit, needs=f"{' and '.join(variants)} of one seed"
+        )
+    pairs = zip(variants, variants[1:], strict=False)
+    steps = {f"{a}→{b}": difference(runs, b, a, value) for a, b in pairs}
+    return steps_claim(text, paper, steps, unit)
 
 
-def steps_claim(
-    text: str, paper: str, steps: list[tuple[str, Difference | None]], unit: str = "nat"
-) -> Claim:
-    """The claim that every one of some differences is positive.
+def order_claims(
+    runs: list[dict], asked: dict[str, tuple[str, str]], value: Value = LOSS, unit: str = "nat"
+) -> list[Claim]:
+    """A claim for each {order: (text, paper)}, as :func:`order_claim` reads it."""
+    return [
+        order_claim(text, paper, runs, order, value, unit) for order, (text, paper) in asked.items()
+    ]
+
+
+def steps_claim(text: str, paper: str, steps: dict[str, Difference], unit: str = "nat") -> Claim:
+    """The claim that every one of some differences, by name, is positive.
 
     Reproduced when each is decided at 95%, so that all hold with at least that confidence;
     contradicted when one is negative, decided at 95% over all of them (Bonferroni); else within
     noise.
     """
-    if not steps or any(found is None for _, found in steps):
-        missing = [name for name, found in steps if found is None]
-        return not_run(
-            text,
-            paper,
-            "needs both sides of " + (", ".join(missing) or "every step") + " of one seed",
-        )
-    n = min(len(found.values) for _, found in steps)
-    ours = ", ".join(f"{name} {signed(found)}" for name, found in steps) + (
-        f" {unit}" if unit else ""
-    )
+    missing = [name for name, found in steps.items() if not found.seeds]
+    if missing or not steps:
+        sides = ", ".join(missing) or "every step"
+        return not_run(text, paper, f"needs both sides of {sides} of one seed")
+    n = min(found.seeds for found in steps.values())
+    ours = ", ".join(f"{name} {signed(found)}" for name, found in steps.items())
     strict = 1 - (1 - CONFIDENCE) / len(steps)
-    if down := [name for name, found in steps if found.sign(strict) == -1]:
-        return Claim(
-            text, paper, ours, "contradicted", n, f"decided the other way: {', '.join(down)}"
-        )
-    still = [(name, found) for name, found in steps if found.sign() != 1]
-    if not still:
-        return Claim(text, paper, ours, "reproduced", n, f"every step decided at {CONFIDENCE:.0%}")
-    if n == 1:
-        return Claim(text, paper, ours, "within noise", n, ONE_SEED)
-    wants = [(name, found.seeds_to_decide()) for name, found in still]
-    detail = "; ".join(
-        f"{name}: "
-        + (
-            f"about {seeds} seeds would decide it"
+    down = [name for name, found in steps.items() if found.sign(strict) == -1]
+    still = {name: found for name, found in steps.items() if found.sign() != 1}
+    if down:
+        verdict, detail = "contradicted", f"decided the other way: {', '.join(down)}"
+    elif not still:
+        verdict, detail = "reproduced", f"every step decided at {CONFIDENCE:.0%}"
+    elif n == 1:
+        verdict, detail = "within noise", ONE_SEED
+    else:
+        wants = {name: found.seeds_to_decide() for name, found in still.items()}
+        verdict = "within noise"
+        detail = "; ".join(
+            f"{name}: about {seeds} seeds would decide it"
             if seeds
-            else f"not decided by {MOST_SEEDS:,} seeds"
+            else f"{name}: not decided by {MOST_SEEDS:,} seeds"
+            for name, seeds in wants.items()
         )
-        for name, seeds in wants
-    )
-    return Claim(text, paper, ours, "within noise", n, detail)
+    return Claim(text, paper, f"{ours} {unit}".rstrip(), verdict, n, detail)
 
 
 def limit_claim(
@@ -358,20 +310,19 @@ def limit_claim(
     paper: str,
     runs: list[dict],
     variant: str,
-    value: Callable[[dict], float | None],
+    value: Value,
     limit: float,
     unit: str = "nat",
 ) -> Claim:
     """The claim that a number of a variant's models lies below a limit: decided when the interval
     of its mean over the seeds leaves the limit out.
     """
-    judged = judge(
-        text, paper, within(runs, variant, value, lambda run: limit), -1, unit, needs=variant
-    )
-    found = within(runs, variant, value)
-    return (
-        dataclasses.replace(judged, ours=shown(found, unit).removeprefix("+")) if found else judged
-    )
+    found = combined(runs, [(variant, value)], float)
+    over = Difference({seed: each - limit for seed, each in found.by_seed.items()})
+    judged = judge(text, paper, over, -1, unit, needs=variant)
+    if not found.seeds:
+        return judged
+    return dataclasses.replace(judged, ours=shown(found, unit).removeprefix("+"))
 
 
 def exact_claim(
@@ -391,9 +342,19 @@ def exact_claim(
     return Claim(text, paper, ours, "reproduced" if holds else "contradicted", seeds, detail)
 
 
-def mean_spread(values: list) -> tuple[float | None, float | None]:
+def mean_spread(values: Iterable) -> tuple[float | None, float | None]:
     """(mean, sample standard deviation) of the values that are there; None for too few."""
     values = [value for value in values if value is not None]
     if not values:
         return None, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def means_at(pairs: Iterable[tuple[float, float | None]]) -> tuple[tuple[float, float, float], ...]:
+    """(x, mean, sample standard deviation or 0) of the numbers at each x, for a figure's series."""
+    at: dict[float, list[float]] = {}
+    for x, y in pairs:
+        if y is not None:
+            at.setdefault(x, []).append(y)
+    means = {x: mean_spread(values) for x, values in sorted(at.items())}
+    return tuple((x, mean, spread or 0.0) for x, (mean, spread) in means.items())

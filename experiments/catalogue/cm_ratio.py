@@ -14,17 +14,17 @@ to memoryllm; E2 judges it, with more seeds. The second way is not in the paper 
 """
 
 from experiments import scales
+from experiments.catalogue.e12_fold_and_decode import stores_claim
 from experiments.chart import compute_share, family, loss_against, mean_of, means, noise_of
 from experiments.figure import Figure, Series
 from experiments.measures import decode, fold, tokens
 from experiments.sweeps import product, seeds
-from experiments.verdicts import by_variant, exact_claim, number, order_claim, sign_claim
+from experiments.verdicts import LOSS, by_variant, means_at, number, order_claims
 
 IDS = ("CM",)
 SOURCE = "MemoryLLM section 4.2; ours"
 SCALES = ("smoke", "quickstart", "cpu", "gpu", "paper")
 MEASURES = (fold, decode, tokens)
-BETAS = (3, 2, 1)
 QUICKSTART = {
     "prepare.source": "python-stdlib:max_mb=2+facts:people=24,docs=40+tasks:n=1500",
     "prepare.tokenizer": "bpe:1024",
@@ -44,24 +44,22 @@ QUICKSTART = {
 }
 
 
-def variants(n):
-    splits = sorted({max(1, n // 4), n // 2, n - max(1, n // 4)}, reverse=True)
-    like = {"model.pattern": f"dense*{n}"}
-    budget = {"mode": "total", "knob": "model.d_ff", "like": like}
-    return [
-        scales.dense(n),
-        *(scales.variant(f"layers-c{c}", f"dense*{c} memoryllm*{n - c}") for c in splits),
-        *(scales.flex(n, beta) for beta in BETAS),
-        scales.memoryllm(n),
-        scales.stem(n) | {"name": "stem-equal", "budget": budget},
-        scales.variant("attn_only", f"attn_only*{n}"),
-    ]
+def splits(n):
+    """How many of n layers are dense where the first are and the rest is memoryllm."""
+    return sorted({max(1, n // 4), n // 2, n - max(1, n // 4)}, reverse=True)
 
 
 def sweep(scale):
+    n = 4 if scale == "quickstart" else scales.layers(scale)
+    dense, *others = scales.models(
+        "dense flex-b3 flex-b2 flex-b1 memoryllm stem-third attn_only", n
+    )
+    others[4] |= {"name": "stem-equal"} | scales.equal("total", "model.d_ff", f"dense*{n}")
+    layers = [scales.variant(f"layers-c{c}", f"dense*{c} memoryllm*{n - c}") for c in splits(n)]
+    variants = [dense, *layers, *others]
     if scale == "quickstart":
-        return product([QUICKSTART | row for row in variants(4)], seeds((0,)))
-    return scales.sweep(scale, variants(scales.layers(scale)))
+        return product([QUICKSTART | row for row in variants], seeds((0,)))
+    return scales.sweep(scale, variants)
 
 
 def analyse(runs):
@@ -89,36 +87,37 @@ def analyse(runs):
 def best_memory(runs):
     """Generated text and rows of tokens of the run with rows that has the lowest loss."""
     own = [run for run in runs if number(run, "account.row_bytes_per_token")]
-    best = min(own, key=lambda run: number(run, "result.val_loss") or float("inf"), default=None)
-    if best is None:
+    if not own:
         return {}
-    model = {"model": best["variant"]}
-    continuations, found = (
-        best["measures"]["decode"].get("continuations", []),
-        number(best, "measures.tokens.tokens"),
-    )
+    best = min(own, key=lambda run: number(run, LOSS) or float("inf"))
+    shown = {"continuations": "measures.decode.continuations", "tokens": "measures.tokens.tokens"}
     return {
-        "continuations": [model | entry for entry in continuations],
-        "tokens": [model | entry for entry in found or ()],
+        what: [{"model": best["variant"]} | entry for entry in number(best, path) or ()]
+        for what, path in shown.items()
     }
 
 
 def loss_against_share(runs):
     """The two ways as lines between the same ends, the rest as reference lines."""
-    groups = by_variant(runs)
-    shares = {name: compute_share(group[0]) for name, group in groups.items()}
-    losses = {name: mean_of(group, "result.val_loss") for name, group in groups.items()}
-    points = {name: (100 * c, *losses[name]) for name, c in shares.items() if c is not None}
+    shares = {run["variant"]: compute_share(run) for run in runs}
 
     def way(label, kind, **style):
-        own = [p for name, p in points.items() if name.startswith((kind, "dense", "memoryllm"))]
-        return Series(
-            label, tuple(sorted((x, y, s or 0.0) for x, y, s in own)), family=kind, **style
-        )
+        names = [
+            name
+            for name, share in shares.items()
+            if share is not None and name.startswith((kind, "dense", "memoryllm"))
+        ]
+        own = [run for run in runs if run["variant"] in names]
+        points = means_at((100 * shares[run["variant"]], number(run, LOSS)) for run in own)
+        return Series(label, points, family=kind, **style)
 
-    most = 1.1 * max((y for _, y, _ in points.values()), default=0)
-    beside = [(losses[name][0], name) for name, c in shares.items() if c is None]
     ways = way("β of every layer", "flex"), way("first layers dense", "layers", dashed=True)
+    most = 1.1 * max((y for way in ways for _, y, _ in way.points), default=0)
+    beside = {
+        name: mean_of(group, LOSS)[0]
+        for name, group in by_variant(runs).items()
+        if shares[name] is None
+    }
     return Figure(
         "loss-share",
         "Validation loss against the C/M ratio",
@@ -127,8 +126,8 @@ def loss_against_share(runs):
         " between seeds.",
         "compute share C of the FFN weights, %",
         "validation loss, nat per token",
-        tuple(w for w in ways if w.points),
-        lines=tuple((y, name) for y, name in beside if y is not None and y < most),
+        tuple(way for way in ways if way.points),
+        lines=tuple((y, name) for name, y in beside.items() if y is not None and y < most),
         noise=noise_of(runs),
     )
 
@@ -152,29 +151,18 @@ def recall_against_reasoning(runs):
 
 def claims(runs):
     n = len(runs[0]["account"]["ffn_widths"]) if runs else scales.layers("cpu")
-    layers = [variant["name"] for variant in variants(n) if variant["name"].startswith("layers-c")]
-    proofs = [run["measures"]["fold"] for run in runs if number(run, "account.row_bytes_per_token")]
-    return [
-        order_claim(
+    layers = " < ".join(f"layers-c{c}" for c in splits(n))
+    asked = {
+        f"dense < {layers} < memoryllm": (
             "Loss rises as fewer of the first layers are dense",
             "not in the papers",
-            runs,
-            ["dense", *layers, "memoryllm"],
         ),
-        sign_claim(
+        "memoryllm < attn_only": (
             "Rows are worth their parameters: MemoryLLM beats attention alone",
             "not in the papers",
-            runs,
-            "memoryllm",
-            "attn_only",
-            -1,
         ),
-        exact_claim(
-            "Served from disk, every model with rows gives its resident logits and text",
-            "exact up to storage precision (section 4.1)",
-            f"{sum(proof['ok'] for proof in proofs)} of {len(proofs)} equal",
-            all(proof["ok"] for proof in proofs) if proofs else None,
-            len({run["seed"] for run in runs}),
-            "needs a finished run",
-        ),
-    ]
+    }
+    text = "Served from disk, every model with rows gives its resident logits and text"
+    paper = "exact up to storage precision (section 4.1)"
+    served = stores_claim(text, paper, runs, lambda proof: proof["ok"], "equal")
+    return [*order_claims(runs, asked), served]

@@ -8,8 +8,8 @@ token's coefficients. Expected: more in the last third of the layers than in the
 """
 
 from experiments import scales
-from experiments.chart import layer_lines, measured, third
-from experiments.verdicts import judge, within
+from experiments.chart import layer_lines, measured
+from experiments.layers import thirds_claim
 from flexmemory.analysis.keys import outliers
 
 IDS = ("E10",)
@@ -18,34 +18,28 @@ MEASURES = (outliers,)
 
 
 def sweep(scale):
-    return scales.sweep(scale, [scales.memoryllm(scales.layers(scale))])
+    return scales.sweep(scale, "memoryllm")
 
 
 def analyse(runs):
     keys = {"above_3": "above 3 σ", "above_6": "above 6 σ", "fresh_above_3": "before training, 3 σ"}
-    figure = layer_lines(
-        "outliers",
-        "Outlier coefficients per token",
-        runs,
-        "outliers",
-        keys,
-        "outliers per token",
-        "Means over all tokens of the vocabulary and over seeds.",
-    )
-    return {
-        "rows": measured(
-            runs, "outliers", "layers", "layer keys above_3 above_6 fresh_above_3 fresh_above_6"
-        ),
-        "figures": [figure],
-    }
+    title, y = "Outlier coefficients per token", "outliers per token"
+    caption = "Means over all tokens of the vocabulary and over seeds."
+    figure = layer_lines("outliers", title, runs, "outliers", keys, y, caption)
+    columns = "layer keys above_3 above_6 fresh_above_3 fresh_above_6"
+    return {"rows": measured(runs, "outliers", "layers", columns), "figures": [figure]}
 
 
 def claims(runs):
-    made, paper = [], "more in the last layers (figure only)"
-    needs = "memoryllm with at least three layers"
-    for sigma in (6, 3):
-        text = f"More coefficients above {sigma} σ in the last layers than in the first"
-        last, first = (third("outliers", f"above_{sigma}", i) for i in (2, 0))
-        found = within(runs, "memoryllm", last, first)
-        made.append(judge(text, paper, found, 1, "per token", needs=needs))
-    return made
+    return [
+        thirds_claim(
+            f"More coefficients above {sigma} σ in the last layers than in the first",
+            "more in the last layers (figure only)",
+            runs,
+            "memoryllm",
+            "last > first",
+            f"outliers.above_{sigma}",
+            "per token",
+        )
+        for sigma in (6, 3)
+    ]

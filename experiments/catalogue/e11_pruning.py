@@ -14,64 +14,37 @@ paper's comparison and not of this one.
 from experiments import scales
 from experiments.chart import measured
 from experiments.figure import Figure, Series
-from experiments.verdicts import by_variant, difference, judge, mean_spread, not_run, number
+from experiments.verdicts import LOSS, by_variant, entry, means_at, not_run, number, order_claim
 from flexmemory.analysis.prune import pruned
 
 IDS = ("E11",)
 SOURCE = "MemoryLLM Fig 11"
 MEASURES = (pruned,)
-BETAS = (3, 2, 1)
+RULES = ("magnitude", "wanda")
+PAPER = "clearly better (figure only)"
 
 
 def sweep(scale):
-    n = scales.layers(scale)
-    return scales.sweep(
-        scale, [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in BETAS)]
-    )
+    return scales.sweep(scale, "dense memoryllm flex-b3 flex-b2 flex-b1")
 
 
-def loss_of(run, rule, kept):
-    points = (number(run, "measures.pruned") or {}).get("points", [])
-    return next(
-        (
-            point["val_loss"]
-            for point in points
-            if point["rule"] == rule and abs(point["kept"] - kept) < 1e-9
-        ),
-        None,
-    )
+def loss(rule, beta):
+    """A function of a run: a trained model's loss, and a dense one's pruned to flex's weights."""
+    after = entry("pruned.points", "val_loss", rule=rule, kept=beta / 8)
+    return lambda run: number(run, after if run["variant"] == "dense" else LOSS)
 
 
 def analyse(runs):
-    groups, series = by_variant(runs), []
-    for rule in ("magnitude", "wanda"):
-        at: dict[float, list] = {}
-        for run in groups.get("dense", []):
-            for point in (number(run, "measures.pruned") or {}).get("points", []):
-                if point["rule"] in (rule, "none"):
-                    at.setdefault(point["active"], []).append(point["val_loss"])
-        points = tuple(
-            (active, mean, spread or 0.0)
-            for active, (mean, spread) in ((a, mean_spread(v)) for a, v in sorted(at.items()))
-            if mean is not None
-        )
-        series.append(Series(f"dense, {rule}", points, "line", "dense", dashed=rule == "wanda"))
-    trained = [
-        (
-            number(group[0], "account.active"),
-            *mean_spread([number(run, "result.val_loss") for run in group]),
-        )
-        for name, group in groups.items()
-        if name != "dense"
-    ]
-    series.append(
-        Series(
-            "memoryllm, flex",
-            tuple(sorted((x, y, s or 0.0) for x, y, s in trained)),
-            "line",
-            "flex",
-        )
-    )
+    dense = by_variant(runs).get("dense", [])
+    points = [point for run in dense for point in number(run, "measures.pruned.points") or []]
+    series = []
+    for rule in RULES:
+        own = [(p["active"], p["val_loss"]) for p in points if p["rule"] in (rule, "none")]
+        label, dashed = f"dense, {rule}", rule == "wanda"
+        series.append(Series(label, means_at(own), "line", "dense", dashed=dashed))
+    others = [run for run in runs if run["variant"] != "dense"]
+    own = means_at((run["account"]["active"], number(run, LOSS)) for run in others)
+    series.append(Series("memoryllm, flex", own, "line", "flex"))
     figure = Figure(
         "loss-active",
         "Pruned after training, or flex from the start",
@@ -80,35 +53,15 @@ def analyse(runs):
         "validation loss, nat per token",
         tuple(s for s in series if s.points),
     )
-    return {
-        "rows": measured(
-            groups.get("dense", []),
-            "pruned",
-            "points",
-            "rule kept active val_loss recall_acc reasoning_acc",
-        ),
-        "figures": [figure],
-    }
+    columns = "rule kept active val_loss recall_acc reasoning_acc"
+    return {"rows": measured(dense, "pruned", "points", columns), "figures": [figure]}
 
 
 def claims(runs):
-    made = []
-    for rule in ("magnitude", "wanda"):
-        for beta in BETAS:
-            text = f"Flex β = {beta} beats a dense model pruned by {rule} to its active parameters"
-            paper = "clearly better (figure only)"
-            judged = [
-                run
-                | {
-                    "loss": (
-                        loss_of(run, rule, beta / 8)
-                        if run["variant"] == "dense"
-                        else number(run, "result.val_loss")
-                    )
-                }
-                for run in runs
-            ]
-            found = difference(judged, f"flex-b{beta}", "dense", "loss")
-            made.append(judge(text, paper, found, -1, needs=f"dense and flex-b{beta} of one seed"))
-    text, paper = "…and pruned by SparseGPT", "clearly better (figure only)"
-    return [*made, not_run(text, paper, "SparseGPT is not implemented")]
+    text = "Flex β = {} beats a dense model pruned by {} to its active parameters"
+    made = [
+        order_claim(text.format(beta, rule), PAPER, runs, f"flex-b{beta} < dense", loss(rule, beta))
+        for rule in RULES
+        for beta in (3, 2, 1)
+    ]
+    return [*made, not_run("…and pruned by SparseGPT", PAPER, "SparseGPT is not implemented")]

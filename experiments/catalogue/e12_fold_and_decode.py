@@ -21,10 +21,7 @@ LARGE = 50_000_000  # parameters: the step of a smaller model is mostly overhead
 
 
 def sweep(scale):
-    n = scales.layers(scale)
-    return scales.sweep(
-        scale, [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in (3, 2, 1))]
-    )
+    return scales.sweep(scale, "dense memoryllm flex-b3 flex-b2 flex-b1")
 
 
 def ms(where):
@@ -43,56 +40,34 @@ def analyse(runs):
         from_disk_ms=ms("offloaded"),
         hit_rate="measures.decode.hit_rate",
     )
-    return {
-        "rows": rows,
-        "figures": [
-            bars(
-                "decode",
-                "Decoding one sequence, a quarter of the table in RAM",
-                runs,
-                ms("offloaded"),
-                "ms per token",
-            )
-        ],
-    }
+    title = "Decoding one sequence, a quarter of the table in RAM"
+    return {"rows": rows, "figures": [bars("decode", title, runs, ms("offloaded"), "ms per token")]}
+
+
+def bit_by_bit(proof):
+    differences = proof["rows_max_abs_diff"], proof["logits_max_abs_diff"]
+    return differences == (0, 0) and proof["greedy_equal"]
+
+
+def stores_claim(text, paper, runs, equal, how):
+    """The claim that the store of every model with rows is ``equal`` to it, by ``fold``'s proof."""
+    own = [run for run in runs if number(run, "account.row_bytes_per_token")]
+    found = [equal(proof) for run in own if (proof := number(run, "measures.fold"))]
+    ours, holds = f"{sum(found)} of {len(found)} {how}", all(found) if found else None
+    seeds = len({run["seed"] for run in runs})
+    return exact_claim(text, paper, ours, holds, seeds, "needs a finished run")
 
 
 def claims(runs):
-    proofs = [
-        proof
-        for run in runs
-        if number(run, "account.row_bytes_per_token") and (proof := number(run, "measures.fold"))
-    ]
-    exact = [
-        proof["rows_max_abs_diff"] == 0
-        and proof["logits_max_abs_diff"] == 0
-        and proof["greedy_equal"]
-        for proof in proofs
-    ]
+    text = "A folded table gives the live model's rows, logits and text exactly"
+    paper, how = "exact up to storage precision", "stores bit by bit"
+    exact = stores_claim(text, paper, runs, bit_by_bit, how)
     large = [run for run in runs if run["account"]["total"] >= LARGE]
     text = "MemoryLLM decodes faster than a dense model of equal total parameters"
     paper = "14.42 against 21.50 ms (1B, A100)"
-    speed = difference(
-        [run | {"ms": ms("resident")(run)} for run in large], "memoryllm", "dense", "ms"
+    needs = (
+        f"dense and memoryllm of {LARGE // 10**6} million parameters; for small models see"
+        " flexmemory bench decode"
     )
-    return [
-        exact_claim(
-            "A folded table gives the live model's rows, logits and text exactly",
-            "exact up to storage precision",
-            f"{sum(exact)} of {len(exact)} stores bit by bit",
-            all(exact) if exact else None,
-            len({run["seed"] for run in runs}),
-            "needs a finished run",
-        ),
-        judge(
-            text,
-            paper,
-            speed,
-            -1,
-            "ms",
-            needs=(
-                f"dense and memoryllm of {LARGE // 10**6} million parameters; for small models see"
-                " flexmemory bench decode"
-            ),
-        ),
-    ]
+    speed = difference(large, "memoryllm", "dense", ms("resident"))
+    return [exact, judge(text, paper, speed, -1, "ms", needs=needs)]

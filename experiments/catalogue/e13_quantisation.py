@@ -10,14 +10,21 @@ Expected: 8 bits cost less than 0.001 nat, 4 bits less than 0.01.
 """
 
 from experiments import scales
-from experiments.chart import measured
+from experiments.chart import mean_of, measured
 from experiments.figure import Figure, Series
-from experiments.verdicts import by_variant, limit_claim, mean_spread, number
+from experiments.verdicts import by_variant, entry, limit_claim
 from flexmemory.analysis.compress import quantised
 
 IDS = ("E13",)
 SOURCE = "MemoryLLM Table 7"
 MEASURES = (quantised,)
+KINDS = {  # label of a bar: type, numbers that share a scale (0: a row)
+    "bfloat16": ("bfloat16", 0),
+    "int8": ("int8", 0),
+    "int8/32": ("int8", 32),
+    "int4": ("int4", 0),
+    "int4/32": ("int4", 32),
+}
 LIMITS = {
     "int8": (0.001, "−0.00004 nat (WikiText-2, 1B)"),
     "int4": (0.01, "+0.0037 nat (WikiText-2, 1B)"),
@@ -25,42 +32,29 @@ LIMITS = {
 
 
 def sweep(scale):
-    n = scales.layers(scale)
-    return scales.sweep(scale, [scales.memoryllm(n), scales.flex(n, 3)])
+    return scales.sweep(scale, "memoryllm flex-b3")
 
 
-def cost(run, dtype, group=0):
-    """Rise of the loss over the float32 table, nat."""
-    points = (number(run, "measures.quantised") or {}).get("points", [])
-    exact = next((point["val_loss"] for point in points if point["dtype"] == "float32"), None)
-    found = next(
-        (
-            point["val_loss"]
-            for point in points
-            if point["dtype"] == dtype and point["scale_group"] == group
-        ),
-        None,
-    )
-    return None if None in (exact, found) else found - exact
+def cost(dtype, group=0):
+    """A function of a run: the rise of its loss over the float32 table, nat."""
+    exact = entry("quantised.points", "val_loss", dtype="float32")
+    rounded = entry("quantised.points", "val_loss", dtype=dtype, scale_group=group)
+
+    def rise(run):
+        losses = rounded(run), exact(run)
+        return None if None in losses else losses[0] - losses[1]
+
+    return rise
 
 
 def analyse(runs):
-    series, kinds = [], [("bfloat16", 0), ("int8", 0), ("int8", 32), ("int4", 0), ("int4", 32)]
-    for i, (dtype, group) in enumerate(kinds):
+    series = []
+    for i, kind in enumerate(KINDS.values()):
         for j, (variant, members) in enumerate(by_variant(runs).items()):
-            mean, spread = mean_spread([cost(run, dtype, group) for run in members])
+            mean, spread = mean_of(members, cost(*kind))
             if mean is not None:
-                series.append(
-                    Series(
-                        variant,
-                        ((i + 0.25 * (j - 0.5), 1000 * mean, 1000 * (spread or 0.0)),),
-                        "bars",
-                        variant.partition("-")[0],
-                    )
-                )
-    ticks = tuple(
-        (i, dtype + (f"/{group}" if group else "")) for i, (dtype, group) in enumerate(kinds)
-    )
+                bar = (i + 0.25 * (j - 0.5), 1000 * mean, 1000 * (spread or 0.0))
+                series.append(Series(variant, (bar,), "bars", variant.partition("-")[0]))
     figure = Figure(
         "cost",
         "What smaller numbers cost",
@@ -68,28 +62,16 @@ def analyse(runs):
         "",
         "rise of the loss, thousandths of a nat",
         tuple(series),
-        ticks=ticks,
+        ticks=tuple(enumerate(KINDS)),
     )
-    return {
-        "rows": measured(
-            runs,
-            "quantised",
-            "points",
-            "dtype scale_group table_bytes saved relative_error val_loss recall_acc reasoning_acc",
-        ),
-        "figures": [figure] if series else [],
-    }
+    columns = "dtype scale_group table_bytes saved relative_error val_loss recall_acc reasoning_acc"
+    rows = measured(runs, "quantised", "points", columns)
+    return {"rows": rows, "figures": [figure] if series else []}
 
 
 def claims(runs):
+    text = "A table in {} bits costs less than {} nat (our limit)"
     return [
-        limit_claim(
-            f"A table in {dtype[3:]} bits costs less than {limit} nat (our limit)",
-            paper,
-            runs,
-            "memoryllm",
-            lambda run, dtype=dtype: cost(run, dtype),
-            limit,
-        )
+        limit_claim(text.format(dtype[3:], limit), paper, runs, "memoryllm", cost(dtype), limit)
         for dtype, (limit, paper) in LIMITS.items()
     ]

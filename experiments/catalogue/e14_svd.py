@@ -11,9 +11,11 @@ At a small vocabulary the basis [r, W] is no longer small beside the numbers [V,
 what is left of the saving.
 """
 
+import itertools
+
 from experiments import scales
 from experiments.chart import mean_lines, measured, rises
-from experiments.verdicts import limit_claim, steps_claim, within
+from experiments.verdicts import at, limit_claim, steps_claim, within
 from flexmemory.analysis.compress import svd
 
 IDS = ("E14",)
@@ -23,8 +25,7 @@ LIMITS = {0.1: (0.005, "+0.0002 nat (C4, 1B)"), 0.5: (0.1, "+0.0347 nat (C4, 1B)
 
 
 def sweep(scale):
-    n = scales.layers(scale)
-    return scales.sweep(scale, [scales.memoryllm(n), scales.flex(n, 3)])
+    return scales.sweep(scale, "memoryllm flex-b3")
 
 
 def costs(run):
@@ -33,56 +34,28 @@ def costs(run):
 
 
 def analyse(runs):
-    return {
-        "rows": measured(
-            runs,
-            "svd",
-            "points",
-            "cut table_bytes saved relative_error val_loss recall_acc reasoning_acc",
-        ),
-        "figures": [
-            mean_lines(
-                "cost",
-                "What a cut of the rank costs",
-                runs,
-                costs,
-                "share of the rank that is cut",
-                "rise of the loss, nat per token",
-            )
-        ],
-    }
+    figure = mean_lines(
+        "cost",
+        "What a cut of the rank costs",
+        runs,
+        costs,
+        "share of the rank that is cut",
+        "rise of the loss, nat per token",
+    )
+    columns = "cut table_bytes saved relative_error val_loss recall_acc reasoning_acc"
+    return {"rows": measured(runs, "svd", "points", columns), "figures": [figure]}
 
 
 def claims(runs):
+    text = "Cutting {:.0%} of the rank costs less than {} nat (our limit)"
     made = [
-        limit_claim(
-            f"Cutting {cut:.0%} of the rank costs less than {limit} nat (our limit)",
-            paper,
-            runs,
-            "memoryllm",
-            lambda run, cut=cut: dict(costs(run)).get(cut),
-            limit,
-        )
+        limit_claim(text.format(cut, limit), paper, runs, "memoryllm", at(costs, cut), limit)
         for cut, (limit, paper) in LIMITS.items()
     ]
     cuts = [cut for cut, _ in costs(runs[0])] if runs else []
-    steps = [
-        (
-            f"{a:.0%}→{b:.0%}",
-            within(
-                runs,
-                "memoryllm",
-                lambda run, b=b: dict(costs(run)).get(b),
-                lambda run, a=a: dict(costs(run)).get(a),
-            ),
-        )
-        for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
-    return [
-        *made,
-        steps_claim(
-            "Every further cut costs more",
-            "18.919 < 18.923 < 18.958 < 19.015 < 19.126 < 19.586 perplexity",
-            steps,
-        ),
-    ]
+    steps = {
+        f"{a:.0%}→{b:.0%}": within(runs, "memoryllm", at(costs, b), at(costs, a))
+        for a, b in itertools.pairwise(cuts)
+    }
+    paper = "18.919 < 18.923 < 18.958 < 19.015 < 19.126 < 19.586 perplexity"
+    return [*made, steps_claim("Every further cut costs more", paper, steps)]

@@ -8,9 +8,10 @@ smaller effective rank in the last third of the layers than in the middle one.
 """
 
 from experiments import scales
-from experiments.chart import by_layer, measured, third
+from experiments.chart import by_layer, measured
 from experiments.figure import Figure, Series
-from experiments.verdicts import by_variant, judge, mean_spread, number, within
+from experiments.layers import thirds_claim
+from experiments.verdicts import by_variant, mean_spread, number
 from flexmemory.analysis.geometry import spectra
 
 IDS = ("E15",)
@@ -19,38 +20,15 @@ MEASURES = (spectra,)
 
 
 def sweep(scale):
-    n = scales.layers(scale)
-    return scales.sweep(scale, [scales.memoryllm(n), scales.flex(n, 3)])
+    return scales.sweep(scale, "memoryllm flex-b3")
 
 
 def analyse(runs):
-    figures = [
-        by_layer(
-            "effective-rank",
-            "Effective rank by layer",
-            runs,
-            "spectra",
-            "effective_rank",
-            "exp of the entropy of the spectrum",
-        )
-    ]
+    title, y = "Effective rank by layer", "exp of the entropy of the spectrum"
+    figures = [by_layer("effective-rank", title, runs, "spectra", "effective_rank", y)]
     for variant, group in by_variant(runs).items():
-        found = [number(run, "measures.spectra.layers") for run in group]
-        series = []
-        for entries in zip(*(layers for layers in found if layers), strict=False):
-            values = [
-                mean_spread(column)[0]
-                for column in zip(*(entry["singular_values"] for entry in entries), strict=True)
-            ]
-            series.append(
-                Series(
-                    f"layer {entries[0]['layer']}",
-                    tuple(zip(entries[0]["ranks"], values, strict=True)),
-                    "line",
-                    variant.partition("-")[0],
-                    dashed=entries[0]["layer"] % 2 == 1,
-                )
-            )
+        found = filter(None, (number(run, "measures.spectra.layers") for run in group))
+        series = tuple(spectrum(layer, variant) for layer in zip(*found, strict=False))
         if series:
             figures.append(
                 Figure(
@@ -59,22 +37,34 @@ def analyse(runs):
                     "Over the largest of each layer; means over seeds.",
                     "rank",
                     "singular value over the largest",
-                    tuple(series),
+                    series,
                     log_y=True,
                 )
             )
-    return {
-        "rows": measured(runs, "spectra", "layers", "layer width effective_rank"),
-        "figures": figures,
-    }
+    rows = measured(runs, "spectra", "layers", "layer width effective_rank")
+    return {"rows": rows, "figures": figures}
+
+
+def spectrum(seeds, variant):
+    """Mean singular values of one layer, of which ``seeds`` are the measures."""
+    layer, ranks = seeds[0]["layer"], seeds[0]["ranks"]
+    values = zip(*(seed["singular_values"] for seed in seeds), strict=True)
+    points = tuple(zip(ranks, (mean_spread(column)[0] for column in values), strict=True))
+    family = variant.partition("-")[0]
+    return Series(f"layer {layer}", points, "line", family, dashed=layer % 2 == 1)
 
 
 def claims(runs):
-    made, paper = [], "yes (figure only)"
-    middle, last = (third("spectra", "effective_rank", i) for i in (1, 2))
-    for variant in ("memoryllm", "flex-b3"):
-        text = f"{variant}: the last layers' tables are easier to compress than the middle ones'"
-        found = within(runs, variant, last, middle)
-        needs = f"{variant} with at least three layers"
-        made.append(judge(text, paper, found, -1, "ranks", needs=needs))
-    return made
+    text = "{}: the last layers' tables are easier to compress than the middle ones'"
+    return [
+        thirds_claim(
+            text.format(variant),
+            "yes (figure only)",
+            runs,
+            variant,
+            "last < middle",
+            "spectra.effective_rank",
+            "ranks",
+        )
+        for variant in ("memoryllm", "flex-b3")
+    ]

@@ -9,8 +9,9 @@ are models of the knowledge experiment, which have learned theirs.
 """
 
 from experiments.catalogue import e7_alpha_by_task, knowledge
-from experiments.chart import by_layer, measured, third
-from experiments.verdicts import judge, number, within
+from experiments.chart import by_layer, measured
+from experiments.layers import thirds_claim
+from experiments.verdicts import number
 from flexmemory.analysis.probes import drop_layer
 
 IDS = ("E16",)
@@ -18,10 +19,10 @@ SOURCE = "MemoryLLM Fig 12"
 SCALES = knowledge.SCALES
 MEASURES = (drop_layer,)
 LEARNED = 0.05  # above chance: a task that is not learned cannot be unlearned
-TASKS = {
-    "val_loss": ("loss", 1, "nat"),
-    "recall_acc": ("recall", -1, ""),
-    "reasoning_acc": ("reasoning", -1, ""),
+TASKS = {  # score: its name, what "matters more" means for it, its axis and unit
+    "val_loss": ("loss", "first > middle", "validation loss, nat", "nat"),
+    "recall_acc": ("recall", "first < middle", "recall, share right", ""),
+    "reasoning_acc": ("reasoning", "first < middle", "reasoning, share right", ""),
 }
 
 
@@ -37,28 +38,31 @@ def analyse(runs):
             runs,
             "drop_layer",
             key,
-            "validation loss, nat" if key == "val_loss" else f"{word}, share right",
+            axis,
         )
-        for key, (word, _, _) in TASKS.items()
+        for key, (word, _, axis, _) in TASKS.items()
     ]
-    return {
-        "rows": measured(
-            runs, "drop_layer", "layers", "layer kind val_loss recall_acc reasoning_acc"
-        ),
-        "figures": [f for f in figures if f.series],
-    }
+    columns = "layer kind val_loss recall_acc reasoning_acc"
+    rows = measured(runs, "drop_layer", "layers", columns)
+    return {"rows": rows, "figures": [f for f in figures if f.series]}
 
 
 def claims(runs):
-    runs, made = [run | {"variant": knowledge.model_of(run)} for run in runs], []
-    for key, (word, sign, unit) in TASKS.items():
-        text = f"The first layers' tables matter more for {word} than the middle ones'"
-        paper = "only the first few matter (figure only)"
+    runs, made = knowledge.named_by_model(runs), []
+    for key, (word, order, _, unit) in TASKS.items():
         learned = [run for run in runs if is_learned(run, key)]
-        first, middle = (third("drop_layer", key, i) for i in (0, 1))
-        found = within(learned, "memoryllm", first, middle)
-        needs = f"memoryllm with at least three layers, and {word} well above chance"
-        made.append(judge(text, paper, found, sign, unit, needs=needs))
+        made.append(
+            thirds_claim(
+                f"The first layers' tables matter more for {word} than the middle ones'",
+                "only the first few matter (figure only)",
+                learned,
+                "memoryllm",
+                order,
+                f"drop_layer.{key}",
+                unit,
+                f"at least three layers, and {word} well above chance",
+            )
+        )
     return made
 
 

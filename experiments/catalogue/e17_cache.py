@@ -21,37 +21,29 @@ POLICIES = ("clairvoyant", "lfu", "static", "lru")
 
 
 def sweep(scale):
-    return scales.sweep(scale, [scales.memoryllm(scales.layers(scale))], numbers=scales.ONE_SEED)
+    return scales.sweep(scale, "memoryllm", numbers=scales.ONE_SEED)
 
 
 def analyse(runs):
     points = [run["measures"]["hit_curves"]["points"] for run in runs]
-    rows, series = [], []
-    for at in zip(*points, strict=True):
-        rows.append(
-            {
-                "share_of_rows": at[0]["share"],
-                "slots": at[0]["slots"],
-                "bytes": at[0]["bytes"],
-                **{policy: mean_spread([p[policy] for p in at])[0] for policy in POLICIES},
-                "lfu_expected": mean_spread([p["expected"]["lfu"] for p in at])[0],
-            }
-        )
-    for policy in POLICIES:
-        series.append(
-            Series(
-                policy,
-                tuple((100 * row["share_of_rows"], 100 * row[policy]) for row in rows),
-                dashed=policy == "clairvoyant",
-            )
-        )
+    rows = []
+    for seeds in zip(*points, strict=True):
+        first = seeds[0]
+        row = {"share_of_rows": first["share"], "slots": first["slots"], "bytes": first["bytes"]}
+        row |= {policy: mean_spread(seed[policy] for seed in seeds)[0] for policy in POLICIES}
+        expected = mean_spread(seed["expected"]["lfu"] for seed in seeds)[0]
+        rows.append(row | {"lfu_expected": expected})
+    series = []
+    for policy in POLICIES if rows else ():
+        curve = tuple((100 * row["share_of_rows"], 100 * row[policy]) for row in rows)
+        series.append(Series(policy, curve, dashed=policy == "clairvoyant"))
     figure = Figure(
         "hits",
         "Hit rate against the size of the cache",
         "One sequence, one token at a time, empty at first.",
         "rows that the cache holds, % of the vocabulary",
         "lookups answered, %",
-        tuple(s for s in series if s.points),
+        tuple(series),
         log_x=True,
         lines=((80.0, "80 %, STEM"),),
     )
@@ -59,37 +51,29 @@ def analyse(runs):
 
 
 def claims(runs):
-    found = runs[0]["measures"]["hit_curves"] if runs else None
-    texts = (
-        (
-            "LFU answers more than 80% of lookups (here with a quarter of the rows)",
-            "more than 80% (size not given)",
-        ),
-        (
-            "The most frequent tokens, kept for good, do within two points of LFU (our limit)",
-            "not in the papers (proposed, not measured)",
-        ),
+    frequent = (
+        "LFU answers more than 80% of lookups (here with a quarter of the rows)",
+        "more than 80% (size not given)",
     )
-    missing = (
-        "needs memoryllm"
-        if found is None
-        else f"the text is too short: {found['cold']:.0%} of its lookups are a row's first"
+    fixed = (
+        "The most frequent tokens, kept for good, do within two points of LFU (our limit)",
+        "not in the papers (proposed, not measured)",
     )
-    if found is None or found["cold"] > 0.2:
-        return [not_run(text, paper, missing) for text, paper in texts]
+    if not runs:
+        return [not_run(*words, "needs memoryllm") for words in (frequent, fixed)]
+    found = runs[0]["measures"]["hit_curves"]
+    if found["cold"] > 0.2:
+        short = f"the text is too short: {found['cold']:.0%} of its lookups are a row's first"
+        return [not_run(*words, short) for words in (frequent, fixed)]
     quarter = next(point for point in found["points"] if point["share"] == 0.25)
-    lfu, static, bound = (quarter[policy] for policy in ("lfu", "static", "clairvoyant"))
-    detail = (
+    lfu, static = quarter["lfu"], quarter["static"]
+    both = f"{static:.1%} against {lfu:.1%}"
+    text = (
         f"of the text, whatever the model; {found['cold']:.1%} of the lookups are a row's first; at"
-        f" best {bound:.1%}"
+        f" best {quarter['clairvoyant']:.1%}"
     )
+    start = "LFU begins with the training counts, which are all that the static set has"
     return [
-        exact_claim(*texts[0], f"{lfu:.1%}", lfu > 0.8, 1, detail=detail),
-        exact_claim(
-            *texts[1],
-            f"{static:.1%} against {lfu:.1%}",
-            static > lfu - 0.02,
-            1,
-            detail="LFU begins with the training counts, which are all that the static set has",
-        ),
+        exact_claim(*frequent, f"{lfu:.1%}", lfu > 0.8, 1, detail=text),
+        exact_claim(*fixed, both, static > lfu - 0.02, 1, detail=start),
     ]

@@ -9,7 +9,7 @@ the first one's; the figure has loss against the bytes that are saved.
 
 from experiments import scales
 from experiments.chart import mean_lines, measured, rises
-from experiments.verdicts import judge, number, within
+from experiments.verdicts import entry, judge, number, within
 from flexmemory.analysis.probes import drop_last, drop_layer
 
 IDS = ("E18",)
@@ -18,8 +18,7 @@ MEASURES = (drop_last, drop_layer)
 
 
 def sweep(scale):
-    n = scales.layers(scale)
-    return scales.sweep(scale, [scales.memoryllm(n), scales.flex(n, 3)])
+    return scales.sweep(scale, "memoryllm flex-b3")
 
 
 def saved(run):
@@ -29,39 +28,24 @@ def saved(run):
 
 
 def analyse(runs):
-    return {
-        "rows": measured(
-            runs,
-            "drop_last",
-            "points",
-            "dropped table_bytes_gone val_loss perplexity_rise recall_acc reasoning_acc",
-        ),
-        "figures": [
-            mean_lines(
-                "rise",
-                "The last layers' tables left out",
-                runs,
-                saved,
-                "table bytes saved, %",
-                "rise of the loss, nat per token",
-            )
-        ],
-    }
+    figure = mean_lines(
+        "rise",
+        "The last layers' tables left out",
+        runs,
+        saved,
+        "table bytes saved, %",
+        "rise of the loss, nat per token",
+    )
+    columns = "dropped table_bytes_gone val_loss perplexity_rise recall_acc reasoning_acc"
+    return {"rows": measured(runs, "drop_last", "points", columns), "figures": [figure]}
 
 
 def claims(runs):
-    made = []
-    for variant in ("memoryllm", "flex-b3"):
-        text = (
-            f"{variant}: leaving out the last layer's table costs less than leaving out the"
-            " first one's"
-        )
-        paper = "not in the papers (proposed, not measured)"
-        found = within(
-            runs,
-            variant,
-            lambda run: number(run, "measures.drop_last")["points"][1]["val_loss"],
-            lambda run: number(run, "measures.drop_layer")["layers"][0]["val_loss"],
-        )
-        made.append(judge(text, paper, found, -1, needs=variant))
-    return made
+    last = entry("drop_last.points", "val_loss", dropped=1)
+    first = entry("drop_layer.layers", "val_loss")
+    text = "leaving out the last layer's table costs less than leaving out the first one's"
+    paper = "not in the papers (proposed, not measured)"
+    return [
+        judge(f"{model}: {text}", paper, within(runs, model, last, first), -1, needs=model)
+        for model in ("memoryllm", "flex-b3")
+    ]

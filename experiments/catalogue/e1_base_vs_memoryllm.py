@@ -16,30 +16,39 @@ scale three of the paper's four models (not MemoryLLM 1B).
 
 from experiments import scales
 from experiments.chart import loss_bars, means
-from experiments.verdicts import sign_claim
+from experiments.verdicts import order_claims
 
 IDS = ("E1",)
 SOURCE = "MemoryLLM Table 2"
+CLAIMS = {
+    "memoryllm > dense": (
+        "MemoryLLM is worse than a dense model of equal total parameters",
+        "+0.112 nat (C4, 737M, 50B tokens)",
+    ),
+    "memoryllm < dense-active": (
+        "MemoryLLM is better than a dense model of equal active parameters, narrower",
+        "−0.049 nat (C4, 245M against 265M)",
+    ),
+    "memoryllm < dense-third": (
+        "MemoryLLM is better than a dense model of equal active parameters, a third as deep",
+        "−0.049 nat (C4, 245M against 265M)",
+    ),
+}
 
 
 def sweep(scale):
     if scale == "paper":
-        return scales.sweep(
-            scale, [scales.dense(24), scales.memoryllm(24)], "memoryllm-750m"
-        ) + scales.sweep(scale, [scales.dense(24) | {"name": "dense-active"}], "memoryllm-250m")
+        active = scales.variant("dense-active", "dense*24")
+        return [
+            *scales.sweep(scale, "dense memoryllm", "memoryllm-750m"),
+            *scales.sweep(scale, [active], "memoryllm-250m"),
+        ]
     n = scales.layers(scale)
-    shallow = scales.dense(n // 3) | {"name": "dense-third"}
-    smaller = scales.dense(n) | {
-        "name": "dense-active",
-        "budget": {
-            "mode": "active",
-            "knob": "model.d_model",
-            "like": {"model.pattern": f"memoryllm*{n}"},
-        },
-    }
-    return scales.sweep(
-        scale, [scales.dense(n), scales.memoryllm(n), smaller, shallow], numbers=scales.MORE_SEEDS
-    )
+    smaller = scales.variant("dense-active", f"dense*{n}")
+    smaller |= scales.equal("active", "model.d_model", f"memoryllm*{n}")
+    shallow = scales.variant("dense-third", f"dense*{n // 3}")
+    variants = [*scales.models("dense memoryllm", n), smaller, shallow]
+    return scales.sweep(scale, variants, numbers=scales.MORE_SEEDS)
 
 
 def analyse(runs):
@@ -48,37 +57,9 @@ def analyse(runs):
         "account.total account.active account.active_all result.val_loss",
         bits_per_byte="result.val_bits_per_byte",
     )
-    return {
-        "rows": rows,
-        "figures": [loss_bars("Loss at equal total and equal active parameters", runs)],
-    }
+    figure = loss_bars("Loss at equal total and equal active parameters", runs)
+    return {"rows": rows, "figures": [figure]}
 
 
 def claims(runs):
-    worse, better = "+0.112 nat (C4, 737M, 50B tokens)", "−0.049 nat (C4, 245M against 265M)"
-    return [
-        sign_claim(
-            "MemoryLLM is worse than a dense model of equal total parameters",
-            worse,
-            runs,
-            "memoryllm",
-            "dense",
-            1,
-        ),
-        sign_claim(
-            "MemoryLLM is better than a dense model of equal active parameters, narrower",
-            better,
-            runs,
-            "memoryllm",
-            "dense-active",
-            -1,
-        ),
-        sign_claim(
-            "MemoryLLM is better than a dense model of equal active parameters, a third as deep",
-            better,
-            runs,
-            "memoryllm",
-            "dense-third",
-            -1,
-        ),
-    ]
+    return order_claims(runs, CLAIMS)

@@ -14,20 +14,23 @@ Cost at cpu scale: five runs a seed, about five minutes on two cores; two of the
 
 from experiments import scales
 from experiments.chart import loss_against, loss_bars, means
-from experiments.verdicts import combined, judge, order_claim, sign_claim
+from experiments.verdicts import LOSS, combined, judge, order_claims
 
 IDS = ("E2",)
 SOURCE = "MemoryLLM Fig 9"
-ORDER = ["dense", "flex-b3", "flex-b2", "flex-b1", "memoryllm"]
+ORDER = "dense flex-b3 flex-b2 flex-b1 memoryllm".split()
+CLAIMS = {
+    "flex-b3 < flex-b2 < flex-b1 < memoryllm": (
+        "Loss rises as β falls from 3 to 0 (MemoryLLM)",
+        "that order (1B, 150B tokens)",
+    ),
+    "flex-b3 > dense": ("β = 3 is still worse than dense", "a small gap (figure only)"),
+}
 
 
 def sweep(scale):
-    n = scales.layers(scale)
-    return scales.sweep(
-        scale,
-        [scales.dense(n), scales.memoryllm(n), *(scales.flex(n, beta) for beta in (3, 2, 1))],
-        numbers=scales.MORE_SEEDS,
-    )
+    names = "dense memoryllm flex-b3 flex-b2 flex-b1"
+    return scales.sweep(scale, names, numbers=scales.MORE_SEEDS)
 
 
 def analyse(runs):
@@ -35,32 +38,17 @@ def analyse(runs):
     rows = means(
         runs, "account.total account.active result.val_loss result.recall_acc result.reasoning_acc"
     )
-    return {
-        "rows": rows,
-        "figures": [
-            loss_bars("Loss from all compute to all memory, at equal total parameters", runs),
-            loss_against(runs, "active"),
-            loss_against(runs, "read_bytes_per_token"),
-        ],
-    }
+    figures = [
+        loss_bars("Loss from all compute to all memory, at equal total parameters", runs),
+        loss_against(runs, "active"),
+        loss_against(runs, "read_bytes_per_token"),
+    ]
+    return {"rows": rows, "figures": figures}
 
 
 def claims(runs):
-    order = order_claim(
-        "Loss rises as β falls from 3 to 0 (MemoryLLM)",
-        "that order (1B, 150B tokens)",
-        runs,
-        ORDER[1:],
-    )
-    still = sign_claim(
-        "β = 3 is still worse than dense", "a small gap (figure only)", runs, "flex-b3", "dense", 1
-    )
+    sides = [(variant, LOSS) for variant in ("memoryllm", "flex-b3", "dense")]
+    found = combined(runs, sides, lambda m, f, d: abs(m - d) - abs(f - d))
     text, paper = "β = 3 is nearer to dense than MemoryLLM is", "the gap shrinks (figure only)"
-    found = combined(
-        runs, ("memoryllm", "flex-b3", "dense"), lambda m, f, d: abs(m - d) - abs(f - d)
-    )
-    return [
-        order,
-        still,
-        judge(text, paper, found, 1, needs="dense, flex-b3 and memoryllm of one seed"),
-    ]
+    nearer = judge(text, paper, found, 1, needs="dense, flex-b3 and memoryllm of one seed")
+    return [*order_claims(runs, CLAIMS), nearer]

@@ -15,101 +15,65 @@ three of them E1's and E2's.
 
 from experiments import scales
 from experiments.chart import means, scatter
-from experiments.verdicts import difference, judge, minus
+from experiments.sweeps import merge
+from experiments.verdicts import Difference, difference, judge, minus
 
 IDS = ("E3",)
 SOURCE = "MemoryLLM Fig 10"
 DENSE, NEAR = ("dense", "dense-middle", "dense-small"), 0.1
+PAPER_SIZES = {
+    "memoryllm-1b": {},
+    "memoryllm-750m": {"name": "middle"},
+    "memoryllm-250m": {"name": "small"},
+}
 
 
 def sweep(scale):
-    base = scales.settings(scale)
+    base, n = scales.settings(scale), scales.layers(scale)
     half = {"name": "half", "train.steps": base["train.steps"] // 2}
-    if scale == "paper":
-        models, rows = [scales.dense(24), scales.memoryllm(24), scales.flex(24, 3)], []
-        for size, other in (
-            ("memoryllm-1b", {}),
-            ("memoryllm-750m", {"name": "middle"}),
-            ("memoryllm-250m", {"name": "small"}),
-        ):
-            rows += scales.sweep(
-                scale,
-                [scales.changed(model, other, *more) for more in ((), (half,)) for model in models],
-                size,
-            )
-        return rows
-    n, unit = scales.layers(scale), 2 * base["model.n_heads"]
+    unit = 2 * base["model.n_heads"]
     width = round(base["model.d_model"] * 2 / 3 / unit) * unit
-    small = {
-        "name": "small",
-        "model.d_model": width,
-        "model.d_ff": round(base["model.d_ff"] * width / base["model.d_model"]),
-    }
-    models = [scales.dense(n), scales.memoryllm(n), scales.flex(n, 3)]
-    return scales.sweep(
-        scale,
-        [
-            scales.changed(model, *more)
-            for more in ((), (half,), (small,), (small, half))
-            for model in models
-        ],
-    )
+    d_ff = round(base["model.d_ff"] * width / base["model.d_model"])
+    small = {"name": "small", "model.d_model": width, "model.d_ff": d_ff}
+    sizes = PAPER_SIZES.items() if scale == "paper" else [("", {}), ("", small)]
+    return [
+        row
+        for paper, size in sizes
+        for steps in ({}, half)
+        for model in scales.models("dense memoryllm flex-b3", n)
+        for row in scales.sweep(scale, [merge(model, size, steps)], paper)
+    ]
 
 
 def analyse(runs):
+    figure = scatter(
+        "grid",
+        "Two sizes after half and after all of the tokens",
+        runs,
+        "account.active",
+        "result.val_loss",
+        "active parameters per token",
+        "validation loss, nat per token",
+    )
     rows = means(runs, "account.total account.active result.tokens result.val_loss")
-    return {
-        "rows": rows,
-        "figures": [
-            scatter(
-                "grid",
-                "Two sizes after half and after all of the tokens",
-                runs,
-                "account.active",
-                "result.val_loss",
-                "active parameters per token",
-                "validation loss, nat per token",
-            )
-        ],
-    }
+    return {"rows": rows, "figures": [figure]}
 
 
 def claims(runs):
-    made = []
+    made, paper = [], "shrinks from 25B to 150B tokens (figure only)"
     for size, what in (("", "the larger width"), ("-small", "the smaller width")):
         text = f"The gap of MemoryLLM to dense shrinks with tokens, {what}"
-        paper = "shrinks from 25B to 150B tokens (figure only)"
-        found = minus(
-            difference(runs, f"memoryllm{size}", f"dense{size}"),
-            difference(runs, f"memoryllm{size}-half", f"dense{size}-half"),
-        )
-        made.append(
-            judge(
-                text,
-                paper,
-                found,
-                -1,
-                needs=f"dense{size}, memoryllm{size} and both after half the tokens",
-            )
-        )
+        gaps = [
+            difference(runs, f"memoryllm{size}{steps}", f"dense{size}{steps}")
+            for steps in ("", "-half")
+        ]
+        needs = f"dense{size}, memoryllm{size} and both after half the tokens"
+        made.append(judge(text, paper, minus(*gaps), -1, needs=needs))
     text = "Flex β = 3 beats a smaller dense model of about its active parameters"
     paper = "704M active against 737M (figure only)"
     active = {run["variant"]: run["account"]["active"] for run in runs}
-    like = [
-        name
-        for name in active
-        if name in DENSE
-        and "flex-b3" in active
-        and abs(active[name] / active["flex-b3"] - 1) < NEAR
-    ]
-    found = difference(runs, "flex-b3", like[0]) if like else None
-    return [
-        *made,
-        judge(
-            text,
-            paper,
-            found,
-            -1,
-            needs=f"flex-b3 and a dense model within {NEAR:.0%} of its active parameters",
-        ),
-    ]
+    own = active.get("flex-b3")
+    like = [name for name in DENSE if own and abs(active.get(name, 0) / own - 1) < NEAR]
+    found = difference(runs, "flex-b3", like[0]) if like else Difference({})
+    needs = f"flex-b3 and a dense model within {NEAR:.0%} of its active parameters"
+    return [*made, judge(text, paper, found, -1, needs=needs)]

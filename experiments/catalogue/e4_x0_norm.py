@@ -9,34 +9,28 @@ Expected: with one norm shared by all layers the loss is higher.
 
 from experiments import scales
 from experiments.chart import loss_bars, means
-from experiments.verdicts import sign_claim
+from experiments.verdicts import order_claims
 
 IDS = ("E4",)
 SOURCE = "MemoryLLM section 2.2.2"
+CLAIMS = {
+    "memoryllm-shared-norm > memoryllm": (
+        "One norm shared by all layers is worse than a norm each",
+        "significantly (no number)",
+    )
+}
 
 
 def sweep(scale):
-    own = scales.memoryllm(scales.layers(scale))
-    return scales.sweep(
-        scale, [own, own | {"name": "memoryllm-shared-norm", "model.x0_norm_shared": True}]
-    )
+    n = scales.layers(scale)
+    shared = scales.variant("memoryllm-shared-norm", f"memoryllm*{n}", x0_norm_shared=True)
+    return scales.sweep(scale, [scales.model("memoryllm", n), shared])
 
 
 def analyse(runs):
-    return {
-        "rows": means(runs, "result.val_loss", bits_per_byte="result.val_bits_per_byte"),
-        "figures": [loss_bars("A norm for each layer, or one for all", runs)],
-    }
+    rows = means(runs, "result.val_loss", bits_per_byte="result.val_bits_per_byte")
+    return {"rows": rows, "figures": [loss_bars("A norm for each layer, or one for all", runs)]}
 
 
 def claims(runs):
-    return [
-        sign_claim(
-            "One norm shared by all layers is worse than a norm each",
-            "significantly (no number)",
-            runs,
-            "memoryllm-shared-norm",
-            "memoryllm",
-            1,
-        )
-    ]
+    return order_claims(runs, CLAIMS)

@@ -9,7 +9,7 @@ Expected: the base model's loss rises more at every alpha; judged at 0.5.
 
 from experiments import scales
 from experiments.chart import mean_lines, measured, rises
-from experiments.verdicts import difference, judge
+from experiments.verdicts import at, order_claim
 from flexmemory.analysis.probes import alpha
 
 IDS = ("E6",)
@@ -18,8 +18,7 @@ MEASURES = (alpha,)
 
 
 def sweep(scale):
-    n = scales.layers(scale)
-    return scales.sweep(scale, [scales.dense(n), scales.memoryllm(n)])
+    return scales.sweep(scale, "dense memoryllm")
 
 
 def costs(run):
@@ -28,26 +27,19 @@ def costs(run):
 
 
 def analyse(runs):
-    return {
-        "rows": measured(
-            runs, "alpha", "points", "alpha val_loss perplexity recall_acc reasoning_acc"
-        ),
-        "figures": [
-            mean_lines(
-                "rise",
-                "The α-probe",
-                runs,
-                costs,
-                "α, scale of what FFNs and rows add",
-                "rise of the loss, nat per token",
-            )
-        ],
-    }
+    figure = mean_lines(
+        "rise",
+        "The α-probe",
+        runs,
+        costs,
+        "α, scale of what FFNs and rows add",
+        "rise of the loss, nat per token",
+    )
+    columns = "alpha val_loss perplexity recall_acc reasoning_acc"
+    return {"rows": measured(runs, "alpha", "points", columns), "figures": [figure]}
 
 
 def claims(runs):
     text = "Scaling FFNs by 0.5 costs the base model more than MemoryLLM"
     paper = "base degrades more (figure only)"
-    runs = [run | {"rise": dict(costs(run)).get(0.5)} for run in runs]
-    found = difference(runs, "dense", "memoryllm", "rise")
-    return [judge(text, paper, found, 1, needs="dense and memoryllm of one seed")]
+    return [order_claim(text, paper, runs, "dense > memoryllm", at(costs, 0.5))]

@@ -13,77 +13,36 @@ knowledge experiment that are trained on nothing else. Expected: recall falls fi
 """
 
 from experiments.catalogue import knowledge
-from experiments.chart import mean_lines, measured
-from experiments.verdicts import judge, within
+from experiments.chart import measured
 from flexmemory.analysis.probes import alpha
 
 IDS = ("E7",)
 SOURCE = "MemoryLLM Table 1"
 SCALES = knowledge.SCALES
 MEASURES = (alpha,)
+PAPER = (
+    "above chance LAMBADA −70, SciQ −46, ARC-E −75 %; HellaSwag −34, Winogrande −95, PIQA −11,"
+    " BoolQ −6 %"
+)
 
 
 def sweep(scale):
-    return [
-        row
-        for row in knowledge.sweep(scale)
-        if row["name"].startswith(knowledge.easiest(scale) + "-")
-    ]
+    easiest = knowledge.easiest(scale)
+    return [row for row in knowledge.sweep(scale) if row["name"].startswith(f"{easiest}-")]
 
 
 def analyse(runs):
-    return {
-        "rows": measured(
-            runs,
-            "alpha",
-            "points",
-            "alpha val_loss recall_acc reasoning_acc kinds.cloze kinds.copy kinds.lookup1"
-            " kinds.lookup2",
-        ),
-        "figures": [
-            mean_lines(
-                "recall",
-                "Recall under the α-probe",
-                runs,
-                knowledge.remaining("recall"),
-                "α, scale of what FFNs and rows add",
-                "recall above chance that is left, %",
-            ),
-            mean_lines(
-                "reasoning",
-                "Copying in the context under the α-probe",
-                runs,
-                knowledge.remaining("copy"),
-                "α, scale of what FFNs and rows add",
-                "accuracy above chance that is left, %",
-            ),
-        ],
-    }
+    columns = (
+        "alpha val_loss recall_acc reasoning_acc kinds.cloze kinds.copy kinds.lookup1 kinds.lookup2"
+    )
+    rows = measured(runs, "alpha", "points", columns)
+    return {"rows": rows, "figures": knowledge.alpha_figures(runs)}
 
 
 def claims(runs):
-    runs = [run | {"variant": knowledge.model_of(run)} for run in runs]
-    made = []
-    for model in ("memoryllm", "flex-b3"):
-        text = f"{model}: α = 0.5 costs recall more than copying in the context"
-        paper = (
-            "above chance LAMBADA −70, SciQ −46, ARC-E −75 %; HellaSwag −34, Winogrande −95,"
-            " PIQA −11, BoolQ −6 %"
-        )
-        found = within(
-            runs,
-            model,
-            lambda run: dict(knowledge.remaining("recall")(run)).get(0.5),
-            lambda run: dict(knowledge.remaining("copy")(run)).get(0.5),
-        )
-        made.append(
-            judge(
-                text,
-                paper,
-                found,
-                -1,
-                "% of what was above chance",
-                needs=f"{model} with both tasks well above chance",
-            )
-        )
-    return made
+    runs = knowledge.named_by_model(runs)
+    text = "{}: α = 0.5 costs recall more than copying in the context"
+    return [
+        knowledge.alpha_claim(text.format(model), PAPER, runs, model)
+        for model in ("memoryllm", "flex-b3")
+    ]

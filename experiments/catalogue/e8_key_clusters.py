@@ -12,7 +12,7 @@ Expected: groups one can name, and a silhouette above both controls.
 
 from experiments import scales
 from experiments.figure import Figure, Series
-from experiments.verdicts import judge, not_run, number, within
+from experiments.verdicts import entry, judge, not_run, within
 from flexmemory.analysis.keys import cluster_coefficient, clusters
 
 IDS = ("E8",)
@@ -22,7 +22,7 @@ SHOWN = 8  # clusters in the picture's legend, the largest
 
 
 def sweep(scale):
-    return scales.sweep(scale, [scales.memoryllm(scales.layers(scale))])
+    return scales.sweep(scale, "memoryllm")
 
 
 def analyse(runs):
@@ -37,56 +37,32 @@ def analyse(runs):
         }
         for i, cluster in enumerate(found["clusters"])
     ]
-    series = []
-    for i in range(min(SHOWN, len(found["clusters"])) + 1):
-        points = tuple(
-            (x, y)
-            for x, y, place in found["points"]
-            if (place == i if i < SHOWN else place >= SHOWN)
-        )
-        if points:
-            series.append(Series(f"cluster {i}" if i < SHOWN else "others", points, "points"))
-    x, y = (
+    points = {}
+    for x, y, cluster in sorted(found["points"], key=lambda point: min(point[2], SHOWN)):
+        label = f"cluster {cluster}" if cluster < SHOWN else "others"
+        points.setdefault(label, []).append((x, y))
+    axes = [
         f"component {i + 1} ({share:.0%} of the variance)"
         for i, share in enumerate(found["explained"])
+    ]
+    figure = Figure(
+        "map",
+        f"Tokens by the keys they use in layer {found['layer']}",
+        f"{found['k']} clusters of {runs[0]['name']}; the table names them.",
+        *axes,
+        tuple(Series(label, tuple(own), "points") for label, own in points.items()),
     )
-    return {
-        "rows": rows,
-        "figures": [
-            Figure(
-                "map",
-                f"Tokens by the keys they use in layer {found['layer']}",
-                f"{found['k']} clusters of {runs[0]['name']}; the table names them.",
-                x,
-                y,
-                tuple(series),
-            )
-        ],
-    }
+    return {"rows": rows, "figures": [figure]}
 
 
 def claims(runs):
-    made = []
-    for control, words in (
-        ("fresh", "a model before training"),
-        ("permuted", "permuted coefficients"),
-    ):
+    made, paper = [], "not in the papers (no control)"
+    controls = {"fresh": "a model before training", "permuted": "permuted coefficients"}
+    for control, words in controls.items():
         text = f"Layer 0's coefficients cluster better than those of {words}"
-        paper = "not in the papers (no control)"
-        found = within(
-            runs,
-            "memoryllm",
-            lambda run: number(run, "measures.cluster_coefficient")["layers"][0]["coefficient"],
-            lambda run, control=control: number(run, "measures.cluster_coefficient")["layers"][0][
-                control
-            ],
-        )
+        first = [entry("cluster_coefficient.layers", key) for key in ("coefficient", control)]
+        found = within(runs, "memoryllm", *first)
         made.append(judge(text, paper, found, 1, "silhouette", needs="memoryllm"))
-    return [
-        *made,
-        not_run(
-            "The clusters read as punctuation, names, places",
-            "clusters one can read (qualitative)",
-            "a person must read the table",
-        ),
-    ]
+    text = "The clusters read as punctuation, names, places"
+    paper = "clusters one can read (qualitative)"
+    return [*made, not_run(text, paper, "a person must read the table")]

@@ -14,30 +14,26 @@ what its first one does.
 
 from experiments import scales
 from experiments.chart import loss_against, means
-from experiments.verdicts import sign_claim
+from experiments.verdicts import order_claim
 
 IDS = ("BUDGETS",)
 SOURCE = "MemoryLLM Table 2; ours"
 SCALES = ("smoke", "cpu", "gpu")
-MODES = ("active", "flops", "bytes")
+MODES = {
+    "active": ("active parameters", "−0.049 nat (245M against 265M active)"),
+    "flops": ("forward FLOPs per token", "not in the papers"),
+    "bytes": ("bytes read per decoded token", "not in the papers"),
+}
 
 
 def sweep(scale):
     n = scales.layers(scale)
-    dense, memory = scales.dense(n), scales.memoryllm(n)
     wider = [
-        memory
-        | {
-            "name": f"memoryllm-{mode}",
-            "budget": {
-                "mode": mode,
-                "knob": "model.d_model",
-                "like": {"model.pattern": dense["model.pattern"]},
-            },
-        }
+        scales.variant(f"memoryllm-{mode}", f"memoryllm*{n}")
+        | scales.equal(mode, "model.d_model", f"dense*{n}")
         for mode in MODES
     ]
-    return scales.sweep(scale, [dense, memory, *wider])
+    return scales.sweep(scale, [*scales.models("dense memoryllm", n), *wider])
 
 
 def analyse(runs):
@@ -46,36 +42,17 @@ def analyse(runs):
         "config.model.d_model account.total account.active account.flops_per_token"
         " account.read_bytes_per_token budget.residual result.val_loss result.recall_acc",
     )
-    return {
-        "rows": rows,
-        "figures": [
-            loss_against(runs, cost)
-            for cost in ("total", "active", "flops_per_token", "read_bytes_per_token")
-        ],
-    }
+    costs = ("total", "active", "flops_per_token", "read_bytes_per_token")
+    return {"rows": rows, "figures": [loss_against(runs, cost) for cost in costs]}
 
 
 def claims(runs):
-    words = {
-        "active": ("active parameters", "−0.049 nat (245M against 265M active)"),
-        "flops": ("forward FLOPs per token", "not in the papers"),
-        "bytes": ("bytes read per decoded token", "not in the papers"),
-    }
+    budgets = {run["variant"]: run["budget"] for run in runs}
     made = []
-    for mode, (what, paper) in words.items():
-        residual = next(
-            (run["budget"]["residual"] for run in runs if run["variant"] == f"memoryllm-{mode}"),
-            None,
-        )
-        near = "" if residual is None else f" (costs {residual:+.1%})".replace("-", "−")
-        made.append(
-            sign_claim(
-                f"MemoryLLM is better than dense at equal {what}{near}",
-                paper,
-                runs,
-                f"memoryllm-{mode}",
-                "dense",
-                -1,
-            )
-        )
+    for mode, (what, paper) in MODES.items():
+        variant = f"memoryllm-{mode}"
+        text = f"MemoryLLM is better than dense at equal {what}"
+        if variant in budgets:
+            text += f" (costs {budgets[variant]['residual']:+.1%})".replace("-", "−")
+        made.append(order_claim(text, paper, runs, f"{variant} < dense"))
     return made

@@ -17,11 +17,13 @@ Cost at cpu scale: twelve runs a seed.
 """
 
 import math
+import re
 
 from experiments import scales
-from experiments.chart import compute_share, mean_lines, mean_of, means
+from experiments.chart import compute_share, mean_lines, means
 from experiments.figure import Figure, Series
-from experiments.verdicts import by_variant, difference, judge, number, within
+from experiments.sweeps import product
+from experiments.verdicts import at, judge, means_at, number, order_claim, within
 from flexmemory.analysis.probes import alpha
 
 IDS = ("KNOWLEDGE",)
@@ -31,117 +33,135 @@ MEASURES = (alpha,)
 # above chance, as a share of what is above it: below that a task says nothing when it falls
 LEARNED = 0.5
 ANSWERS, FACTS = 16, 5  # possible answers of a question, facts of a person
-# source with the number of people left open, the two numbers, layers, widths (d_model, d_ff), other
-# settings
-TEXT = {
-    "smoke": (
-        "facts:people={},docs=6+tasks:n=60,eval=12,length=4,pairs=3",
-        (3, 4),
-        3,
-        ((32, 88),),
-        {},
-    ),
-    "cpu": (
-        "facts:people={},docs=40+tasks:n=24000,words=32,length=24,pairs=3",
-        (32, 128),
-        4,
-        ((32, 88), (48, 128)),
-        {"data.document_mask": True},
-    ),
-    "gpu": (
-        "facts:people={},docs=40+tasks:n=400000",
-        (1000, 10000),
-        12,
-        ((384, 1024), (768, 2048)),
-        {"prepare.tokenizer": "bpe:4096", "data.seq_len": 256, "data.document_mask": True},
-    ),
+SOURCES = {
+    "smoke": "facts:people={},docs=6+tasks:n=60,eval=12,length=4,pairs=3",
+    "cpu": "facts:people={},docs=40+tasks:n=24000,words=32,length=24,pairs=3",
+    "gpu": "facts:people={},docs=40+tasks:n=400000",
+}
+PEOPLE = {"smoke": (3, 4), "cpu": (32, 128), "gpu": (1000, 10000)}
+LAYERS = {"smoke": 3, "cpu": 4, "gpu": 12}
+# d_model: d_ff
+WIDTHS = {"smoke": {32: 88}, "cpu": {32: 88, 48: 128}, "gpu": {384: 1024, 768: 2048}}
+OTHERS = {
+    "smoke": {},
+    "cpu": {"data.document_mask": True},
+    "gpu": {"prepare.tokenizer": "bpe:4096", "data.seq_len": 256, "data.document_mask": True},
 }
 
 
-def models(scale, n):
-    return [scales.dense(n), scales.flex(n, 3), scales.memoryllm(n)]
-
-
-def sweep(scale):
-    source, counts, n, widths, others = TEXT[scale]
-    places = [
-        {
-            "name": f"p{people}-d{d}",
-            "prepare.source": source.format(people),
+def places(scale):
+    """{name: overrides} of each number of people at each width."""
+    return {
+        f"p{people}-d{d}": OTHERS[scale]
+        | {
+            "prepare.source": SOURCES[scale].format(people),
             "model.d_model": d,
             "model.d_ff": d_ff,
         }
-        | others
-        for people in counts
-        for d, d_ff in widths
-    ]
-    return scales.sweep(
-        scale, [scales.changed(place, model) for place in places for model in models(scale, n)]
-    )
-
-
-def bits(accuracy):
-    """Bits that answers right with probability p carry of one of 16 equally likely values; 0 at
-    chance and below.
-    """
-    if accuracy is None or accuracy <= 1 / ANSWERS:
-        return None if accuracy is None else 0.0
-    p = accuracy
-    entropy = -p * math.log2(p) - ((1 - p) * math.log2((1 - p) / (ANSWERS - 1)) if p < 1 else 0)
-    return math.log2(ANSWERS) - entropy
-
-
-def people(run):
-    return int(run["overrides"]["prepare.source"].partition("people=")[2].partition(",")[0])
-
-
-def recalled(run):
-    """Bits recalled of all facts of all people."""
-    each = bits(number(run, "result.recall_acc"))
-    return None if each is None else each * FACTS * people(run)
-
-
-def per(run, count):
-    found = recalled(run)
-    return None if found is None else found / run["account"][count]
-
-
-def place_of(run):
-    return "-".join(run["variant"].split("-")[:2])
-
-
-def model_of(run):
-    return run["variant"].removeprefix(place_of(run) + "-")
-
-
-def places(runs):
-    return list(dict.fromkeys(place_of(run) for run in runs))
-
-
-def scale_of(runs):
-    """The scale of the runs; cpu without any."""
-    return next(
-        (scale for scale, (_, counts, *_) in TEXT.items() if runs and people(runs[0]) in counts),
-        "cpu",
-    )
-
-
-def planned_places(scale):
-    """All places of a scale, whether they have runs yet or not."""
-    _, counts, _, widths, _ = TEXT[scale]
-    return [f"p{people}-d{d}" for people in counts for d, _ in widths]
+        for people in PEOPLE[scale]
+        for d, d_ff in WIDTHS[scale].items()
+    }
 
 
 def easiest(scale):
     """The place with the fewest facts and the widest models, which have learned the most: E7's and
     E16's.
     """
-    _, counts, _, widths, _ = TEXT[scale]
-    return f"p{counts[0]}-d{widths[-1][0]}"
+    return f"p{PEOPLE[scale][0]}-d{max(WIDTHS[scale])}"
 
 
-def of(runs, place):
-    return [run | {"variant": model_of(run)} for run in runs if place_of(run) == place]
+def sweep(scale):
+    at_places = [{"name": name} | overrides for name, overrides in places(scale).items()]
+    models = scales.models("dense flex-b3 memoryllm", LAYERS[scale])
+    return scales.sweep(scale, product(at_places, models))
+
+
+def place_of(run):
+    return "-".join(run["variant"].split("-")[:2])
+
+
+def named_by_model(runs):
+    """The runs with their model alone as variant, the place left out."""
+    return [run | {"variant": run["variant"].split("-", 2)[2]} for run in runs]
+
+
+def by_place(runs):
+    """{place: its runs, named by model}"""
+    names = dict.fromkeys(map(place_of, runs))
+    return {name: named_by_model([run for run in runs if place_of(run) == name]) for name in names}
+
+
+def setting(run, name, default=None):
+    """A number in the source of the run's text, e.g. of people."""
+    found = re.search(rf"\b{name}=(\d+)", run["overrides"]["prepare.source"])
+    return int(found[1]) if found else default
+
+
+def bits(accuracy):
+    """Bits that answers right with probability p carry of one of 16 equally likely values; 0 at
+    chance and below.
+    """
+    if accuracy <= 1 / ANSWERS:
+        return 0.0
+    p = accuracy
+    entropy = -p * math.log2(p) - ((1 - p) * math.log2((1 - p) / (ANSWERS - 1)) if p < 1 else 0)
+    return math.log2(ANSWERS) - entropy
+
+
+def recalled(run):
+    """Bits recalled of all facts of all people."""
+    accuracy = number(run, "result.recall_acc")
+    return None if accuracy is None else bits(accuracy) * FACTS * setting(run, "people")
+
+
+def per(count):
+    """A function of a run: bits recalled per parameter of an account's ``count``."""
+
+    def of(run):
+        found = recalled(run)
+        return None if found is None else found / run["account"][count]
+
+    return of
+
+
+def remaining(task):
+    """A function of a run: [(alpha, what is left of the accuracy above chance in %)] of a task,
+    "recall" or "copy"; [] where the whole model is hardly above chance.
+    """
+
+    def curve(run):
+        path, answers = "recall_acc", ANSWERS
+        if task == "copy":
+            path, answers = "kinds.copy", setting(run, "length", 8)
+        points = number(run, "measures.alpha.points") or []
+        found = [(p["alpha"], number(p, path)) for p in points if number(p, path) is not None]
+        chance = 1 / answers
+        above = [(alpha, (accuracy - chance) / (1 - chance)) for alpha, accuracy in found]
+        if not above or above[0][1] < LEARNED:
+            return []
+        return [(alpha, 100 * value / above[0][1]) for alpha, value in above]
+
+    return curve
+
+
+def alpha_figures(runs, prefix=""):
+    def figure(task, name, title, what):
+        x, y = "α, scale of what FFNs and rows add", f"{what} above chance that is left, %"
+        title = f"{title} under the α-probe"
+        return mean_lines(prefix + name, title, runs, remaining(task), x, y)
+
+    return [
+        figure("recall", "recall", "Recall", "recall"),
+        figure("copy", "reasoning", "Copying in the context", "accuracy"),
+    ]
+
+
+def alpha_claim(text, paper, runs, model):
+    """The claim that alpha = 0.5 costs a model more of its recall than of its copying."""
+    recall, copy = (at(remaining(task), 0.5) for task in ("recall", "copy"))
+    needs = f"{model} with both tasks well above chance"
+    found = within(runs, model, recall, copy)
+    return judge(text, paper, found, -1, "% of what was above chance", needs=needs)
 
 
 def percent(path):
@@ -150,55 +170,12 @@ def percent(path):
 
 def ratio_figure(name, title, runs, value, y):
     series = []
-    for place in places(runs):
-        points = [
-            (100 * compute_share(group[0]), *mean_of(group, value))
-            for group in by_variant(of(runs, place)).values()
-        ]
-        series.append(
-            Series(place, tuple(sorted((x, m, s or 0.0) for x, m, s in points if m is not None)))
-        )
-    return Figure(
-        name,
-        title,
-        "p: people in the training text; d: width of the model. Means over seeds.",
-        "compute share C of the FFN weights, %",
-        y,
-        tuple(s for s in series if s.points),
-    )
-
-
-def above_chance(task, accuracy, run):
-    """How far an accuracy of "recall" or "copy" is above guessing, as a share of what is above it;
-    None where it is not given.
-    """
-    chance = (
-        1 / ANSWERS
-        if task == "recall"
-        else 1
-        / int(run["overrides"]["prepare.source"].partition("length=")[2].partition(",")[0] or 8)
-    )
-    return None if accuracy is None else (accuracy - chance) / (1 - chance)
-
-
-def remaining(task):
-    """Of a task, "recall" or "copy", what is left of its accuracy above chance at each alpha, in
-    percent; nothing where it was hardly above.
-    """
-
-    def at(point, run):
-        return above_chance(
-            task, point["recall_acc"] if task == "recall" else point["kinds"].get("copy"), run
-        )
-
-    def curve(run):
-        points = (number(run, "measures.alpha") or {}).get("points", [])
-        whole = at(points[0], run) if points else None
-        if whole is None or whole < LEARNED:
-            return []
-        return [(point["alpha"], 100 * at(point, run) / whole) for point in points]
-
-    return curve
+    for place, group in by_place(runs).items():
+        points = means_at((100 * compute_share(run), number(run, value)) for run in group)
+        if points:
+            series.append(Series(place, points))
+    caption = "p: people in the training text; d: width of the model. Means over seeds."
+    return Figure(name, title, caption, "compute share C of the FFN weights, %", y, tuple(series))
 
 
 def analyse(runs):
@@ -206,118 +183,66 @@ def analyse(runs):
         runs,
         "account.total account.active result.recall_acc",
         bits_recalled=recalled,
-        bits_per_parameter=lambda run: per(run, "total"),
-        bits_per_active_parameter=lambda run: per(run, "active"),
-        bits_per_active_parameter_with_embedding_and_head=lambda run: per(run, "active_all"),
+        bits_per_parameter=per("total"),
+        bits_per_active_parameter=per("active"),
+        bits_per_active_parameter_with_embedding_and_head=per("active_all"),
         reasoning_acc="result.reasoning_acc",
         copy="result.kinds.copy",
         lookup1="result.kinds.lookup1",
         lookup2="result.kinds.lookup2",
         val_loss="result.val_loss",
     )
-    largest = of(runs, places(runs)[-1]) if runs else []
-    return {
-        "rows": rows,
-        "figures": [
-            ratio_figure(
-                "recall",
-                "Recall against the C/M ratio",
-                runs,
-                percent("result.recall_acc"),
-                "recall of trained facts, % right",
-            ),
-            ratio_figure(
-                "reasoning",
-                "Copying in the context against the C/M ratio",
-                runs,
-                percent("result.kinds.copy"),
-                "copying, % right",
-            ),
-            ratio_figure(
-                "bits-active",
-                "Bits recalled per active parameter",
-                runs,
-                lambda run: per(run, "active_all"),
-                "bits per active parameter",
-            ),
-            mean_lines(
-                "alpha-recall",
-                "Recall under the α-probe",
-                largest,
-                remaining("recall"),
-                "α, scale of what FFNs and rows add",
-                "recall above chance that is left, %",
-            ),
-            mean_lines(
-                "alpha-reasoning",
-                "Copying in the context under the α-probe",
-                largest,
-                remaining("copy"),
-                "α, scale of what FFNs and rows add",
-                "accuracy above chance that is left, %",
-            ),
-        ],
-    }
+    figures = [
+        ratio_figure(
+            "recall",
+            "Recall against the C/M ratio",
+            runs,
+            percent("result.recall_acc"),
+            "recall of trained facts, % right",
+        ),
+        ratio_figure(
+            "reasoning",
+            "Copying in the context against the C/M ratio",
+            runs,
+            percent("result.kinds.copy"),
+            "copying, % right",
+        ),
+        ratio_figure(
+            "bits-active",
+            "Bits recalled per active parameter",
+            runs,
+            per("active_all"),
+            "bits per active parameter",
+        ),
+    ]
+    largest = list(by_place(runs).values())[-1] if runs else []
+    return {"rows": rows, "figures": figures + alpha_figures(largest, "alpha-")}
+
+
+JUDGED = (  # of each place: text, sign of memory against compute, number, unit
+    ("memory recalls more facts at equal total parameters", ">", recalled, "bits"),
+    (
+        "memory recalls more bits per active parameter, embedding and head counted",
+        ">",
+        per("active_all"),
+        "bits",
+    ),
+    ("compute copies better in the context", "<", "result.kinds.copy", "accuracy"),
+    ("compute is better at all in-context tasks", "<", "result.reasoning_acc", "accuracy"),
+)
 
 
 def claims(runs):
-    made = []
-    judged = (
-        ("memory recalls more facts at equal total parameters", recalled, 1, "bits"),
-        (
-            "memory recalls more bits per active parameter, embedding and head counted",
-            lambda run: per(run, "active_all"),
-            1,
-            "bits",
-        ),
-        (
-            "compute copies better in the context",
-            lambda run: number(run, "result.kinds.copy"),
-            -1,
-            "accuracy",
-        ),
-        (
-            "compute is better at all in-context tasks",
-            lambda run: number(run, "result.reasoning_acc"),
-            -1,
-            "accuracy",
-        ),
-    )
-    scale = scale_of(runs)
-    for place in planned_places(scale):
-        here = of(runs, place)
-        for what, value, sign, unit in judged:
-            found = difference(
-                [run | {"value": value(run)} for run in here], "memoryllm", "dense", "value"
-            )
-            text = f"{place}: {what}"
-            made.append(
-                judge(
-                    text,
-                    "not in the papers",
-                    found,
-                    sign,
-                    unit,
-                    needs="dense and memoryllm of one seed",
-                )
-            )
+    made, groups = [], by_place(runs)
+    own = setting(runs[0], "people") if runs else None
+    scale = next((scale for scale, counts in PEOPLE.items() if own in counts), "cpu")
+    for place in places(scale):
+        here = groups.get(place, [])
+        for what, sign, value, unit in JUDGED:
+            text, order = f"{place}: {what}", f"memoryllm {sign} dense"
+            made.append(order_claim(text, "not in the papers", here, order, value, unit))
         if place != easiest(scale):  # that one is E7's
-            found = within(
-                here,
-                "memoryllm",
-                lambda run: dict(remaining("recall")(run)).get(0.5),
-                lambda run: dict(remaining("copy")(run)).get(0.5),
-            )
             text = f"{place}: α = 0.5 costs MemoryLLM more of its recall than of its copying"
             paper = "recall tasks fall, reasoning tasks hardly (Table 1)"
-            made.append(
-                judge(
-                    text,
-                    paper,
-                    found,
-                    -1,
-                    "% of what was above chance",
-                    needs="memoryllm with both tasks well above chance",
-                )
-            )
+            made.append(alpha_claim(text, paper, here, "memoryllm"))
     return made

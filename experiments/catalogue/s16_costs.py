@@ -13,6 +13,7 @@ known misprints.
 
 import dataclasses
 
+from experiments import scales
 from experiments.figure import Figure, Series
 from experiments.verdicts import exact_claim
 from flexmemory.config import from_dict
@@ -30,16 +31,35 @@ QWEN = {
     "32B": (5120, 27648, 24.8),
 }  # d, d_ff, percent quoted
 ROI = {  # name: (size, STEM layers, average accuracy, ROI printed)
-    "350m third": ("350m", "third", 50.90, 1.08),
-    "350m half": ("350m", "half", 54.20, 1.20),
-    "350m full": ("350m", "full", 53.43, 1.33),
-    "1b third": ("1b", "third", 56.63, 1.08),
+    "350m third": ("350m", "stem-third", 50.90, 1.08),
+    "350m half": ("350m", "stem-half", 54.20, 1.20),
+    "350m full": ("350m", "stem-full", 53.43, 1.33),
+    "1b third": ("1b", "stem-third", 56.63, 1.08),
 }
 DENSE_ACCURACY = {"350m": 49.72, "1b": 55.82}
-TABLE5 = {  # as printed, in millions, the swapped rows of beta 1 and 3 put right
+# as printed, in millions: total, active by beta; the swapped rows of beta 1 and 3 put right
+TABLE5 = {
     "1b": (1208, {0: 402, 1: 503, 2: 604, 3: 704}),
     "750m": (737, {0: 245, 1: 307, 2: 368, 3: 430}),
     "250m": (265, {0: 88, 1: 110, 2: 132, 3: 154}),
+}
+CLAIMS = {  # how its rows begin: text, paper, tolerance
+    "STEM 1b": ("STEM-1B's parameter counts follow from its shape", "1.50, 1.41, 6.75 B", 0.005),
+    "FLOPs saved": (
+        "The quoted savings of a layer's FLOPs follow from the formula",
+        "21.7 to 24.8 %",
+        0.005,
+    ),
+    "training ROI": (
+        "The quoted training ROI follows from accuracy and active parameters",
+        "1.08, 1.20, 1.33, 1.08, from FLOPs printed to two digits",
+        0.02,
+    ),
+    "MemoryLLM": (
+        "MemoryLLM's Table 5 follows from its shapes, with its swapped rows put right",
+        "88 to 1208 M, cut to whole millions",
+        0.01,
+    ),
 }
 
 
@@ -47,152 +67,71 @@ def sweep(scale):
     return []
 
 
-def stem_model(size, share):
-    """Config of a STEM model: the paper's shape with none, a third, half or all but the first layer
-    as STEM layers.
-    """
+def stem(size, layers):
+    """Account of the paper's shape with these layers, named as in scales.models."""
     model = from_dict(stem_recipe(STEM_SIZES[size], "stem")).model
-    n = account(model)["layers"]
-    if share == "third":
-        return model
-    pattern = {
-        "none": f"dense*{n}",
-        "half": "(dense stem)*" + str(n // 2),
-        "full": f"dense stem*{n - 1}",
-    }[share]
-    return dataclasses.replace(model, pattern=pattern)
+    pattern = scales.model(layers, account(model)["layers"])["model.pattern"]
+    return account(dataclasses.replace(model, pattern=pattern))
+
+
+def memoryllm(size, beta):
+    config = memoryllm_recipe(MEMORYLLM_SIZES[size], "flex*24" if beta else "memoryllm*24")
+    config.model.beta = str(beta or 3)
+    return account(from_dict(config).model)
 
 
 def counts():
-    """Rows of quoted against computed numbers: {"what", "paper", "ours", "unit"}."""
+    """Rows of quoted against computed numbers: {"what", "paper", "ours", "unit", "residual"}."""
     rows = []
-    for size, quoted in (
-        (
-            "1b",
-            {
-                "none": ("dense total", 1.50, "total_all"),
-                "third": ("STEM total", 6.75, "paper_total"),
-            },
-        ),
-    ):
-        for share, (what, paper, key) in quoted.items():
-            rows.append(
-                {
-                    "what": f"STEM {size}: {what}",
-                    "paper": paper,
-                    "ours": account(stem_model(size, share))[key] / 1e9,
-                    "unit": "B parameters",
-                }
-            )
+
+    def add(what, paper, ours, unit):
+        residual = ours / paper - 1
         rows.append(
-            {
-                "what": f"STEM {size}: STEM active",
-                "paper": 1.41,
-                "ours": account(stem_model(size, "third"))["active_all"] / 1e9,
-                "unit": "B parameters",
-            }
+            {"what": what, "paper": paper, "ours": ours, "unit": unit, "residual": residual}
         )
+
+    third = stem("1b", "stem-third")
+    add("STEM 1b: dense total", 1.50, stem("1b", "dense")["total_all"] / 1e9, "B parameters")
+    add("STEM 1b: STEM total", 6.75, third["paper_total"] / 1e9, "B parameters")
+    add("STEM 1b: STEM active", 1.41, third["active_all"] / 1e9, "B parameters")
     for name, (d, d_ff, paper) in QWEN.items():
-        rows.append(
-            {
-                "what": f"FLOPs saved in a layer, Qwen2.5 {name}",
-                "paper": paper,
-                "ours": 100 * d_ff / (4 * d + 2 * 4096 + 3 * d_ff),
-                "unit": "%",
-            }
-        )
-    for name, (size, share, accuracy, paper) in ROI.items():
-        dense, stem = (account(stem_model(size, s))["active_all"] for s in ("none", share))
-        rows.append(
-            {
-                "what": f"training ROI, {name}",
-                "paper": paper,
-                "ours": accuracy / DENSE_ACCURACY[size] * dense / stem,
-                "unit": "dense = 1",
-            }
-        )
+        saved = 100 * d_ff / (4 * d + 2 * 4096 + 3 * d_ff)
+        add(f"FLOPs saved in a layer, Qwen2.5 {name}", paper, saved, "%")
+    for name, (size, layers, accuracy, paper) in ROI.items():
+        dense, active = (stem(size, kind)["active_all"] for kind in ("dense", layers))
+        roi = accuracy / DENSE_ACCURACY[size] * dense / active
+        add(f"training ROI, {name}", paper, roi, "dense = 1")
     for size, (total, active) in TABLE5.items():
         for beta, paper in active.items():
-            pattern = "flex*24" if beta else "memoryllm*24"
-            config = memoryllm_recipe(MEMORYLLM_SIZES[size], pattern)
-            config.model.beta = str(beta or 3)
-            numbers = account(from_dict(config).model)
-            rows.append(
-                {
-                    "what": f"MemoryLLM {size}, β = {beta}: active",
-                    "paper": paper,
-                    "ours": numbers["active"] / 1e6,
-                    "unit": "M parameters",
-                }
-            )
-            if not beta:
-                rows.append(
-                    {
-                        "what": f"MemoryLLM {size}: total",
-                        "paper": total,
-                        "ours": numbers["total"] / 1e6,
-                        "unit": "M parameters",
-                    }
-                )
-    return [row | {"residual": row["ours"] / row["paper"] - 1} for row in rows]
+            what, ours = f"MemoryLLM {size}, β = {beta}: active", memoryllm(size, beta)
+            add(what, paper, ours["active"] / 1e6, "M parameters")
+            if beta == 0:
+                add(f"MemoryLLM {size}: total", total, ours["total"] / 1e6, "M parameters")
+    return rows
 
 
 def analyse(runs):
     rows = counts()
-    points = tuple((i, 100 * row["residual"]) for i, row in enumerate(rows))
-    return {
-        "rows": rows,
-        "figures": [
-            Figure(
-                "residuals",
-                "Computed against printed, in the order of the table",
-                "",
-                "row of the table",
-                "difference, %",
-                (Series("", points, "points"),),
-            )
-        ],
-    }
+    figure = Figure(
+        "residuals",
+        "Computed against printed, in the order of the table",
+        "",
+        "row of the table",
+        "difference, %",
+        (Series("", tuple((i, 100 * row["residual"]) for i, row in enumerate(rows)), "points"),),
+    )
+    return {"rows": rows, "figures": [figure]}
 
 
 def claims(runs):
-    rows = counts()
-
-    def judged(text, paper, begins, tolerance):
-        mine = [row for row in rows if row["what"].startswith(begins)]
-        worst = max(mine, key=lambda row: abs(row["residual"]))
-        return exact_claim(
-            text,
-            paper,
-            f"{sum(abs(row['residual']) <= tolerance for row in mine)} of {len(mine)} within"
-            f" {tolerance:.1%}; worst {worst['what']}: {worst['residual']:+.1%}",
-            abs(worst["residual"]) <= tolerance,
-            0,
+    rows, made = counts(), []
+    for begins, (text, paper, tolerance) in CLAIMS.items():
+        residuals = {r["what"]: r["residual"] for r in rows if r["what"].startswith(begins)}
+        near = [abs(residual) <= tolerance for residual in residuals.values()]
+        worst = max(residuals, key=lambda what: abs(residuals[what]))
+        ours = (
+            f"{sum(near)} of {len(near)} within {tolerance:.1%}; worst {worst}:"
+            f" {residuals[worst]:+.1%}"
         )
-
-    return [
-        judged(
-            "STEM-1B's parameter counts follow from its shape",
-            "1.50, 1.41, 6.75 B",
-            "STEM 1b",
-            0.005,
-        ),
-        judged(
-            "The quoted savings of a layer's FLOPs follow from the formula",
-            "21.7 to 24.8 %",
-            "FLOPs saved",
-            0.005,
-        ),
-        judged(
-            "The quoted training ROI follows from accuracy and active parameters",
-            "1.08, 1.20, 1.33, 1.08, from FLOPs printed to two digits",
-            "training ROI",
-            0.02,
-        ),
-        judged(
-            "MemoryLLM's Table 5 follows from its shapes, with its swapped rows put right",
-            "88 to 1208 M, cut to whole millions",
-            "MemoryLLM",
-            0.01,
-        ),
-    ]
+        made.append(exact_claim(text, paper, ours, all(near), 0))
+    return made

@@ -8,7 +8,7 @@ proportion (Heaps); no exponent is given. Expected: an exponent below 1 on the v
 
 from experiments import scales
 from experiments.chart import mean_lines, measured
-from experiments.verdicts import exact_claim, number
+from experiments.verdicts import exact_claim, not_run, number
 from flexmemory.analysis.geometry import unique_growth
 
 IDS = ("S18",)
@@ -17,9 +17,12 @@ MEASURES = (unique_growth,)
 
 
 def sweep(scale):
-    return scales.sweep(
-        scale, [scales.stem(scales.layers(scale, "stem-1b"))], "stem-1b", scales.ONE_SEED
-    )
+    return scales.sweep(scale, "stem-third", "stem-1b", scales.ONE_SEED)
+
+
+def growth(run):
+    points = run["measures"]["unique_growth"]["points"]
+    return [(point["tokens"], point["values"]) for point in points]
 
 
 def analyse(runs):
@@ -27,33 +30,22 @@ def analyse(runs):
         "growth",
         "Table parameters in use",
         runs,
-        lambda run: [
-            (p["tokens"], p["values"]) for p in run["measures"]["unique_growth"]["points"]
-        ],
+        growth,
         "tokens of context",
         "table parameters in use",
         log_x=True,
         log_y=True,
     )
-    return {
-        "rows": measured(
-            runs[:1], "unique_growth", "points", "tokens unique lowest highest values"
-        ),
-        "figures": [curve] if runs else [],
-    }
+    rows = measured(runs[:1], "unique_growth", "points", "tokens unique lowest highest values")
+    return {"rows": rows, "figures": [curve] if runs else []}
 
 
 def claims(runs):
+    text, paper = "Unique tokens grow below proportion", "sublinear (no exponent)"
     exponent = number(runs[0], "measures.unique_growth.exponent") if runs else None
-    return [
-        exact_claim(
-            "Unique tokens grow below proportion",
-            "sublinear (no exponent)",
-            f"n^{exponent:.2f}" if exponent is not None else "",
-            exponent < 1 if exponent is not None else None,
-            1,
-            "needs stem-third",
-            "of the text, whatever the model; a finite vocabulary allows nothing else in the"
-            " long run",
-        )
-    ]
+    if exponent is None:
+        return [not_run(text, paper, "needs stem-third")]
+    detail = (
+        "of the text, whatever the model; a finite vocabulary allows nothing else in the long run"
+    )
+    return [exact_claim(text, paper, f"n^{exponent:.2f}", exponent < 1, 1, detail=detail)]

@@ -23,18 +23,19 @@ AROUND, LIMIT = 10, 6.0
 
 
 def sweep(scale):
-    n = scales.layers(scale, "stem-350m")
-    return scales.sweep(
-        scale, [scales.dense(n), scales.stem(n), scales.stem(n, "full")], "stem-350m"
-    )
+    return scales.sweep(scale, "dense stem-third stem-full", "stem-350m")
+
+
+def curve(run):
+    return number(run, "measures.training_curve.points") or []
 
 
 def spikes(run):
     """Number of spikes of the training loss; None without a curve."""
-    curve = number(run, "measures.training_curve.points")
-    if not curve:
+    if not curve(run):
         return None
-    losses = [loss for step, loss in curve if step > run["config"]["optimizer"]["warmup_steps"]]
+    warmup = run["config"]["optimizer"]["warmup_steps"]
+    losses = [loss for step, loss in curve(run) if step > warmup]
     count = 0
     for i, loss in enumerate(losses):
         near = losses[max(0, i - AROUND) : i + AROUND + 1]
@@ -44,39 +45,25 @@ def spikes(run):
 
 
 def analyse(runs):
-    return {
-        "rows": means(
-            runs,
-            spikes=spikes,
-            val_loss="result.val_loss",
-            logged_steps=lambda run: len(number(run, "measures.training_curve.points") or ()),
-        ),
-        "figures": [
-            mean_lines(
-                "curve",
-                "Training loss as logged",
-                runs,
-                lambda run: number(run, "measures.training_curve.points"),
-                "training step",
-                "loss, nat per token",
-            )
-        ],
-    }
+    rows = means(
+        runs,
+        spikes=spikes,
+        val_loss="result.val_loss",
+        logged_steps=lambda run: len(curve(run)),
+    )
+    title, x, y = "Training loss as logged", "training step", "loss, nat per token"
+    return {"rows": rows, "figures": [mean_lines("curve", title, runs, curve, x, y)]}
 
 
 def claims(runs):
-    counts = [
-        count
-        for run in runs
-        if run["variant"] == "stem-third" and (count := spikes(run)) is not None
-    ]
+    found = [spikes(run) for run in runs if run["variant"] == "stem-third" and curve(run)]
     return [
         exact_claim(
             "STEM's training loss has no spikes",
             "no spikes (figure)",
-            f"{sum(counts)} in {len(counts)} runs",
-            sum(counts) == 0 if counts else None,
-            len(counts),
+            f"{sum(found)} in {len(found)} runs",
+            sum(found) == 0 if found else None,
+            len(found),
             "needs stem-third",
         ),
         not_run(

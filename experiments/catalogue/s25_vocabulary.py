@@ -10,111 +10,74 @@ larger vocabulary help the memory models more than the dense one?
 """
 
 from experiments import scales
-from experiments.chart import means
-from experiments.figure import Figure, Series
-from experiments.verdicts import difference, judge, mean_spread, minus, number
+from experiments.chart import mean_lines, means
+from experiments.sweeps import merge
+from experiments.verdicts import Difference, difference, judge, minus, number
 
 IDS = ("S25",)
 SOURCE = "STEM; reviewers"
 SCALES = ("smoke", "cpu", "gpu")
 VOCABULARIES = {"smoke": (400, 500), "cpu": (512, 2048), "gpu": (4096, 16384)}
 MODELS = ("dense", "memoryllm", "stem-third")
+BITS = "result.val_bits_per_byte"
 
 
 def sweep(scale):
-    n, own = scales.layers(scale), scales.BASE[scale]["prepare.tokenizer"]
-    models = [scales.dense(n), scales.memoryllm(n), scales.stem(n)]
-    changes = [
-        {} if f"bpe:{size}" == own else {"name": f"v{size}", "prepare.tokenizer": f"bpe:{size}"}
-        for size in VOCABULARIES[scale]
-    ]
-    return scales.sweep(
-        scale, [scales.changed(model, change) for change in changes for model in models]
-    )
+    own = scales.BASE[scale]["prepare.tokenizer"]
+    models = scales.models(" ".join(MODELS), scales.layers(scale))
+    rows = []
+    for size in VOCABULARIES[scale]:
+        change = {"name": f"v{size}", "prepare.tokenizer": f"bpe:{size}"}
+        if f"bpe:{size}" == own:
+            change = {}
+        rows += scales.sweep(scale, [merge(model, change) for model in models])
+    return rows
 
 
-def sizes(runs):
-    return sorted({run["config"]["model"]["vocab_size"] for run in runs})
+def vocabulary(run):
+    return run["config"]["model"]["vocab_size"]
 
 
-def of(runs, size):
-    """The runs of one vocabulary, named by their model alone."""
-    return [
-        run | {"variant": next(model for model in MODELS if run["variant"].startswith(model))}
-        for run in runs
-        if run["config"]["model"]["vocab_size"] == size
-    ]
+def by_vocabulary(runs):
+    """{size: its runs, named by their model alone}, the smallest first."""
+    groups = {}
+    for run in sorted(runs, key=vocabulary):
+        model = next(model for model in MODELS if run["variant"].startswith(model))
+        groups.setdefault(vocabulary(run), []).append(run | {"variant": model})
+    return groups
 
 
 def analyse(runs):
+    groups = by_vocabulary(runs)
+    columns = {
+        "bits_per_byte": BITS,
+        "val_loss": "result.val_loss",
+        "table_over_ffn": "account.table_over_ffn",
+    }
     rows = [
         {"vocabulary": size} | row
-        for size in sizes(runs)
-        for row in means(
-            of(runs, size),
-            bits_per_byte="result.val_bits_per_byte",
-            val_loss="result.val_loss",
-            table_over_ffn="account.table_over_ffn",
-        )
+        for size, group in groups.items()
+        for row in means(group, **columns)
     ]
-    lines = []
-    for model in MODELS:
-        points = [
-            (
-                size,
-                *mean_spread(
-                    [
-                        number(run, "result.val_bits_per_byte")
-                        for run in of(runs, size)
-                        if run["variant"] == model
-                    ]
-                ),
-            )
-            for size in sizes(runs)
-        ]
-        lines.append(
-            Series(
-                model,
-                tuple((x, y, spread or 0.0) for x, y, spread in points if y is not None),
-                "line",
-                model.partition("-")[0],
-            )
-        )
-    figure = Figure(
+    figure = mean_lines(
         "bits",
         "Bits per byte against vocabulary",
-        "Means over seeds.",
+        [run for group in groups.values() for run in group],
+        lambda run: [(vocabulary(run), number(run, BITS))],
         "vocabulary V",
         "validation bits per byte",
-        tuple(s for s in lines if s.points),
         log_x=True,
     )
     return {"rows": rows, "figures": [figure]}
 
 
 def claims(runs):
-    made, known = [], sizes(runs)
+    made, groups = [], list(by_vocabulary(runs).values())
     for model in MODELS[1:]:
         text = f"A larger vocabulary helps {model} more than dense"
         paper = "not in the papers (asked by reviewers)"
-        found = (
-            minus(
-                *(
-                    difference(of(runs, size), model, "dense", "result.val_bits_per_byte")
-                    for size in (known[-1], known[0])
-                )
-            )
-            if len(known) > 1
-            else None
-        )
-        made.append(
-            judge(
-                text,
-                paper,
-                found,
-                -1,
-                "bits per byte",
-                needs=f"dense and {model} with two vocabularies",
-            )
-        )
+        gaps = [difference(group, model, "dense", BITS) for group in groups]
+        found = minus(gaps[-1], gaps[0]) if len(gaps) > 1 else Difference({})
+        needs = f"dense and {model} with two vocabularies"
+        made.append(judge(text, paper, found, -1, "bits per byte", needs=needs))
     return made

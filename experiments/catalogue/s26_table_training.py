@@ -13,56 +13,42 @@ flexmemory's default is the same rate and no decay for tables.
 
 from experiments import scales
 from experiments.chart import loss_bars, means
-from experiments.verdicts import sign_claim
+from experiments.verdicts import order_claims
 
 IDS = ("S26",)
 SOURCE = "STEM section on training; reviewers"
-CHANGES = (
-    {"name": "decay", "optimizer.table_weight_decay": 0.1},
-    {"name": "lr3", "optimizer.table_lr": 3.0},
-    {"name": "lr10", "optimizer.table_lr": 10.0},
-    {"name": "init", "model.table_init_std": 0.1},
-)
+CHANGES = {
+    "decay": {"optimizer.table_weight_decay": 0.1},
+    "lr3": {"optimizer.table_lr": 3.0},
+    "lr10": {"optimizer.table_lr": 10.0},
+    "init": {"model.table_init_std": 0.1},
+}
+NO_DECAY = "stem-third-no-decay"  # the base at paper scale, whose recipe decays tables
 
 
 def sweep(scale):
-    stem = scales.stem(scales.layers(scale, "stem-350m"))
-    if scale == "paper":  # whose recipe decays tables
-        stem = stem | {"name": "stem-third-no-decay", "optimizer.table_weight_decay": 0.0}
-    base = stem | {"name": "stem-third"}
-    return scales.sweep(
-        scale, [stem, *(scales.changed(base, change) for change in CHANGES)], "stem-350m"
-    )
+    stem = scales.model("stem-third", scales.layers(scale, "stem-350m"))
+    if scale == "paper":
+        stem |= {"name": NO_DECAY, "optimizer.table_weight_decay": 0.0}
+    changed = [stem | change | {"name": f"stem-third-{name}"} for name, change in CHANGES.items()]
+    return scales.sweep(scale, [stem, *changed], "stem-350m")
 
 
 def analyse(runs):
-    return {
-        "rows": means(runs, "result.val_loss result.recall_acc"),
-        "figures": [loss_bars("Loss by how the tables are trained", runs)],
-    }
+    rows = means(runs, "result.val_loss result.recall_acc")
+    return {"rows": rows, "figures": [loss_bars("Loss by how the tables are trained", runs)]}
 
 
 def claims(runs):
-    base = (
-        "stem-third-no-decay"
-        if any(run["variant"] == "stem-third-no-decay" for run in runs)
-        else "stem-third"
-    )
-    return [
-        sign_claim(
+    base = NO_DECAY if any(run["variant"] == NO_DECAY for run in runs) else "stem-third"
+    asked = {
+        f"stem-third-decay > {base}": (
             "Weight decay 0.1 on tables costs loss",
             "not in the papers (asked by reviewers)",
-            runs,
-            "stem-third-decay",
-            base,
-            1,
         ),
-        sign_claim(
+        f"stem-third-lr10 < {base}": (
             "Ten times the learning rate on tables helps",
             "not in the papers (the authors' choice for converting trained models)",
-            runs,
-            "stem-third-lr10",
-            base,
-            -1,
         ),
-    ]
+    }
+    return order_claims(runs, asked)

@@ -9,7 +9,7 @@ of the same number of layers?
 
 from experiments import scales
 from experiments.chart import loss_bars, means
-from experiments.verdicts import sign_claim
+from experiments.verdicts import order_claim
 
 IDS = ("S27",)
 SOURCE = "STEM; reviewers"
@@ -18,37 +18,24 @@ PLACES = ("early", "middle", "late")
 
 def sweep(scale):
     n = scales.layers(scale, "stem-350m")
-    even = scales.stem(n)
+    even = scales.model("stem-third", n)
     count = even["model.pattern"].split().count("stem")
-    starts = {"early": 1, "middle": (n - count + 1) // 2, "late": n - count}
-    rows = [
-        scales.variant(
-            f"stem-{place}",
-            " ".join(
-                "stem" if starts[place] <= i < starts[place] + count else "dense" for i in range(n)
-            ),
-        )
-        for place in PLACES
-    ]
-    return scales.sweep(scale, [even, *rows], "stem-350m")
+    rows = [even]
+    for place, start in zip(PLACES, (1, (n - count + 1) // 2, n - count), strict=True):
+        kinds = ["stem" if start <= i < start + count else "dense" for i in range(n)]
+        rows.append(scales.variant(f"stem-{place}", " ".join(kinds)))
+    return scales.sweep(scale, rows, "stem-350m")
 
 
 def analyse(runs):
-    return {
-        "rows": means(runs, "result.val_loss result.recall_acc result.reasoning_acc"),
-        "figures": [loss_bars("Loss by place of the STEM layers", runs)],
-    }
+    rows = means(runs, "result.val_loss result.recall_acc result.reasoning_acc")
+    return {"rows": rows, "figures": [loss_bars("Loss by place of the STEM layers", runs)]}
 
 
 def claims(runs):
+    text = "STEM layers {} in the stack are worse than spread evenly"
+    paper = "not in the papers (asked by reviewers)"
     return [
-        sign_claim(
-            f"STEM layers {place} in the stack are worse than spread evenly",
-            "not in the papers (asked by reviewers)",
-            runs,
-            f"stem-{place}",
-            "stem-third",
-            1,
-        )
+        order_claim(text.format(place), paper, runs, f"stem-{place} > stem-third")
         for place in PLACES
     ]

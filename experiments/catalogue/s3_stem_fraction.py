@@ -14,20 +14,19 @@ Cost at cpu scale: four runs a seed, one of them E1's; at paper scale dense and 
 
 from experiments import scales
 from experiments.chart import loss_against, loss_bars, means
-from experiments.verdicts import order_claim, sign_claim
+from experiments.verdicts import order_claims
 
 IDS = ("S1", "S2", "S3", "S4", "S5")
 SOURCE = "STEM 350M ablation, 1B table"
 
 
 def sweep(scale):
-    def rows(size):
-        n = scales.layers(scale, size)
-        return [scales.dense(n), *(scales.stem(n, share) for share in ("third", "half", "full"))]
-
-    larger = [row | {"name": f"{row['name']}-1b"} for row in rows("stem-1b")[:2]]
-    large = scales.sweep(scale, larger, "stem-1b") if scale == "paper" else []
-    return scales.sweep(scale, rows("stem-350m"), "stem-350m") + large
+    rows = scales.sweep(scale, "dense stem-third stem-half stem-full", "stem-350m")
+    if scale == "paper":
+        models = scales.models("dense stem-third", scales.layers(scale, "stem-1b"))
+        larger = [row | {"name": f"{row['name']}-1b"} for row in models]
+        rows += scales.sweep(scale, larger, "stem-1b")
+    return rows
 
 
 def analyse(runs):
@@ -39,30 +38,20 @@ def analyse(runs):
         recall_acc="result.recall_acc",
         reasoning_acc="result.reasoning_acc",
     )
-    return {
-        "rows": rows,
-        "figures": [
-            loss_bars("Loss by share of STEM layers", runs),
-            loss_against(runs, "flops_per_token"),
-        ],
-    }
+    bars = loss_bars("Loss by share of STEM layers", runs)
+    return {"rows": rows, "figures": [bars, loss_against(runs, "flops_per_token")]}
 
 
 def claims(runs):
     large = "-1b" if any(run["variant"].endswith("-1b") for run in runs) else ""
-    return [
-        order_claim(
+    asked = {
+        "stem-half < stem-full < stem-third < dense": (
             "Loss rises from half over full and third to dense",
             "2.36, 2.375, 2.39, 2.435 (350M, equal FLOPs; here equal tokens)",
-            runs,
-            ["stem-half", "stem-full", "stem-third", "dense"],
         ),
-        sign_claim(
+        f"stem-third{large} < dense{large}": (
             "A third of the layers as STEM layers beats dense",
             "−0.043 nat (1B, 1T tokens)",
-            runs,
-            f"stem-third{large}",
-            f"dense{large}",
-            -1,
         ),
-    ]
+    }
+    return order_claims(runs, asked)

@@ -140,7 +140,7 @@ def test_a_budget_that_cannot_be_met():
 
 
 def test_any_sweep_can_be_made_of_equal_budget():
-    rows = scales.sweep("cpu", [scales.dense(4), scales.memoryllm(4)])
+    rows = scales.sweep("cpu", scales.models("dense memoryllm", 4))
     made = budgets.equalise(rows, "active")
     assert [row.get("budget", {}).get("mode") for row in made] == [None] * 3 + ["active"] * 3
     assert made[3]["budget"]["like"]["model.pattern"] == "dense*4"

@@ -1,11 +1,13 @@
 """Paired differences and verdicts, against numbers worked out by hand."""
 
+import operator
 import random
 
 import pytest
 
 from experiments.catalogue import cm_ratio
 from experiments.verdicts import (
+    LOSS,
     Claim,
     Difference,
     combined,
@@ -16,7 +18,6 @@ from experiments.verdicts import (
     minus,
     order_claim,
     shown,
-    sign_claim,
     steps_claim,
     within,
 )
@@ -49,9 +50,13 @@ def runs(**losses):
     ]
 
 
+def differences(*values):
+    return Difference(dict(enumerate(values)))
+
+
 def test_interval_of_paired_differences_is_students():
     found = difference(runs(a=[2.10, 2.23, 2.31], b=[2.00, 2.10, 2.20]), "a", "b")
-    assert found.values == pytest.approx((0.10, 0.13, 0.11)) and found.seeds == (0, 1, 2)
+    assert found.by_seed == pytest.approx({0: 0.10, 1: 0.13, 2: 0.11})
     assert found.mean == pytest.approx(0.34 / 3) and found.std == pytest.approx(0.0152753, rel=1e-4)
     assert found.half_width() == pytest.approx(4.30265 * 0.0152753 / 3**0.5, rel=1e-4)
     assert found.sign() == 1
@@ -59,49 +64,39 @@ def test_interval_of_paired_differences_is_students():
 
 def test_pairing_takes_the_common_spread_out():
     """Seeds that differ by 0.1 do not hide a difference of 0.01 that each seed has."""
-    found = sign_claim(
-        "a above b", "yes", runs(a=[2.01, 2.112, 2.211], b=[2.0, 2.1, 2.2]), "a", "b", 1
-    )
+    made = runs(a=[2.01, 2.112, 2.211], b=[2.0, 2.1, 2.2])
+    found = order_claim("a above b", "yes", made, "a > b")
     assert found.verdict == "reproduced" and found.seeds == 3
 
 
 @pytest.mark.parametrize(
-    ("a", "expected", "verdict"),
+    ("a", "order", "verdict"),
     [
-        ([2.1, 2.2, 2.3], 1, "reproduced"),
-        ([2.1, 2.2, 2.3], -1, "contradicted"),
-        ([2.05, 2.0, 2.25], 1, "within noise"),
-        ([2.1], 1, "within noise"),
+        ([2.1, 2.2, 2.3], "a > b", "reproduced"),
+        ([2.1, 2.2, 2.3], "a < b", "contradicted"),
+        ([2.05, 2.0, 2.25], "a > b", "within noise"),
+        ([2.1], "a > b", "within noise"),
     ],
 )
-def test_verdicts_of_a_sign(a, expected, verdict):
-    assert sign_claim("", "", runs(a=a, b=[2.0, 2.101, 2.2]), "a", "b", expected).verdict == verdict
+def test_verdicts_of_a_sign(a, order, verdict):
+    assert order_claim("", "", runs(a=a, b=[2.0, 2.101, 2.2]), order).verdict == verdict
 
 
 def test_within_noise_says_how_much_more_would_decide():
     """The number of seeds has the power that it states: of many draws with this mean and spread,
     about four of five are decided.
     """
-    found = Difference("a", "b", (0.02, 0.00, 0.01, -0.01), (0, 1, 2, 3))
+    found = differences(0.02, 0.00, 0.01, -0.01)
     seeds, rng = found.seeds_to_decide(), random.Random(0)
     decided = [
-        Difference(
-            "a",
-            "b",
-            tuple(rng.gauss(found.mean, found.std) for _ in range(seeds)),
-            tuple(range(seeds)),
-        ).sign()
-        == 1
+        differences(*(rng.gauss(found.mean, found.std) for _ in range(seeds))).sign() == 1
         for _ in range(300)
     ]
     assert found.sign() == 0 and 0.72 < sum(decided) / len(decided) < 0.88
     claim = judge("", "", found, 1, needs="")
     assert claim.detail == f"about {seeds} seeds would decide it, {seeds / 4:.1f} times the compute"
-    assert "at least three" in judge("", "", Difference("a", "b", (0.5,), (0,)), 1, needs="").detail
-    assert (
-        "not decided by 1,000"
-        in judge("", "", Difference("a", "b", (1.0, -1.0001), (0, 1)), 1, needs="").detail
-    )
+    assert "at least three" in judge("", "", differences(0.5), 1, needs="").detail
+    assert "not decided by 1,000" in judge("", "", differences(1.0, -1.0001), 1, needs="").detail
 
 
 @pytest.mark.parametrize(
@@ -112,7 +107,7 @@ def test_within_noise_says_how_much_more_would_decide():
     ],
 )
 def test_a_difference_without_a_spread_decides_nothing(values, detail):
-    found = Difference("a", "b", values, tuple(range(len(values))))
+    found = differences(*values)
     claim = judge("", "", found, 1, needs="")
     assert (
         found.sign() == 0
@@ -122,11 +117,9 @@ def test_a_difference_without_a_spread_decides_nothing(values, detail):
 
 
 def test_numbers_show_two_digits_of_their_spread():
-    assert (
-        shown(Difference("a", "b", (0.00001, 0.00003), (0, 1)), "nat") == "+0.000020 ± 0.000014 nat"
-    )
-    assert shown(Difference("a", "b", (-80.0, -140.0), (0, 1)), "bits") == "−110 ± 42 bits"
-    assert shown(Difference("a", "b", (0.0234,), (0,)), "") == "+0.023"
+    assert shown(differences(0.00001, 0.00003), "nat") == "+0.000020 ± 0.000014 nat"
+    assert shown(differences(-80.0, -140.0), "bits") == "−110 ± 42 bits"
+    assert shown(differences(0.0234), "") == "+0.023"
 
 
 @pytest.mark.parametrize(
@@ -147,11 +140,11 @@ def test_an_order_is_judged_over_every_planned_variant_or_not_at_all(there):
 
 def test_order_needs_every_step_and_one_decided_step_down_contradicts():
     good = {"a": [1.0, 1.1, 1.2], "b": [1.1, 1.201, 1.3], "c": [1.2, 1.3, 1.401]}
-    assert order_claim("", "", runs(**good), ["a", "b", "c"]).verdict == "reproduced"
-    assert order_claim("", "", runs(**good), ["b", "a", "c"]).verdict == "contradicted"
-    claim = order_claim("", "", runs(**good | {"c": [1.05, 1.3, 1.301]}), ["a", "b", "c"])
+    assert order_claim("", "", runs(**good), "a < b < c").verdict == "reproduced"
+    assert order_claim("", "", runs(**good), "b < a < c").verdict == "contradicted"
+    claim = order_claim("", "", runs(**good | {"c": [1.05, 1.3, 1.301]}), "a < b < c")
     assert claim.verdict == "within noise" and "b→c" in claim.detail
-    assert order_claim("", "", runs(a=[1.0]), ["a", "b"]).verdict == "not run"
+    assert order_claim("", "", runs(a=[1.0]), "a < b < c").verdict == "not run"
 
 
 def test_steps_are_reproduced_one_by_one_and_contradicted_together():
@@ -159,31 +152,20 @@ def test_steps_are_reproduced_one_by_one_and_contradicted_together():
     spread = (0.02, 0.06, 0.10)  # t = 2.6
 
     def step(mean_over_error):
-        return Difference(
-            "a",
-            "b",
-            tuple(mean_over_error / 3**0.5 + (value - 0.06) / 0.04 for value in spread),
-            (0, 1, 2),
-        )
+        return differences(*(mean_over_error / 3**0.5 + (value - 0.06) / 0.04 for value in spread))
 
+    assert steps_claim("", "", {"x": step(5), "y": step(5), "z": step(9)}).verdict == "reproduced"
+    assert steps_claim("", "", {"x": step(5), "y": step(4), "z": step(9)}).verdict == "within noise"
     assert (
-        steps_claim("", "", [("x", step(5)), ("y", step(5)), ("z", step(9))]).verdict
-        == "reproduced"
+        steps_claim("", "", {"x": step(-5), "y": step(5), "z": step(9)}).verdict == "within noise"
     )
     assert (
-        steps_claim("", "", [("x", step(5)), ("y", step(4)), ("z", step(9))]).verdict
-        == "within noise"
+        steps_claim("", "", {"x": step(-8), "y": step(5), "z": step(9)}).verdict == "contradicted"
     )
     assert (
-        steps_claim("", "", [("x", step(-5)), ("y", step(5)), ("z", step(9))]).verdict
-        == "within noise"
-    )
-    assert (
-        steps_claim("", "", [("x", step(-8)), ("y", step(5)), ("z", step(9))]).verdict
-        == "contradicted"
-    )
-    assert (
-        steps_claim("", "", [("x", None)]).verdict == steps_claim("", "", []).verdict == "not run"
+        steps_claim("", "", {"x": differences()}).verdict
+        == steps_claim("", "", {}).verdict
+        == "not run"
     )
 
 
@@ -209,26 +191,22 @@ def test_a_limit_needs_an_interval_below_it():
 
 def test_numbers_of_several_variants_are_combined_by_seed():
     three = runs(a=[3.0, 5.0], b=[2.0, 2.0], c=[1.9, 1.0, 7.0])
-    assert combined(
-        three, ("a", "b", "c"), lambda a, b, c: abs(a - b) - abs(b - c)
-    ).values == pytest.approx((0.9, 2.0))
-    assert combined(three, ("a", "d"), lambda a, d: a - d) is None
+    sides = [(variant, LOSS) for variant in "abc"]
+    found = combined(three, sides, lambda a, b, c: abs(a - b) - abs(b - c))
+    assert found.by_seed == pytest.approx({0: 0.9, 1: 2.0})
+    assert combined(three, [("a", LOSS), ("d", LOSS)], operator.sub) == differences()
     with pytest.raises(UserError, match="cannot be compared"):
-        combined(
-            [*three[:1], run("b", 0, 1.0) | {"data_fingerprint": "other"}],
-            ("a", "b"),
-            lambda a, b: a - b,
-        )
+        difference([*three[:1], run("b", 0, 1.0) | {"data_fingerprint": "other"}], "a", "b")
 
 
 def test_missing_inputs_are_not_run():
-    assert sign_claim("", "", runs(a=[1.0]), "a", "b", 1) == Claim(
-        "", "", "", "not run", 0, "needs a and b of one seed"
-    )
-    assert (
-        sign_claim("", "", [run("a", 0, 1.0), run("b", 1, 1.0)], "a", "b", 1).verdict == "not run"
-    ), "other seeds are no pair"
-    assert sign_claim("", "", runs(a=[None], b=[1.0]), "a", "b", 1).verdict == "not run"
+    needs = "needs a and b of one seed"
+    for made in (
+        runs(a=[1.0]),
+        [run("a", 0, 1.0), run("b", 1, 1.0)],  # other seeds are no pair
+        runs(a=[None], b=[1.0]),
+    ):
+        assert order_claim("", "", made, "a > b") == Claim("", "", "", "not run", 0, needs)
     assert exact_claim("", "", "", None, 0, "needs x").detail == "needs x"
 
 
@@ -247,12 +225,10 @@ def test_runs_that_saw_other_batches_are_not_compared(change, says):
 
 
 def test_differences_of_differences_and_within_one_model():
-    assert minus(
-        Difference("a", "b", (3.0, 5.0), (0, 1)), Difference("c", "d", (1.0, 1.0), (1, 2))
-    ) == Difference("(a − b)", "(c − d)", (4.0,), (1,))
-    assert minus(None, Difference("c", "d", (1.0,), (0,))) is None
+    assert minus(Difference({0: 3.0, 1: 5.0}), Difference({1: 1.0, 2: 1.0})) == Difference({1: 4.0})
+    assert minus(differences(), differences(1.0)) == differences()
     both = [entry | {"x": 3.0, "y": 1.0 if entry["seed"] else None} for entry in runs(a=[1.0, 1.0])]
-    assert within(both, "a", lambda r: r["x"], lambda r: r["y"]).values == (2.0,)
+    assert within(both, "a", "x", lambda r: r["y"]) == Difference({1: 2.0})
 
 
 def test_a_verdict_is_one_of_four():
