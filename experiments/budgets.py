@@ -7,6 +7,7 @@ Costs rise with either knob, so bisection finds the nearest width there is. What
 reach is stated as the residual.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 
@@ -23,12 +24,8 @@ MODES = {  # mode -> which number of accounting.account
 }
 KNOBS = ("model.d_ff", "model.d_model")
 WIDEST = 16  # times the width that the config gives
-ALIKE = (
-    "model.d_model",
-    "prepare.source",
-    "prepare.tokenizer",
-    "train.steps",
-)  # in which the models of one comparison agree
+# in which the models of one comparison agree
+ALIKE = ("model.d_model", "prepare.source", "prepare.tokenizer", "train.steps")
 WORST = 0.1  # a model further from its target is not of equal budget
 
 
@@ -81,11 +78,10 @@ def closest(make: Callable[[int], Config], start: int, mode: str, target: float)
     """``make(n)`` of the whole number n >= 1, up to ``WIDEST`` times ``start``, whose cost is
     nearest to ``target``; costs rise with n.
     """
-    low, high = 1, WIDEST * max(1, start)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(make(middle), mode) <= target else (low, middle)
-    return min(make(low), make(high), key=lambda made: abs(cost(made, mode) - target))
+    widths = range(1, WIDEST * max(1, start) + 1)
+    above = bisect.bisect(widths, target, key=lambda n: cost(make(n), mode))
+    around = map(make, widths[max(0, above - 1) : above + 1])
+    return min(around, key=lambda made: abs(cost(made, mode) - target))
 
 
 def cost(cfg: Config, mode: str) -> int:
@@ -103,11 +99,8 @@ def equalise(rows: list[dict], mode: str) -> list[dict]:
     first, made = {}, []
     for row in rows:
         reference = first.setdefault(tuple(row.get(key) for key in ALIKE), row)
-        like = {key: value for key, value in reference.items() if key.startswith("model.")}
-        same = variant_of(row["name"]) == variant_of(reference["name"])
-        made.append(
-            row
-            if same or "budget" in row
-            else row | {"budget": {"mode": mode, "knob": "model.d_model", "like": like}}
-        )
+        if variant_of(row["name"]) != variant_of(reference["name"]):
+            like = {key: value for key, value in reference.items() if key.startswith("model.")}
+            row = {"budget": {"mode": mode, "knob": "model.d_model", "like": like}} | row
+        made.append(row)
     return made

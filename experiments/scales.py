@@ -4,23 +4,23 @@ that many experiments share.
 Experiments that ask for the same run at the same scale get the same name and the same overrides, so
 that it is trained once.
 
-    smoke   seconds; in the test suite
-    cpu     one to two minutes a run on one core
-    gpu     about ten minutes a run on one device (estimated, never run)
-    paper   the paper's own configuration, for a cluster (planned, never run)
+    smoke       seconds; in the test suite
+    quickstart  half a minute a run on one core; cm_ratio alone (make demo)
+    cpu         one to two minutes a run on one core
+    gpu         about ten minutes a run on one device (estimated, never run)
+    paper       the paper's own configuration, for a cluster (planned, never run)
 """
 
-from experiments.sweeps import Sweep, product, seeds
+from experiments.sweeps import Sweep, dotted, product, seeds
 from flexmemory.config import default_config
 from flexmemory.recipes import MEMORYLLM_SIZES, STEM_SIZES, memoryllm_recipe, stem_recipe
 
-SCALES = ("smoke", "cpu", "gpu", "paper")
-SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "gpu": (0, 1, 2), "paper": (0,)}
-MORE_SEEDS = SEEDS | {
-    "cpu": (0, 1, 2, 3, 4)
-}  # for what a headline rests on: an order over three steps is rarely decided by three seeds
+SCALES = ("smoke", "cpu", "gpu", "paper")  # of an experiment that names none
+SEEDS = {"smoke": (0,), "quickstart": (0,), "cpu": (0, 1, 2), "gpu": (0, 1, 2), "paper": (0,)}
+# for what a headline rests on: an order over three steps is rarely decided by three seeds
+MORE_SEEDS = SEEDS | {"cpu": (0, 1, 2, 3, 4)}
 ONE_SEED = dict.fromkeys(SEEDS, (0,))  # for what depends on the text alone
-LAYERS = {"smoke": 3, "cpu": 6, "gpu": 12}
+LAYERS = {"smoke": 3, "quickstart": 4, "cpu": 6, "gpu": 12}
 BASE = {
     "smoke": {
         "prepare.source": "facts:people=4,docs=6+tasks:n=60,eval=12,length=4,pairs=3",
@@ -36,6 +36,23 @@ BASE = {
         "train.log_every": 2,
         "train.eval_tokens": 512,
         "optimizer.warmup_steps": 1,
+    },
+    "quickstart": {
+        "prepare.source": "python-stdlib:max_mb=2+facts:people=24,docs=40+tasks:n=1500",
+        "prepare.tokenizer": "bpe:1024",
+        "prepare.val_fraction": 0.05,
+        "model.d_model": 128,
+        "model.n_heads": 4,
+        "model.d_ff": 344,
+        "model.init_std": 0.08,
+        "data.seq_len": 128,
+        "data.batch_size": 16,
+        "train.steps": 200,
+        "train.eval_every": 50,
+        "train.eval_tokens": 16_384,
+        "optimizer.lr": 3e-3,
+        "optimizer.min_lr": 3e-4,
+        "optimizer.warmup_steps": 20,
     },
     "cpu": {
         "prepare.source": "python-stdlib:max_mb=12+facts:people=64,docs=40+tasks:n=20000",
@@ -91,18 +108,12 @@ def settings(scale: str, paper: str = "memoryllm-1b") -> dict:
         if family == "memoryllm"
         else stem_recipe(STEM_SIZES[size], "dense")
     )
-    defaults, values = default_config().to_dict(), recipe.to_dict()
-    fields = {
-        f"{section}.{name}": value
-        for section, names in values.items()
-        for name, value in names.items()
-        if value != defaults[section][name]
-    }
     source, tokenizer = PAPER_DATA[family if family == "memoryllm" else paper]
+    defaults, left_out = dotted(default_config()), ("model.pattern", "model.vocab_size")
     return {"prepare.source": source, "prepare.tokenizer": tokenizer} | {
         key: value
-        for key, value in fields.items()
-        if key not in ("model.pattern", "model.vocab_size")
+        for key, value in dotted(recipe).items()
+        if value != defaults[key] and key not in left_out
     }
 
 

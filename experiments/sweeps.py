@@ -8,7 +8,10 @@ another does (see budgets.py). "name" names the run; the last part of a run's na
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable
+
+from ml_collections import ConfigDict
 
 from flexmemory.config import Config, default_config, from_dict
 from flexmemory.errors import UserError, nearest
@@ -27,13 +30,11 @@ def merge(*overrides: dict) -> dict:
         for key, value in override.items():
             if key == "name":
                 made["name"] = f"{made['name']}-{value}" if made.get("name") else value
-            elif key in made and made[key] != value:
+            elif made.setdefault(key, value) != value:
                 raise UserError(
                     f"sweep: {key} is set twice, to {made[key]!r} and {value!r}; set it in one"
                     " place"
                 )
-            else:
-                made[key] = value
     return made
 
 
@@ -47,11 +48,9 @@ def product(*sweeps: Sweep) -> Sweep:
 
 def zipped(*sweeps: Sweep) -> Sweep:
     """First with first, second with second. Raises UserError where the lengths differ."""
-    if len({len(sweep) for sweep in sweeps}) > 1:
-        raise UserError(
-            f"sweep: zipped sweeps have lengths {', '.join(str(len(sweep)) for sweep in sweeps)};"
-            " give equal ones"
-        )
+    if len(set(map(len, sweeps))) > 1:
+        lengths = ", ".join(str(len(sweep)) for sweep in sweeps)
+        raise UserError(f"sweep: zipped sweeps have lengths {lengths}; give equal ones")
     return [merge(*rows) for rows in zip(*sweeps, strict=True)]
 
 
@@ -87,59 +86,52 @@ def check(sweep: Sweep) -> Sweep:
     """The sweep, if it is sound. Raises UserError on an unknown field, a value of another type, a
     run without a name, or two runs with one name.
     """
-    known = default_config().to_dict()
-    fields = {
-        f"{section}.{name}": value
-        for section, names in known.items()
-        for name, value in names.items()
-    } | {f"prepare.{name}": None for name in PREPARE}
+    fields = dotted(default_config()) | {f"prepare.{name}": None for name in PREPARE}
     seen: dict[str, dict] = {}
     for row in sweep:
         name = row.get("name")
-        if not name or not set(name) <= set(
-            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.@"
-        ):
+        if not re.fullmatch(r"[A-Za-z0-9_.@-]+", name or ""):
             raise UserError(
                 f"sweep: a run named {name!r}; give each a name of letters, digits, '-', '_', '.'"
                 " and '@'"
             )
         if name in seen:
-            raise UserError(
-                f"sweep: two runs are named {name!r}"
-                + ("" if seen[name] == row else f" ({differing(seen[name], row)} differs)")
-                + "; give each its own name"
-            )
+            key = differing(seen[name], row)
+            why = f" ({key} differs)" if key else ""
+            raise UserError(f"sweep: two runs are named {name!r}{why}; give each its own name")
         seen[name] = row
         for key, value in row.items():
-            if key == "budget":
-                check_budget(name, value, fields)
-            elif key != "name":
+            if key not in ("name", "budget"):
                 check_field(f"run {name}", key, value, fields)
+        budget = row.get("budget")
+        if budget and set(budget) != set(BUDGET):
+            raise UserError(
+                f"run {name} sets budget: {', '.join(sorted(budget))}; give {', '.join(BUDGET)}"
+            )
+        for key, value in budget["like"].items() if budget else ():
+            check_field(f"run {name}, budget.like,", key, value, fields)
     return sweep
 
 
 def check_field(where: str, key: str, value, fields: dict) -> None:
     if key not in fields:
         raise UserError(f"{where} sets {key!r}: no such field; {nearest(key, fields)}")
-    wanted = type(fields[key]) if fields[key] is not None else None
-    if wanted and type(value) is not wanted and not (wanted is float and type(value) is int):
+    wanted, given = type(fields[key]), type(value)
+    if fields[key] is not None and given is not wanted and (wanted, given) != (float, int):
         raise UserError(
-            f"{where} sets {key}: {value!r} is a {type(value).__name__}, give a {wanted.__name__}"
+            f"{where} sets {key}: {value!r} is a {given.__name__}, give a {wanted.__name__}"
         )
 
 
-def check_budget(name: str, budget: dict, fields: dict) -> None:
-    if set(budget) != set(BUDGET):
-        raise UserError(
-            f"run {name} sets budget: {', '.join(sorted(budget))}; give {', '.join(BUDGET)}"
-        )
-    for key, value in budget["like"].items():
-        check_field(f"run {name}, budget.like,", key, value, fields)
-
-
-def differing(a: dict, b: dict) -> str:
+def differing(a: dict, b: dict) -> str | None:
     """The first key in which two override dicts differ."""
-    return next(key for key in sorted({*a, *b}) if a.get(key) != b.get(key))
+    return next((key for key in sorted({*a, *b}) if a.get(key) != b.get(key)), None)
+
+
+def dotted(config: ConfigDict) -> dict:
+    """{"section.field": value} of a whole config."""
+    sections = config.to_dict().items()
+    return {f"{section}.{name}": value for section, s in sections for name, value in s.items()}
 
 
 def with_fields(cfg: Config, overrides: dict) -> Config:

@@ -326,19 +326,9 @@ def limit_claim(
 
 
 def exact_claim(
-    text: str,
-    paper: str,
-    ours: str,
-    holds: bool | None,
-    seeds: int,
-    missing: str = "",
-    detail: str = "",
+    text: str, paper: str, ours: str, holds: bool, seeds: int, detail: str = ""
 ) -> Claim:
-    """A claim that needs no statistics: an equality bit by bit, arithmetic, a count in the data.
-    ``holds`` None: its inputs are missing.
-    """
-    if holds is None:
-        return not_run(text, paper, missing)
+    """A claim that needs no statistics: an equality bit by bit, arithmetic, a count in the data."""
     return Claim(text, paper, ours, "reproduced" if holds else "contradicted", seeds, detail)
 
 

@@ -18,30 +18,12 @@ from experiments.catalogue.e12_fold_and_decode import stores_claim
 from experiments.chart import compute_share, family, loss_against, mean_of, means, noise_of
 from experiments.figure import Figure, Series
 from experiments.measures import decode, fold, tokens
-from experiments.sweeps import product, seeds
 from experiments.verdicts import LOSS, by_variant, means_at, number, order_claims
 
 IDS = ("CM",)
 SOURCE = "MemoryLLM section 4.2; ours"
 SCALES = ("smoke", "quickstart", "cpu", "gpu", "paper")
 MEASURES = (fold, decode, tokens)
-QUICKSTART = {
-    "prepare.source": "python-stdlib:max_mb=2+facts:people=24,docs=40+tasks:n=1500",
-    "prepare.tokenizer": "bpe:1024",
-    "prepare.val_fraction": 0.05,
-    "model.d_model": 128,
-    "model.n_heads": 4,
-    "model.d_ff": 344,
-    "model.init_std": 0.08,
-    "data.seq_len": 128,
-    "data.batch_size": 16,
-    "train.steps": 200,
-    "train.eval_every": 50,
-    "train.eval_tokens": 16_384,
-    "optimizer.lr": 3e-3,
-    "optimizer.min_lr": 3e-4,
-    "optimizer.warmup_steps": 20,
-}
 
 
 def splits(n):
@@ -50,34 +32,26 @@ def splits(n):
 
 
 def sweep(scale):
-    n = 4 if scale == "quickstart" else scales.layers(scale)
+    n = scales.layers(scale)
     dense, *others = scales.models(
         "dense flex-b3 flex-b2 flex-b1 memoryllm stem-third attn_only", n
     )
     others[4] |= {"name": "stem-equal"} | scales.equal("total", "model.d_ff", f"dense*{n}")
     layers = [scales.variant(f"layers-c{c}", f"dense*{c} memoryllm*{n - c}") for c in splits(n)]
-    variants = [dense, *layers, *others]
-    if scale == "quickstart":
-        return product([QUICKSTART | row for row in variants], seeds((0,)))
-    return scales.sweep(scale, variants)
+    return scales.sweep(scale, [dense, *layers, *others])
 
 
 def analyse(runs):
     rows = means(
         runs,
+        "account.total account.active result.val_loss result.recall_acc result.reasoning_acc"
+        " result.train_tokens_per_s measures.fold.rows_max_abs_diff"
+        " measures.fold.logits_max_abs_diff",
         compute_share=compute_share,
-        total="account.total",
-        active="account.active",
-        val_loss="result.val_loss",
         bits_per_byte="result.val_bits_per_byte",
-        recall_acc="result.recall_acc",
-        reasoning_acc="result.reasoning_acc",
-        train_tokens_per_s="result.train_tokens_per_s",
         table_bytes="account.table_bytes.float32",
         decode_resident="measures.decode.resident",
         decode_offloaded="measures.decode.offloaded",
-        rows_max_abs_diff="measures.fold.rows_max_abs_diff",
-        logits_max_abs_diff="measures.fold.logits_max_abs_diff",
     )
     costs = [loss_against(runs, cost) for cost in ("active", "read_bytes_per_token")]
     figures = [loss_against_share(runs), *costs, recall_against_reasoning(runs)]

@@ -34,14 +34,8 @@ def costs(run):
 
 
 def analyse(runs):
-    figure = mean_lines(
-        "cost",
-        "What a cut of the rank costs",
-        runs,
-        costs,
-        "share of the rank that is cut",
-        "rise of the loss, nat per token",
-    )
+    x, y = "share of the rank that is cut", "rise of the loss, nat per token"
+    figure = mean_lines("cost", "What a cut of the rank costs", runs, costs, x, y)
     columns = "cut table_bytes saved relative_error val_loss recall_acc reasoning_acc"
     return {"rows": measured(runs, "svd", "points", columns), "figures": [figure]}
 

@@ -31,20 +31,13 @@ def sweep(scale):
 
 
 def analyse(runs):
-    figures = [
-        by_layer(
-            key.replace("_", "-"),
-            f"One layer's table left out: {word}",
-            runs,
-            "drop_layer",
-            key,
-            axis,
-        )
-        for key, (word, _, axis, _) in TASKS.items()
-    ]
+    figures = []
+    for key, (word, _, axis, _) in TASKS.items():
+        name, title = key.replace("_", "-"), f"One layer's table left out: {word}"
+        figures.append(by_layer(name, title, runs, "drop_layer", key, axis))
     columns = "layer kind val_loss recall_acc reasoning_acc"
     rows = measured(runs, "drop_layer", "layers", columns)
-    return {"rows": rows, "figures": [f for f in figures if f.series]}
+    return {"rows": rows, "figures": [figure for figure in figures if figure.series]}
 
 
 def claims(runs):

@@ -74,6 +74,6 @@ def claims(runs):
     )
     start = "LFU begins with the training counts, which are all that the static set has"
     return [
-        exact_claim(*frequent, f"{lfu:.1%}", lfu > 0.8, 1, detail=text),
-        exact_claim(*fixed, both, static > lfu - 0.02, 1, detail=start),
+        exact_claim(*frequent, f"{lfu:.1%}", lfu > 0.8, 1, text),
+        exact_claim(*fixed, both, static > lfu - 0.02, 1, start),
     ]

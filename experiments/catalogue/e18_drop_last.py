@@ -28,14 +28,8 @@ def saved(run):
 
 
 def analyse(runs):
-    figure = mean_lines(
-        "rise",
-        "The last layers' tables left out",
-        runs,
-        saved,
-        "table bytes saved, %",
-        "rise of the loss, nat per token",
-    )
+    x, y = "table bytes saved, %", "rise of the loss, nat per token"
+    figure = mean_lines("rise", "The last layers' tables left out", runs, saved, x, y)
     columns = "dropped table_bytes_gone val_loss perplexity_rise recall_acc reasoning_acc"
     return {"rows": measured(runs, "drop_last", "points", columns), "figures": [figure]}
 

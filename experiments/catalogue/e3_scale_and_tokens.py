@@ -46,15 +46,9 @@ def sweep(scale):
 
 
 def analyse(runs):
-    figure = scatter(
-        "grid",
-        "Two sizes after half and after all of the tokens",
-        runs,
-        "account.active",
-        "result.val_loss",
-        "active parameters per token",
-        "validation loss, nat per token",
-    )
+    title = "Two sizes after half and after all of the tokens"
+    x, y = "active parameters per token", "validation loss, nat per token"
+    figure = scatter("grid", title, runs, "account.active", "result.val_loss", x, y)
     rows = means(runs, "account.total account.active result.tokens result.val_loss")
     return {"rows": rows, "figures": [figure]}
 

@@ -30,15 +30,9 @@ def sweep(scale):
 
 def analyse(runs):
     rises = [value for run in runs for value in layer_values(run, "drop_layer", "perplexity_rise")]
-    figure = by_layer(
-        "rise",
-        "One layer's FFN or row left out",
-        runs,
-        "drop_layer",
-        "perplexity_rise",
-        "rise of perplexity, %",
-        log_y=bool(rises) and None not in rises and min(rises) > 0,
-    )
+    title, y = "One layer's FFN or row left out", "rise of perplexity, %"
+    wide = bool(rises) and None not in rises and min(rises) > 0
+    figure = by_layer("rise", title, runs, "drop_layer", "perplexity_rise", y, log_y=wide)
     columns = "layer kind val_loss perplexity_rise recall_acc reasoning_acc"
     return {"rows": measured(runs, "drop_layer", "layers", columns), "figures": [figure]}
 

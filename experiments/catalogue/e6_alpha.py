@@ -27,14 +27,8 @@ def costs(run):
 
 
 def analyse(runs):
-    figure = mean_lines(
-        "rise",
-        "The α-probe",
-        runs,
-        costs,
-        "α, scale of what FFNs and rows add",
-        "rise of the loss, nat per token",
-    )
+    x, y = "α, scale of what FFNs and rows add", "rise of the loss, nat per token"
+    figure = mean_lines("rise", "The α-probe", runs, costs, x, y)
     columns = "alpha val_loss perplexity recall_acc reasoning_acc"
     return {"rows": measured(runs, "alpha", "points", columns), "figures": [figure]}
 

@@ -181,16 +181,12 @@ def ratio_figure(name, title, runs, value, y):
 def analyse(runs):
     rows = means(
         runs,
-        "account.total account.active result.recall_acc",
+        "account.total account.active result.val_loss result.recall_acc result.reasoning_acc"
+        " result.kinds.copy result.kinds.lookup1 result.kinds.lookup2",
         bits_recalled=recalled,
         bits_per_parameter=per("total"),
         bits_per_active_parameter=per("active"),
         bits_per_active_parameter_with_embedding_and_head=per("active_all"),
-        reasoning_acc="result.reasoning_acc",
-        copy="result.kinds.copy",
-        lookup1="result.kinds.lookup1",
-        lookup2="result.kinds.lookup2",
-        val_loss="result.val_loss",
     )
     figures = [
         ratio_figure(

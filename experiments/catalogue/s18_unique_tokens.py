@@ -26,16 +26,8 @@ def growth(run):
 
 
 def analyse(runs):
-    curve = mean_lines(
-        "growth",
-        "Table parameters in use",
-        runs,
-        growth,
-        "tokens of context",
-        "table parameters in use",
-        log_x=True,
-        log_y=True,
-    )
+    title, x, y = "Table parameters in use", "tokens of context", "table parameters in use"
+    curve = mean_lines("growth", title, runs, growth, x, y, log_x=True, log_y=True)
     rows = measured(runs[:1], "unique_growth", "points", "tokens unique lowest highest values")
     return {"rows": rows, "figures": [curve] if runs else []}
 
@@ -48,4 +40,4 @@ def claims(runs):
     detail = (
         "of the text, whatever the model; a finite vocabulary allows nothing else in the long run"
     )
-    return [exact_claim(text, paper, f"n^{exponent:.2f}", exponent < 1, 1, detail=detail)]
+    return [exact_claim(text, paper, f"n^{exponent:.2f}", exponent < 1, 1, detail)]

@@ -49,25 +49,19 @@ def by_vocabulary(runs):
 
 def analyse(runs):
     groups = by_vocabulary(runs)
-    columns = {
-        "bits_per_byte": BITS,
-        "val_loss": "result.val_loss",
-        "table_over_ffn": "account.table_over_ffn",
-    }
+    columns = "result.val_loss account.table_over_ffn"
     rows = [
         {"vocabulary": size} | row
         for size, group in groups.items()
-        for row in means(group, **columns)
+        for row in means(group, columns, bits_per_byte=BITS)
     ]
-    figure = mean_lines(
-        "bits",
-        "Bits per byte against vocabulary",
-        [run for group in groups.values() for run in group],
-        lambda run: [(vocabulary(run), number(run, BITS))],
-        "vocabulary V",
-        "validation bits per byte",
-        log_x=True,
-    )
+
+    def curve(run):
+        return [(vocabulary(run), number(run, BITS))]
+
+    every = [run for group in groups.values() for run in group]
+    title, x, y = "Bits per byte against vocabulary", "vocabulary V", "validation bits per byte"
+    figure = mean_lines("bits", title, every, curve, x, y, log_x=True)
     return {"rows": rows, "figures": [figure]}
 
 

@@ -32,11 +32,9 @@ def sweep(scale):
 def analyse(runs):
     rows = means(
         runs,
-        "account.total account.active account.flops_per_token",
+        "account.total account.active account.flops_per_token result.val_loss result.recall_acc"
+        " result.reasoning_acc",
         table_bytes="account.table_bytes.float32",
-        val_loss="result.val_loss",
-        recall_acc="result.recall_acc",
-        reasoning_acc="result.reasoning_acc",
     )
     bars = loss_bars("Loss by share of STEM layers", runs)
     return {"rows": rows, "figures": [bars, loss_against(runs, "flops_per_token")]}

@@ -207,7 +207,7 @@ def test_missing_inputs_are_not_run():
         runs(a=[None], b=[1.0]),
     ):
         assert order_claim("", "", made, "a > b") == Claim("", "", "", "not run", 0, needs)
-    assert exact_claim("", "", "", None, 0, "needs x").detail == "needs x"
+    assert exact_claim("", "", "", False, 1).verdict == "contradicted"
 
 
 @pytest.mark.parametrize(
