@@ -46,12 +46,11 @@ def solve(cfg: Config, budget: dict) -> tuple[Config, dict]:
     best = cfg
     if knob == "model.d_model":
         unit, ratio = 2 * cfg.model.n_heads, cfg.model.d_ff / cfg.model.d_model
-        best = closest(
-            lambda n: widened(cfg, d_model=n * unit, d_ff=max(1, round(ratio * n * unit))),
-            cfg.model.d_model // unit,
-            mode,
-            target,
-        )
+
+        def in_proportion(n):
+            return widened(cfg, d_model=n * unit, d_ff=max(1, round(ratio * n * unit)))
+
+        best = closest(in_proportion, cfg.model.d_model // unit, mode, target)
     finer = closest(lambda n: widened(best, d_ff=n), best.model.d_ff, mode, target)
     best = min(best, finer, key=lambda made: abs(cost(made, mode) - target))
     got = cost(best, mode)
@@ -60,14 +59,9 @@ def solve(cfg: Config, budget: dict) -> tuple[Config, dict]:
             f"budget.mode {mode}: {cfg.model.pattern} comes no nearer to {target:,} by {knob} than"
             f" {got:,}; choose another knob or reference"
         )
-    return best, {
-        "mode": mode,
-        "knob": knob,
-        "chosen": {name: get(best, name) for name in KNOBS},
-        "target": target,
-        "got": got,
-        "residual": got / target - 1,
-    }
+    chosen = {name: get(best, name) for name in KNOBS}
+    facts = {"mode": mode, "knob": knob, "chosen": chosen, "target": target, "got": got}
+    return best, facts | {"residual": got / target - 1}
 
 
 def widened(cfg: Config, **fields: int) -> Config:

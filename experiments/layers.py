@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from experiments.chart import third
-from experiments.verdicts import Claim, judge, mean_spread, number, within
+from experiments.verdicts import SIGNS, Claim, judge, mean_spread, number, within
 
 THIRDS = ("first", "middle", "last")
 
@@ -34,5 +34,4 @@ def thirds_claim(
     a, sign, b = order.split()
     measure, key = measured.split(".")
     found = within(runs, variant, *(third(measure, key, THIRDS.index(word)) for word in (a, b)))
-    expected = {">": 1, "<": -1}[sign]
-    return judge(text, paper, found, expected, unit, needs=f"{variant} with {needs}")
+    return judge(text, paper, found, SIGNS[sign], unit, needs=f"{variant} with {needs}")

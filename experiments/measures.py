@@ -2,6 +2,7 @@
 disk, the rows of some tokens. The others are in flexmemory/analysis.
 """
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,8 @@ def fold(trained: Trained) -> dict:
     """
     exported = export(trained.workdir, store(trained), progress=False)
     proof = verify(store(trained), trained.workdir)
-    table_bytes = account(trained.cfg.model)["table_bytes"]["float32"]
-    times = {"export_s": exported["seconds"], "table_bytes": table_bytes}
-    return times | {key: proof[key] for key in PROOF}
+    costs = {"export_s": exported["seconds"], "table_bytes": table_bytes(trained)}
+    return costs | {key: proof[key] for key in PROOF}
 
 
 def decode(trained: Trained) -> dict:
@@ -40,7 +40,7 @@ def decode(trained: Trained) -> dict:
     tokens/s of both over the first prompt, the share of its lookups that RAM answered, all texts.
     """
     export(trained.workdir, store(trained), progress=False)
-    ram = int(account(trained.cfg.model)["table_bytes"]["float32"] * RAM_SHARE)
+    ram = int(table_bytes(trained) * RAM_SHARE)
     resident, _, live = timed(Engine.from_run(trained.workdir, max_batch=1))
     offloaded, rows, disk = timed(Engine(store(trained), Budgets(ram=ram), max_batch=1))
     lookups = rows["ram"]["hits"] + rows["ram"]["misses"]
@@ -73,14 +73,11 @@ def tokens(trained: Trained) -> dict:
     if not trained.memory_layers:
         return not_applicable("no layer has rows")
     export(trained.workdir, store(trained), progress=False)
-    opened = open_store(store(trained))
-    try:
+    with contextlib.closing(open_store(store(trained))) as opened:
         counts_V = opened.counts()
         ids_R = np.argsort(counts_V, kind="stable")[::-1][:FREQUENT]
         ids_R = ids_R[counts_V[ids_R] > 0]
         rows, groups = opened.read_rows(ids_R), opened.groups
-    finally:
-        opened.close()
     texts = [trained.tokenizer.decode([int(i)]) for i in ids_R]
     words = [r for r, text in enumerate(texts) if text[:1] == " " and text[1:].isalpha()]
     norms = {
@@ -94,19 +91,19 @@ def tokens(trained: Trained) -> dict:
     for r in [r for r in words if len(texts[r]) > 3][:SHOWN_TOKENS]:
         cosines_R = flat_RX @ flat_RX[r]
         near = [n for n in np.argsort(-cosines_R, kind="stable") if n != r][:NEAREST]
-        found.append(
-            {
-                "token": texts[r],
-                "count": int(counts_V[ids_R[r]]),
-                "norms": [float(norms[layer][r]) for layer in sorted(norms)],
-                "nearest": [{"token": texts[n], "cosine": float(cosines_R[n])} for n in near],
-            }
-        )
+        nearest = [{"token": texts[n], "cosine": float(cosines_R[n])} for n in near]
+        own = [float(norms[layer][r]) for layer in sorted(norms)]
+        count = int(counts_V[ids_R[r]])
+        found.append({"token": texts[r], "count": count, "norms": own, "nearest": nearest})
     return {"tokens": found}
 
 
 def store(trained: Trained) -> Path:
     return trained.workdir / "store"
+
+
+def table_bytes(trained: Trained) -> int:
+    return account(trained.cfg.model)["table_bytes"]["float32"]
 
 
 def training_curve(trained: Trained) -> dict:

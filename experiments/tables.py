@@ -145,6 +145,11 @@ def title(results: dict) -> str:
     return "flexmemory experiments" + (f", scale {results['scale']}" if results["scale"] else "")
 
 
+def finished(results: dict) -> str:
+    """3 of 4 runs finished. claims of the papers: 12 reproduced, ..."""
+    return f"{results['finished']} of {results['expected']} runs finished. {tally(results)}."
+
+
 def state(experiment: dict) -> str:
     """3 of 4 runs finished, 1 failed, seeds 0, 1."""
     words = [f"{len(experiment['finished'])} of {experiment['expected']} runs finished"]
@@ -168,10 +173,9 @@ def verdict_rows(results: dict, marks: bool) -> list[list[str]]:
 
 def markdown(results: dict) -> str:
     """The verdict table and every experiment's rows as one Markdown document."""
-    finished = f"{results['finished']} of {results['expected']} runs finished."
-    parts = [f"# {title(results)}", f"{finished} {tally(results)}.", "## Verdicts"]
     rows = verdict_rows(results, marks=True)
     table = pipes(VERDICT_HEAD, rows, [False] * 5 + [True, False])
+    parts = [f"# {title(results)}", finished(results), "## Verdicts"]
     parts.append(table if rows else "No claim has been judged yet.")
     for e in results["experiments"]:
         parts.append(f"## {escape_markdown(e['name'])}: {escape_markdown(origin(e))}")
@@ -196,10 +200,9 @@ def escape_markdown(text: str) -> str:
 
 def latex(results: dict) -> str:
     r"""The same tables for \input in a document that loads booktabs and longtable."""
-    finished = f"{results['finished']} of {results['expected']} runs finished."
     parts = [
         "% \\usepackage{booktabs,longtable} in the preamble, then \\input this file.",
-        f"\\section*{{{escape_latex(title(results))}}}\n{finished} {tally(results)}.",
+        f"\\section*{{{escape_latex(title(results))}}}\n{finished(results)}",
     ]
     if rows := verdict_rows(results, marks=False):
         widths = r"p{.26\linewidth}p{.12\linewidth}p{.12\linewidth}p{.16\linewidth}rp{.2\linewidth}"

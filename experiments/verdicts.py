@@ -7,6 +7,7 @@ the 95% interval of its mean over the seeds (Student's t) leaves out zero.
 """
 
 import dataclasses
+import itertools
 import math
 import operator
 import statistics
@@ -22,6 +23,7 @@ CONFIDENCE, POWER = 0.95, 0.8
 ONE_SEED = "one seed decides nothing; run at least three"
 MOST_SEEDS = 1000  # beyond that many no number of seeds is worth naming
 LOSS = "result.val_loss"
+SIGNS = {">": 1, "<": -1}  # of a difference, as an order says it
 # what must be equal for two runs to see the same batches
 PAIRED = (
     "data_fingerprint",
@@ -128,7 +130,7 @@ def entry(measured: str, key: str, **having) -> Callable[[dict], float | None]:
     return of
 
 
-def at(curve: Callable[[dict], Iterable], x: float) -> Callable[[dict], float | None]:
+def at(curve: Callable[[dict], Iterable], x) -> Callable[[dict], float | None]:
     """A function of a run: y at x of its curve, whose points are (x, y)."""
     return lambda run: dict(curve(run)).get(x)
 
@@ -242,7 +244,7 @@ def undecided(found: Difference) -> str:
     needed = found.seeds_to_decide()
     if needed is None:
         return f"not decided by {MOST_SEEDS:,} seeds at this spread"
-    return f"about {needed} seeds would decide it, {needed / found.seeds:.1f} times the compute"
+    return f"about {needed} seeds would decide it"
 
 
 def order_claim(
@@ -253,11 +255,11 @@ def order_claim(
     """
     variants, signs = order.split()[::2], order.split()[1::2]
     if len(variants) == 2:
-        found, expected = difference(runs, *variants, value), 1 if signs == [">"] else -1
-        return judge(
-            text, paper, found, expected, unit, needs=f"{' and '.join(variants)} of one seed"
-        )
-    pairs = zip(variants, variants[1:], strict=False)
+        found, needs = difference(runs, *variants, value), " and ".join(variants)
+        return judge(text, paper, found, SIGNS[signs[0]], unit, needs=f"{needs} of one seed")
+    if set(signs) != {"<"}:
+        raise ValueError(f"order {order!r}: write three or more variants upwards, a < b < c")
+    pairs = itertools.pairwise(variants)
     steps = {f"{a}→{b}": difference(runs, b, a, value) for a, b in pairs}
     return steps_claim(text, paper, steps, unit)
 
@@ -294,14 +296,8 @@ def steps_claim(text: str, paper: str, steps: dict[str, Difference], unit: str =
     elif n == 1:
         verdict, detail = "within noise", ONE_SEED
     else:
-        wants = {name: found.seeds_to_decide() for name, found in still.items()}
         verdict = "within noise"
-        detail = "; ".join(
-            f"{name}: about {seeds} seeds would decide it"
-            if seeds
-            else f"{name}: not decided by {MOST_SEEDS:,} seeds"
-            for name, seeds in wants.items()
-        )
+        detail = "; ".join(f"{name}: {undecided(found)}" for name, found in still.items())
     return Claim(text, paper, f"{ours} {unit}".rstrip(), verdict, n, detail)
 
 

@@ -6,8 +6,7 @@ output. Ends: dense (all C) and attn_only (no FFN at all, so fewer parameters: w
 without its rows). stem stands beside them, its width solved for equal totals. Every run is also
 folded, proved equal to its store, and decoded from disk.
 
-    python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo    # make demo: six
-    minutes on two cores
+    python -m experiments.run cm_ratio --scale=quickstart --out=runs/demo   # make demo: 6 minutes
 
 The paper's claim at equal totals (Table 2, Figure 9): loss rises from dense over flex beta 3, 2, 1
 to memoryllm; E2 judges it, with more seeds. The second way is not in the paper and is judged here.
@@ -73,25 +72,16 @@ def best_memory(runs):
 
 def loss_against_share(runs):
     """The two ways as lines between the same ends, the rest as reference lines."""
-    shares = {run["variant"]: compute_share(run) for run in runs}
 
     def way(label, kind, **style):
-        names = [
-            name
-            for name, share in shares.items()
-            if share is not None and name.startswith((kind, "dense", "memoryllm"))
-        ]
-        own = [run for run in runs if run["variant"] in names]
-        points = means_at((100 * shares[run["variant"]], number(run, LOSS)) for run in own)
+        own = [run for run in runs if run["variant"].startswith((kind, "dense", "memoryllm"))]
+        points = means_at((100 * compute_share(run), number(run, LOSS)) for run in own)
         return Series(label, points, family=kind, **style)
 
     ways = way("β of every layer", "flex"), way("first layers dense", "layers", dashed=True)
     most = 1.1 * max((y for way in ways for _, y, _ in way.points), default=0)
-    beside = {
-        name: mean_of(group, LOSS)[0]
-        for name, group in by_variant(runs).items()
-        if shares[name] is None
-    }
+    others = by_variant([run for run in runs if compute_share(run) is None])
+    beside = {name: mean_of(group, LOSS)[0] for name, group in others.items()}
     return Figure(
         "loss-share",
         "Validation loss against the C/M ratio",

@@ -31,15 +31,9 @@ def analyse(runs):
 
 
 def claims(runs):
-    return [
-        thirds_claim(
-            f"More coefficients above {sigma} σ in the last layers than in the first",
-            "more in the last layers (figure only)",
-            runs,
-            "memoryllm",
-            "last > first",
-            f"outliers.above_{sigma}",
-            "per token",
-        )
-        for sigma in (6, 3)
-    ]
+    made, paper = [], "more in the last layers (figure only)"
+    for sigma in (6, 3):
+        text = f"More coefficients above {sigma} σ in the last layers than in the first"
+        key, unit = f"outliers.above_{sigma}", "per token"
+        made.append(thirds_claim(text, paper, runs, "memoryllm", "last > first", key, unit))
+    return made

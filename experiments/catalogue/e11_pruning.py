@@ -4,9 +4,8 @@ MemoryLLM, Figure 11 (1B and 750M; sparsity pattern, calibration and numbers not
 pruned by magnitude, SparseGPT and Wanda to the active parameters of MemoryLLM and flex are clearly
 worse. Here magnitude and Wanda, unstructured, per matrix; SparseGPT is not done. A dense model
 pruned to beta/8 of its FFN weights has the active weights of flex beta; MemoryLLM itself would be a
-dense model without any FFN weight.
-Expected: flex is better at each of beta = 1, 2, 3. Fine-tuning after pruning is not part of the
-paper's comparison and not of this one.
+dense model without any FFN weight. Neither comparison fine-tunes after pruning. Expected: flex is
+better at each of beta = 1, 2, 3.
 
     python -m experiments.run e11 --scale=cpu         # E2's runs
 """

@@ -2,8 +2,7 @@
 
 MemoryLLM, Table 8 (1B, C4 perplexity): rank cut by 10, 20, 30, 40, 50%: +0.0002, +0.0021, +0.0051,
 +0.0109, +0.0347 nat, saving 8.6 to 49% of the bytes. Only savings beyond the useful rank |V| d /
-(|V| + d) count. Expected: 10% costs less than 0.005 nat, 50% less than 0.1, and every further cut
-costs more.
+(|V| + d) count. Expected: 10% costs less than 0.005 nat, 50% less than 0.1, each further cut more.
 
     python -m experiments.run e14 --scale=cpu         # E2's runs
 

@@ -56,15 +56,8 @@ def spectrum(seeds, variant):
 
 def claims(runs):
     text = "{}: the last layers' tables are easier to compress than the middle ones'"
+    paper, order, key = "yes (figure only)", "last < middle", "spectra.effective_rank"
     return [
-        thirds_claim(
-            text.format(variant),
-            "yes (figure only)",
-            runs,
-            variant,
-            "last < middle",
-            "spectra.effective_rank",
-            "ranks",
-        )
+        thirds_claim(text.format(variant), paper, runs, variant, order, key, "ranks")
         for variant in ("memoryllm", "flex-b3")
     ]

@@ -44,18 +44,11 @@ def claims(runs):
     runs, made = knowledge.named_by_model(runs), []
     for key, (word, order, _, unit) in TASKS.items():
         learned = [run for run in runs if is_learned(run, key)]
-        made.append(
-            thirds_claim(
-                f"The first layers' tables matter more for {word} than the middle ones'",
-                "only the first few matter (figure only)",
-                learned,
-                "memoryllm",
-                order,
-                f"drop_layer.{key}",
-                unit,
-                f"at least three layers, and {word} well above chance",
-            )
-        )
+        text = f"The first layers' tables matter more for {word} than the middle ones'"
+        paper = "only the first few matter (figure only)"
+        needs = f"at least three layers, and {word} well above chance"
+        path = f"drop_layer.{key}"
+        made.append(thirds_claim(text, paper, learned, "memoryllm", order, path, unit, needs))
     return made
 
 

@@ -1,11 +1,9 @@
-"""Does the gap between MemoryLLM and a dense model close as FFN parameters move back to compute
-(flex, beta = 0..3)?
+"""Does the gap to a dense model close as FFN parameters move back to compute (flex, beta 0..3)?
 
 MemoryLLM, Figure 9 (1B, up to 150B tokens; values not given; paper scale here plans 50B): at equal
 total parameters perplexity falls from MemoryLLM (beta 0) through beta 1, 2, 3 to the dense model,
 and beta 3 is close to dense. The paper gives no equation for the flex block: docs/variants.md.
-Expected: the order over beta, dense below all of them, and beta 3 nearer to dense than MemoryLLM
-is.
+Expected: the order over beta, dense below them all, beta 3 nearer to dense than MemoryLLM.
 
     python -m experiments.run e2 --scale=cpu
 

@@ -1,5 +1,4 @@
-"""Does MemoryLLM's gap to a dense model shrink with more training tokens, and how does it move with
-size?
+"""Does MemoryLLM's gap to a dense model shrink with training tokens, and how does size move it?
 
 MemoryLLM, Figure 10 (250M, 750M, 1B; 25B to 150B tokens; values not given): the gap to the dense
 model of equal total parameters shrinks with tokens, and flex beta 3 at 1B (704M active) beats dense

@@ -1,8 +1,7 @@
 """Does every memory layer need its own norm on the token embedding?
 
 MemoryLLM, section 2.2.2: one independent norm per layer on X_0 is called significantly helpful for
-convergence; no number or curve is given.
-Expected: with one norm shared by all layers the loss is higher.
+convergence, without number or curve. Expected: one norm shared by all layers has a higher loss.
 
     python -m experiments.run e4 --scale=cpu
 """

@@ -8,8 +8,7 @@ a half) the falls are 70, 46, 75% against 34, 95, 11 and 6%, a much weaker contr
 prompt (the in-context task that small models learn), both above chance, on the models of the
 knowledge experiment that are trained on nothing else. Expected: recall falls first.
 
-    python -m experiments.run e7 --scale=cpu          # three of the knowledge experiment's runs a
-    seed
+    python -m experiments.run e7 --scale=cpu          # three of knowledge's runs a seed
 """
 
 from experiments.catalogue import knowledge

@@ -1,9 +1,8 @@
 """How well do the keys' coefficients cluster, layer by layer?
 
 MemoryLLM, Figure 6a (1B; the coefficient is not defined, about 0.9 by eye): high in all 24 layers,
-with a slight dip in some middle ones. Ours is the mean silhouette (flexmemory/analysis/keys.py), so
-heights need not compare. Expected: well above 0 and above both controls; the middle third below the
-others.
+with a slight dip in some middle ones. Ours is the mean silhouette, so heights need not compare.
+Expected: well above 0 and above both controls; the middle third below the others.
 
     python -m experiments.run e9 --scale=cpu          # E1's runs
 """

@@ -1,5 +1,4 @@
-"""Intelligence computes, knowledge is read: does the C/M ratio move facts and in-context tasks in
-opposite ways?
+"""Intelligence computes, knowledge is read: does C/M move facts and puzzles in opposite ways?
 
 No paper tests this directly; MemoryLLM's Table 1 suggests it (scaling FFNs down by alpha costs
 recall tasks more than reasoning tasks). Models are trained on nothing but invented biographies and
@@ -7,13 +6,10 @@ puzzles whose answer stands in the prompt, at two sizes and two numbers of peopl
 flex beta 3, and all memory at equal total parameters. Recall counts in bits: a question has 16
 possible answers, so an accuracy p is worth log2(16) - H(p) - (1-p) log2(15) bits of each of a
 person's five facts; divided by parameters, total and active; the verdict counts embedding and head,
-which hold facts too. Expected from the
-slogan: memory holds more bits per active parameter; compute is better at the puzzles; and alpha
-hurts recall first.
+which hold facts too. Expected from the slogan: memory holds more bits per active parameter; compute
+is better at the puzzles; alpha hurts recall first.
 
-    python -m experiments.run knowledge --scale=cpu
-
-Cost at cpu scale: twelve runs a seed.
+    python -m experiments.run knowledge --scale=cpu     # twelve runs a seed
 """
 
 import math
@@ -188,41 +184,21 @@ def analyse(runs):
         bits_per_active_parameter=per("active"),
         bits_per_active_parameter_with_embedding_and_head=per("active_all"),
     )
-    figures = [
-        ratio_figure(
-            "recall",
-            "Recall against the C/M ratio",
-            runs,
-            percent("result.recall_acc"),
-            "recall of trained facts, % right",
-        ),
-        ratio_figure(
-            "reasoning",
-            "Copying in the context against the C/M ratio",
-            runs,
-            percent("result.kinds.copy"),
-            "copying, % right",
-        ),
-        ratio_figure(
-            "bits-active",
-            "Bits recalled per active parameter",
-            runs,
-            per("active_all"),
-            "bits per active parameter",
-        ),
-    ]
+    title, y = "Recall against the C/M ratio", "recall of trained facts, % right"
+    recall = ratio_figure("recall", title, runs, percent("result.recall_acc"), y)
+    title, y = "Copying in the context against the C/M ratio", "copying, % right"
+    copying = ratio_figure("reasoning", title, runs, percent("result.kinds.copy"), y)
+    title, y = "Bits recalled per active parameter", "bits per active parameter"
+    per_active = ratio_figure("bits-active", title, runs, per("active_all"), y)
     largest = list(by_place(runs).values())[-1] if runs else []
-    return {"rows": rows, "figures": figures + alpha_figures(largest, "alpha-")}
+    figures = [recall, copying, per_active, *alpha_figures(largest, "alpha-")]
+    return {"rows": rows, "figures": figures}
 
 
+MORE_BITS = "memory recalls more bits per active parameter, embedding and head counted"
 JUDGED = (  # of each place: text, sign of memory against compute, number, unit
     ("memory recalls more facts at equal total parameters", ">", recalled, "bits"),
-    (
-        "memory recalls more bits per active parameter, embedding and head counted",
-        ">",
-        per("active_all"),
-        "bits",
-    ),
+    (MORE_BITS, ">", per("active_all"), "bits"),
     ("compute copies better in the context", "<", "result.kinds.copy", "accuracy"),
     ("compute is better at all in-context tasks", "<", "result.reasoning_acc", "accuracy"),
 )

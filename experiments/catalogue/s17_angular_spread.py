@@ -2,8 +2,7 @@
 
 STEM, 1B: the 95th percentile of |cos| between rows of one table is 0.026, 0.030, 0.033 (layers 1,
 7, 13). Random Gaussian rows of that width have 0.0217, so an *untrained* table is as spread: the
-control that the paper lacks. Expected: trained rows at or above their random control, and within
-twice of it.
+control that the paper lacks. Expected: trained rows at one to two times their random control.
 
     python -m experiments.run s17 --scale=cpu         # S3's run with a third of STEM layers
 """

@@ -3,8 +3,7 @@
 STEM (figure, 350M): STEM's loss has no spikes, a hash-routed mixture of experts spikes at about
 75B, 85B and 112B tokens. Here a spike is a logged training loss above the median of the 21 around
 it by more than 6 times their median deviation, after the warm-up. flexmemory has no hash-routed
-experts, so the contrast is not run. A run that diverges has no result: the report counts it as
-failed.
+experts, so the contrast is not run. The report counts a run that diverges as failed.
 
     python -m experiments.run s20 --scale=cpu         # S3's runs
 """

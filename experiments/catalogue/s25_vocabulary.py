@@ -1,5 +1,4 @@
-"""What does the vocabulary do? A token memory has a row per token, so its capacity grows with V
-while the computing stays.
+"""What does the vocabulary do to a memory with a row per token, while the computing stays?
 
 Reviewers of STEM asked for a vocabulary sweep; nothing is published. A ToL is smaller than the FFN
 weights it replaces only while V < 8 d. Losses per token do not compare over tokenizers, so the

@@ -8,8 +8,7 @@ equal, so that models with more STEM layers have used fewer FLOPs. Expected: tha
 
     python -m experiments.run s3 --scale=cpu
 
-Cost at cpu scale: four runs a seed, one of them E1's; at paper scale dense and third also at 1B
-(S2).
+Cost at cpu scale: four runs a seed, one of them E1's; paper scale has dense and third at 1B too.
 """
 
 from experiments import scales

@@ -1,5 +1,4 @@
-"""Which of a SwiGLU's parts should the table replace: the up-projection, the gate, or nothing
-(added to it)?
+"""Which part of a SwiGLU should the table replace: up-projection, gate, or none (added to it)?
 
 STEM, 350M, average accuracy: stem 50.90, stem-dagger (row added to the up-projection) 50.60 to
 50.74, stem-gate (row in place of the gate) 49.10 beside dense 49.72; losses are not given. The
