@@ -36,8 +36,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.runs import save_failure
 from flexmemory.errors import UserError
-from flexmemory.files import write_json
 from flexmemory.progress import eta
 
 WORKER = (sys.executable, "-m", "experiments.worker")
@@ -267,12 +267,6 @@ def gpus() -> list[str]:
         listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
     return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
-
-
-def save_failure(folder: Path, code: int, error: str) -> None:
-    """Writes a run's failed.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "failed.json", {"name": folder.name, "exit": code, "error": error})
 
 
 def ending(code: int) -> str:
