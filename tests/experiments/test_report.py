@@ -618,7 +618,7 @@ def test_page_of_25_experiments_stays_below_4_mb(out):
 
     claims = made["e1_loss_order"].claims
     both = fabricated.module("Both?", IDS=(), SOURCE="x", claims=claims, analyse=analyse)
-    results = report.collect(out, dict.fromkeys(names, both))
+    results = report.collect(out, modules=dict.fromkeys(names, both))
     one, two = (
         len(page.render(results | {"experiments": results["experiments"][:n]})) for n in (1, 2)
     )
