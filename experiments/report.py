@@ -254,43 +254,39 @@ def variant(runs: list[dict]) -> dict:
 
 
 def curves(out: Path, runs: list[dict]) -> list[dict]:
-    """The loss curves of an experiment's runs, also of those that are still going."""
-    result = []
+    """The loss curves of the variants of these runs, also of those that are still going: {"family",
+    "label", "train", "val"} in the order of the families; a run without a loss has none.
+    """
+    groups: dict[tuple, list] = {}
     for run in runs:
         if metrics := read_metrics(out / run["name"]):
             # config.json is what a run writes first
             model = (read_json(out / run["name"] / "config.json") or {}).get("model") or {}
             pattern = run["overrides"].get("model.pattern") or model.get("pattern")
-            family = family_of(pattern) if pattern else "other"
-            result.append((variant_of(run["name"]), family, metrics))
-    return mean_curves(result)
+            place = FAMILIES.index(family_of(pattern) if pattern else "other")
+            groups.setdefault((place, variant_of(run["name"])), []).append(metrics)
+    made = [
+        {"family": FAMILIES[place], "label": label} | mean_curve(seeds)
+        for (place, label), seeds in sorted(groups.items())
+    ]
+    return [curve for curve in made if curve["train"] or curve["val"]]
 
 
-def mean_curves(runs: list[tuple[str, str, list[dict]]]) -> list[dict]:
-    """One loss curve per variant from (variant, family, metrics) of runs: the mean over those seeds
-    that have come furthest; of the training loss a running mean.
-
-    Returns [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}] in the order of
-    the families; a run without a loss has none.
+def mean_curve(seeds: list[list[dict]]) -> dict:
+    """{"train", "val"}, lists of (step, loss), of the metrics of a variant's runs: the mean over
+    those seeds that have come furthest; of the training loss a running mean.
     """
-    groups: dict[tuple, list] = {}
-    for name, family, metrics in runs:
-        groups.setdefault((FAMILIES.index(family), name), []).append(metrics)
-    result = []
-    for (place, label), members in sorted(groups.items(), key=lambda item: item[0]):
-        furthest = max(metrics[-1]["step"] for metrics in members)
-        rows = [row for m in members if m[-1]["step"] == furthest for row in m]
-        curve = {"family": FAMILIES[place], "label": label}
-        for name, key in (("train", "loss"), ("val", "val_loss")):
-            losses: dict[int, list[float]] = {}
-            for row in rows:
-                if isinstance(row.get(key), int | float) and math.isfinite(row[key]):
-                    losses.setdefault(row["step"], []).append(row[key])
-            curve[name] = [(step, statistics.fmean(ys)) for step, ys in sorted(losses.items())]
-        curve["train"] = smooth(curve["train"])
-        if curve["train"] or curve["val"]:
-            result.append(curve)
-    return result
+    furthest = max(metrics[-1]["step"] for metrics in seeds)
+    rows = [row for metrics in seeds if metrics[-1]["step"] == furthest for row in metrics]
+
+    def mean(key: str) -> list[tuple[int, float]]:
+        losses: dict[int, list[float]] = {}
+        for row in rows:
+            if isinstance(row.get(key), int | float) and math.isfinite(row[key]):
+                losses.setdefault(row["step"], []).append(row[key])
+        return [(step, statistics.fmean(values)) for step, values in sorted(losses.items())]
+
+    return {"train": smooth(mean("loss")), "val": mean("val_loss")}
 
 
 def smooth(points: list, share: float = 0.08) -> list[tuple[int, float]]:
