@@ -7,66 +7,85 @@ from collections.abc import Callable, Iterable
 from experiments.figure import Figure, Series
 from experiments.verdicts import by_variant, mean_spread, number
 
+Number = str | Callable[[dict], float | None]  # of a run: at a dotted path, or by a function
+COSTS = {  # of accounting.account: how an axis names them
+    "active": "active parameters per token (no embedding, no head)",
+    "read_bytes_per_token": "bytes read per decoded token",
+    "flops_per_token": "forward FLOPs per token",
+    "total": "total parameters (no embedding, no head)",
+}
+
 
 def family_of(pattern: str) -> str:
-    """The colour and marker of a model in figures."""
-    kinds = {word.partition("*")[0] for word in pattern.replace("(", " ").replace(")", " ").split()}
-    for kind in ("flex", "stem", "stem-gate", "stem-dagger", "parallel"):
-        if kind in kinds:
-            return kind.partition("-")[0]
-    if "memoryllm" in kinds:
-        return "layers" if "dense" in kinds else "memoryllm"
-    return "attn_only" if "attn_only" in kinds else "dense"
+    """The colour and marker of a model in figures, by what its layers have."""
+    from flexmemory.models.blocks import KINDS, layer_specs  # late: imports jax
+    from flexmemory.models.config import ModelConfig
+
+    layers = layer_specs(ModelConfig(pattern=pattern, beta="1"))
+    ffn = any(layer.d_ffn for layer in layers)
+    if any(layer.d_ffn and layer.d_memory for layer in layers):
+        return "flex"
+    if any(layer.learned for layer in layers):
+        return "stem"
+    if any(getattr(KINDS[layer.kind], "parallel", False) for layer in layers):
+        return "parallel"
+    if any(layer.d_memory for layer in layers):
+        return "layers" if ffn else "memoryllm"
+    return "dense" if ffn else "attn_only"
 
 
 def family(run: dict) -> str:
     return family_of(run["config"]["model"]["pattern"])
 
 
-def mean_of(
-    runs: list[dict], path: str | Callable[[dict], float | None]
-) -> tuple[float | None, float | None]:
-    """(mean, sample standard deviation) over runs of the number at a dotted path, or of a function
-    of the run.
-    """
-    return mean_spread([path(run) if callable(path) else number(run, path) for run in runs])
+def mean_of(runs: list[dict], of: Number) -> tuple[float | None, float | None]:
+    """(mean, sample standard deviation) over runs."""
+    return mean_spread([of(run) if callable(of) else number(run, of) for run in runs])
 
 
-def means(runs: list[dict], paths: str = "", **columns) -> list[dict]:
+def means(runs: list[dict], paths: str = "", **columns: Number) -> list[dict]:
     """One row per variant: its name, its seeds, and of each column mean and ``_std`` where it
-    varies. ``paths``: dotted paths, whose last part names the column; ``columns``: by name, a
-    dotted path or a function of the run.
+    varies. ``paths``: dotted paths, whose last part names the column; ``columns``: by name.
     """
     rows = []
     columns = {path.rpartition(".")[2]: path for path in paths.split()} | columns
     for variant, group in by_variant(runs).items():
         row = {"variant": variant, "family": family(group[0]), "seeds": len(group)}
-        for column, path in columns.items():
-            mean, std = mean_of(group, path)
-            row[column] = mean
-            if std:
-                row[column + "_std"] = std
+        for column, of in columns.items():
+            row[column], std = mean_of(group, of)
+            row |= {f"{column}_std": std} if std else {}
         rows.append(row)
     return rows
 
 
-def bars(name: str, title: str, runs: list[dict], path, y: str, caption: str = "") -> Figure:
+def point(x: float, mean: float | None, std: float | None) -> list[tuple[float, float, float]]:
+    """[(x, mean, spread)]; [] without a mean."""
+    return [] if mean is None else [(x, mean, std or 0.0)]
+
+
+def per_variant(
+    runs: list[dict], style: str, points: Callable[[int, list[dict]], Iterable]
+) -> tuple[Series, ...]:
+    """One series per variant that has points: ``points(its place, its runs)``."""
+    made = [
+        Series(variant, tuple(points(i, group)), style, family(group[0]))
+        for i, (variant, group) in enumerate(by_variant(runs).items())
+    ]
+    return tuple(series for series in made if series.points)
+
+
+def bars(
+    name: str,
+    title: str,
+    runs: list[dict],
+    of: Number,
+    y: str,
+    caption: str = "Means over seeds; whiskers: standard deviation.",
+) -> Figure:
     """One bar per variant, with the spread over seeds."""
-    series, ticks = [], []
-    for i, (variant, group) in enumerate(by_variant(runs).items()):
-        mean, std = mean_of(group, path)
-        if mean is not None:
-            series.append(Series(variant, ((i, mean, std or 0.0),), "bars", family(group[0])))
-            ticks.append((i, variant))
-    return Figure(
-        name,
-        title,
-        caption or "Means over seeds; whiskers: standard deviation.",
-        "",
-        y,
-        tuple(series),
-        ticks=tuple(ticks),
-    )
+    series = per_variant(runs, "bars", lambda i, group: point(i, *mean_of(group, of)))
+    ticks = tuple((bar.points[0][0], bar.label) for bar in series)
+    return Figure(name, title, caption, "", y, series, ticks=ticks)
 
 
 def loss_bars(title: str, runs: list[dict]) -> Figure:
@@ -78,30 +97,20 @@ def scatter(
     name: str,
     title: str,
     runs: list[dict],
-    x_path,
-    y_path,
+    x_of: Number,
+    y_of: Number,
     x: str,
     y: str,
-    caption: str = "",
+    caption: str = "Means over seeds; bars: standard deviation.",
     **options,
 ) -> Figure:
     """One labelled point per variant."""
-    series = []
-    for variant, group in by_variant(runs).items():
-        (x_mean, _), (y_mean, y_std) = mean_of(group, x_path), mean_of(group, y_path)
-        if x_mean is not None and y_mean is not None:
-            series.append(
-                Series(variant, ((x_mean, y_mean, y_std or 0.0),), "points", family(group[0]))
-            )
-    return Figure(
-        name,
-        title,
-        caption or "Means over seeds; bars: standard deviation.",
-        x,
-        y,
-        tuple(series),
-        **options,
-    )
+
+    def points(_, group):
+        at, _ = mean_of(group, x_of)
+        return [] if at is None else point(at, *mean_of(group, y_of))
+
+    return Figure(name, title, caption, x, y, per_variant(runs, "points", points), **options)
 
 
 def mean_lines(
@@ -111,26 +120,21 @@ def mean_lines(
     curve: Callable[[dict], Iterable[tuple[float, float]] | None],
     x: str,
     y: str,
-    caption: str = "",
+    caption: str = "Means over seeds.",
     **options,
 ) -> Figure:
     """One line per variant: ``curve(run)`` gives (x, y) points or None; means over the seeds at
     each x.
     """
-    series = []
-    for variant, group in by_variant(runs).items():
+
+    def points(_, group):
         at: dict[float, list[float]] = {}
         for run in group:
             for px, py in curve(run) or ():
-                if py is not None:
-                    at.setdefault(px, []).append(py)
-        points = tuple(
-            (px, *(value or 0.0 for value in mean_spread(values)))
-            for px, values in sorted(at.items())
-        )
-        if points:
-            series.append(Series(variant, points, "line", family(group[0])))
-    return Figure(name, title, caption or "Means over seeds.", x, y, tuple(series), **options)
+                at.setdefault(px, []).append(py)
+        return [p for px, values in sorted(at.items()) for p in point(px, *mean_spread(values))]
+
+    return Figure(name, title, caption, x, y, per_variant(runs, "line", points), **options)
 
 
 def compute_share(run: dict) -> float | None:
@@ -143,33 +147,38 @@ def compute_share(run: dict) -> float | None:
     return sum(c for c, _ in widths) / sum(c + m for c, m in widths)
 
 
-def noise_of(runs: list[dict], path: str = "result.val_loss") -> float | None:
+def noise_of(runs: list[dict]) -> float | None:
     """Standard deviation of the loss between seeds, mean over the variants; None with one seed."""
-    spread = mean_spread([mean_of(group, path)[1] for group in by_variant(runs).values()])[0]
+    stds = [mean_of(group, "result.val_loss")[1] for group in by_variant(runs).values()]
+    spread, _ = mean_spread(stds)
     return spread and float(f"{spread:.2g}")
 
 
 def loss_against(runs: list[dict], cost: str) -> Figure:
-    """Validation loss against one of the costs of accounting: active, read_bytes_per_token,
-    flops_per_token, total.
-    """
-    axis = {
-        "active": "active parameters per token (no embedding, no head)",
-        "read_bytes_per_token": "bytes read per decoded token",
-        "flops_per_token": "forward FLOPs per token",
-        "total": "total parameters (no embedding, no head)",
-    }[cost]
+    """Validation loss against one of COSTS."""
     return scatter(
         f"loss-{cost.replace('_', '-')}",
-        f"Validation loss against {axis.partition(' (')[0]}",
+        f"Validation loss against {COSTS[cost].partition(' (')[0]}",
         runs,
         f"account.{cost}",
         "result.val_loss",
-        axis,
+        COSTS[cost],
         "validation loss, nat per token",
         "Means over seeds; lower left is better. Bar: standard deviation between seeds.",
         noise=noise_of(runs),
     )
+
+
+def entries(run: dict, measure: str, part: str = "layers") -> list[dict]:
+    """A measure's list, such as one entry per layer from input to output; [] where the measure does
+    not apply.
+    """
+    return number(run, f"measures.{measure}.{part}") or []
+
+
+def layer_values(run: dict, measure: str, key: str) -> list:
+    """One number per layer, see :func:`entries`."""
+    return [entry[key] for entry in entries(run, measure)]
 
 
 def thirds(values: list[float]) -> tuple[float, float, float] | None:
@@ -179,17 +188,8 @@ def thirds(values: list[float]) -> tuple[float, float, float] | None:
     if len(values) < 3 or None in values:
         return None
     n = len(values) // 3
-    return tuple(
-        sum(part) / len(part)
-        for part in (values[:n], values[n : len(values) - n], values[len(values) - n :])
-    )
-
-
-def layer_values(run: dict, measure: str, key: str) -> list:
-    """The numbers of a measure that has one entry per layer, from input to output; [] where it does
-    not apply.
-    """
-    return [entry[key] for entry in (number(run, f"measures.{measure}") or {}).get("layers", [])]
+    parts = values[:n], values[n : len(values) - n], values[len(values) - n :]
+    return tuple(sum(part) / len(part) for part in parts)
 
 
 def third(measure: str, key: str, i: int) -> Callable[[dict], float | None]:
@@ -206,7 +206,7 @@ def rises(run: dict, measure: str, x: str | Callable[[dict], float]) -> list[tup
     """[(x of a measure's point, rise of its loss over the first point in nat)], where both losses
     are known.
     """
-    points = (number(run, f"measures.{measure}") or {}).get("points", [])
+    points = entries(run, measure, "points")
     at = x if callable(x) else lambda point: point[x]
     losses = [(at(point), point["val_loss"], points[0]["val_loss"]) for point in points]
     return [(value, loss - first) for value, loss, first in losses if None not in (loss, first)]
@@ -219,23 +219,15 @@ def by_layer(
     measure: str,
     key: str,
     y: str,
-    caption: str = "",
+    caption: str = "Means over seeds.",
     **options,
 ) -> Figure:
     """One line per variant over the layers."""
-    return mean_lines(
-        name,
-        title,
-        runs,
-        lambda run: [
-            (entry["layer"], entry[key])
-            for entry in (number(run, f"measures.{measure}") or {}).get("layers", [])
-        ],
-        "layer, from input",
-        y,
-        caption,
-        **options,
-    )
+
+    def curve(run):
+        return [(entry["layer"], entry[key]) for entry in entries(run, measure)]
+
+    return mean_lines(name, title, runs, curve, "layer, from input", y, caption, **options)
 
 
 def layer_lines(
@@ -245,27 +237,17 @@ def layer_lines(
     measure: str,
     keys: dict[str, str],
     y: str,
-    caption: str = "",
+    caption: str = "Means over seeds.",
 ) -> Figure:
     """Several numbers of a measure over the layers, one line each: ``keys`` {number: label}. Means
     over all runs.
     """
-    series = []
+    lines = []
     for key, label in keys.items():
-        columns = zip(*(layer_values(run, measure, key) for run in runs), strict=True)
-        points = tuple(
-            (layer, *(value or 0.0 for value in mean_spread(list(column))))
-            for layer, column in enumerate(columns)
-        )
-        series.append(Series(label, points))
-    return Figure(
-        name,
-        title,
-        caption or "Means over seeds.",
-        "memory layer, from input",
-        y,
-        tuple(line for line in series if line.points),
-    )
+        layers = zip(*(layer_values(run, measure, key) for run in runs), strict=True)
+        points = [p for i, layer in enumerate(layers) for p in point(i, *mean_spread(layer))]
+        lines += [Series(label, tuple(points))] if points else []
+    return Figure(name, title, caption, "memory layer, from input", y, tuple(lines))
 
 
 def measured(runs: list[dict], measure: str, part: str, columns: str) -> list[dict]:
@@ -274,19 +256,12 @@ def measured(runs: list[dict], measure: str, part: str, columns: str) -> list[di
     """
     rows = []
     for variant, group in by_variant(runs).items():
-        lists = [
-            found[part]
-            for run in group
-            if (found := number(run, f"measures.{measure}")) and found.get("applies", True)
-        ]
-        for entries in zip(*lists, strict=False):
-            row = {"variant": variant, "family": family(group[0]), "seeds": len(entries)}
+        lists = [found for run in group if (found := entries(run, measure, part))]
+        for same in zip(*lists, strict=False):
+            row = {"variant": variant, "family": family(group[0]), "seeds": len(same)}
             for column in columns.split():
-                values = [number(entry, column) for entry in entries]
-                row[column.replace(".", "_")] = (
-                    values[0]
-                    if isinstance(values[0], str) or len(set(values)) == 1
-                    else mean_spread(values)[0]
-                )
+                values = [number(entry, column) for entry in same]
+                alike = isinstance(values[0], str) or len(set(values)) == 1
+                row[column.replace(".", "_")] = values[0] if alike else mean_spread(values)[0]
             rows.append(row)
     return rows

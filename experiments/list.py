@@ -18,12 +18,8 @@ from flexmemory.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m experiments.list", __doc__)
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        action="append",
-        help="folders of runs whose verdicts to show; default all below runs/",
-    )
+    runs = "folders of runs whose verdicts to show; default all below runs/"
+    parser.add_argument("--runs", type=Path, action="append", help=runs)
     try:
         args = parser.parse_args(argv)
         verdicts = last_verdicts(args.runs or sorted(Path("runs").glob("*")))
@@ -35,13 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         table.add_column(column, overflow="fold", no_wrap=column in ("name", "scales"))
     for name in catalogue.names():
         module = catalogue.load(name)
-        table.add_row(
-            name,
-            module.SOURCE,
-            module.__doc__.strip().splitlines()[0],
-            " ".join(catalogue.scales_of(module)),
-            verdicts.get(name, "not run"),
-        )
+        question, scales = module.__doc__.strip().splitlines()[0], catalogue.scales_of(module)
+        last = verdicts.get(name, "not run")
+        table.add_row(name, module.SOURCE, question, " ".join(scales), last)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 
@@ -49,22 +41,13 @@ def main(argv: list[str] | None = None) -> int:
 def last_verdicts(folders: list[Path]) -> dict[str, str]:
     """{experiment: "cpu: 2 reproduced, 1 within noise"} from the newest results.json with it."""
     made: dict[str, str] = {}
-    dated = [
-        (path.stat().st_mtime, path)
-        for folder in folders
-        if (path := folder / "results.json").exists()
-    ]
-    for _, path in sorted(dated):
+    paths = [path for folder in folders if (path := folder / "results.json").exists()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         try:
-            results = json.loads(path.read_text())
-            for entry in results["experiments"]:
-                counts = {
-                    verdict: sum(claim["verdict"] == verdict for claim in entry["claims"])
-                    for verdict in VERDICTS
-                }
-                made[entry["name"]] = f"{entry['scale']}: " + (
-                    ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no claims"
-                )
+            for entry in json.loads(path.read_text())["experiments"]:
+                found = [claim["verdict"] for claim in entry["claims"]]
+                counts = [f"{found.count(v)} {v}" for v in VERDICTS if v in found]
+                made[entry["name"]] = f"{entry['scale']}: {', '.join(counts) or 'no claims'}"
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path}: not the results of experiments; write it again with python -m"

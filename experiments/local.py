@@ -1,9 +1,8 @@
-"""Runs on this machine: a queue of runs, one worker process per device, and a table of how far they
-are.
+"""Runs on this machine: one worker process per device, and a table of how far the runs are.
 
-The launcher writes the name of a run to a worker's stdin and reads from its stdout when the run
-starts and ends. A worker does many runs, so that JAX starts once per device. An empty line ends it;
-where the launcher dies, stdin ends without one, and the worker stops at a checkpoint.
+A worker says on its stdout that it is ready, gets the name of a run on stdin, and says when the run
+starts and ends. It does many runs, so that JAX starts once per device. An empty name ends it; where
+the launcher dies, stdin ends without one, and the worker stops at a checkpoint.
 """
 
 import contextlib
@@ -22,17 +21,23 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
+from typing import IO
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
+from experiments.runs import save_failure
 from flexmemory.errors import UserError
-from flexmemory.files import write_json
 from flexmemory.progress import eta
 
 WORKER = (sys.executable, "-m", "experiments.worker")
@@ -60,54 +65,112 @@ def run_local(
     every worker stop at a checkpoint, the second kills them; KeyboardInterrupt is raised when the
     last has ended. Raises UserError where no worker starts.
     """
-    out, free, waiting, workers = Path(out), deque(places(devices)), deque(names), {}
-    refused, answered = "", 0
-    with (
-        caught(signal.SIGINT, signal.SIGTERM, signal.SIGUSR2) as signals,
-        Board(out, names, steps) as board,
-        ThreadPoolExecutor(len(free)) as pool,
-    ):
+    waiting, refused = deque(names), []
+    workers: dict[str, subprocess.Popen] = {}  # by the name of their place
+
+    def next_run() -> str | None:
+        with contextlib.suppress(IndexError):
+            return None if signals else waiting.popleft()
+
+    def serve(place: Place) -> None:
+        """Has a worker at the place while runs wait; another one where it has died."""
+        while waiting and not signals:
+            with tempfile.TemporaryFile("w+", errors="replace") as stderr:  # outside of runs
+                process = workers[place.name] = started(worker, out, place, stderr)
+                name, ready = answered(process, next_run, board)
+                code = process.wait()
+                kill(workers.pop(place.name))  # what it started, where that is left
+                stderr.seek(0)
+                said = stderr.read().splitlines()
+            if code in INTERRUPTED and not signals:
+                time.sleep(1)  # a signal to a whole job reaches the launcher a little later
+            if name and not signals:
+                last = tail(out / name) or said[-TAIL:]
+                save_failure(out / name, code, "\n".join([f"worker {ending(code)}", *last]))
+                board.event("failed", name, f"worker {ending(code)}")
+            elif not ready and not signals:  # the device or the installation is bad, not a run
+                refused.append(f"{place.name}, {ending(code)}: {(said or ['no message'])[-1]}")
+                board.say(f"no worker starts on {refused[-1]}")
+                return
+
+    chosen, told = places(devices)[: max(1, len(names))], False
+    board = Board(out, names, steps)
+    table = board.table if board.terminal else contextlib.nullcontext()
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR2
+    with caught(*numbers) as signals, table, ThreadPoolExecutor(len(chosen)) as pool:
+        tasks = [pool.submit(serve, place) for place in chosen]
         try:
-            while workers or (waiting and free and not signals):
-                while waiting and free and not signals:
-                    one = Worker(free.popleft(), out, worker)
-                    task = pool.submit(one.serve, waiting.popleft(), waiting, signals, board)
-                    workers[task] = one
-                if answered < len(signals):
-                    answered += 1
-                    first = answered == 1
-                    now = "at a checkpoint; again to stop at once" if first else "at once"
-                    board.say(f"stopping {now}")
-                    for one in workers.values():
-                        one.process.send_signal(signal.SIGINT) if first else one.kill()
-                ended, _ = wait(workers, POLL, FIRST_COMPLETED)
-                for one in workers.values():
-                    if one.process.poll() is not None:
-                        one.kill()  # its children, which may hold its stdout open
-                for task in ended:
-                    one, code = workers.pop(task), task.result()
-                    if code in INTERRUPTED and not signals:
-                        time.sleep(1)  # a signal to a whole job reaches the launcher a little later
-                    if one.name is None or signals:
-                        free.append(one.place)
-                    elif one.ready:
-                        save_failure(out, one, code)
-                        board.event("failed", one.name, f"worker {ending(code)}")
-                        free.append(one.place)
-                    else:  # the device or the installation is bad, not the run
-                        why = (one.errors(1) or ["no message"])[0]
-                        refused = f"{one.place.name}, {ending(code)}: {why}"
-                        board.say(f"no worker starts on {refused}")
-                        waiting.appendleft(one.name)
+            while wait(tasks, POLL).not_done:
+                if signals and not told:
+                    told = True
+                    board.say("stopping at a checkpoint; again to stop at once")
+                    for process in list(workers.values()):
+                        process.send_signal(signal.SIGINT)
+                for process in list(workers.values()):
+                    if process.poll() is not None:
+                        kill(process)  # its children, which may hold its stdout open
                 board.tick()
-        finally:
-            for one in workers.values():
-                one.kill()
+            board.tick()
+        except BaseException:
+            waiting.clear()
+            for process in list(workers.values()):
+                kill(process)
+            raise
     if signals:
         raise KeyboardInterrupt
+    for task in tasks:
+        task.result()  # raises what was raised there
     if waiting:
-        raise UserError(f"no worker starts; the last one, on {refused}")
+        raise UserError(f"no worker starts; the last one, on {refused[-1]}")
     return [name for name in names if board.states[name] == "failed"]
+
+
+def answered(
+    process: subprocess.Popen, next_run: Callable[[], str | None], board: "Board"
+) -> tuple[str | None, bool]:
+    """Hands runs to a worker until its stdout ends: (the run that it ended in, whether it was ever
+    ready for one).
+    """
+    name, ready = None, False
+    with contextlib.suppress(BrokenPipeError):  # it died, as the end of its stdout says
+        for line in process.stdout:
+            word, run, rest = (*line.rstrip("\n").split(" ", 2), "", "")[:3]
+            if word == "ready":
+                name, ready = next_run(), True
+                print(name or "", file=process.stdin, flush=True)
+            elif word in STATES:
+                board.event(word, run, rest)
+                name = None if word in ("done", "failed") else name
+    return name, ready
+
+
+def started(command: tuple[str, ...], out: Path, place: "Place", stderr: IO) -> subprocess.Popen:
+    """A worker process on its place."""
+    process = subprocess.Popen(
+        [*command, str(out), "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        errors="replace",
+        env=os.environ | place.env | {"PYTHONPATH": python_path()},
+        start_new_session=True,  # Ctrl-C comes to the launcher alone
+    )
+    if place.cores:
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(process.pid, place.cores)
+    return process
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Ends a worker and the processes that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def python_path() -> str:
+    """PYTHONPATH with which a worker finds this package."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def runs_from_launcher() -> Iterator[str]:
@@ -125,14 +188,24 @@ def runs_from_launcher() -> Iterator[str]:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=read, daemon=True).start()
-    yield from iter(names.get, "")
+    name = "none yet"
+    while name:
+        print("ready", flush=True)
+        if name := names.get():
+            yield name
 
 
 @contextlib.contextmanager
 def caught(*numbers: int) -> Iterator[list[int]]:
-    """A list of the signals of these numbers that came; they do nothing else meanwhile."""
+    """Holds the first signal of these numbers; from the second on each raises KeyboardInterrupt."""
     signals: list[int] = []
-    before = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in numbers}
+
+    def hold(number: int, _: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, hold) for number in numbers}
     try:
         yield signals
     finally:
@@ -157,22 +230,16 @@ def places(devices: int | None = None) -> list[Place]:
     threads whatever runs beside it. ``devices`` takes the first GPUs, or cuts the cores into so
     many shares. Raises UserError for more than there are.
     """
-    available = accelerators()
-    if available:
-        most = len(available)
-        count = devices or most
-    else:
-        pins = hasattr(os, "sched_getaffinity")  # Linux alone
-        cores = sorted(os.sched_getaffinity(0)) if pins else []
-        most = len(cores) or os.cpu_count() or 1
-        count = devices or min(most, MAX_CPU_WORKERS)
-        ends = [i * len(cores) // max(count, 1) for i in range(count + 1)]
-        available = [
-            Place(f"CPU {i}", {}, tuple(cores[ends[i] : ends[i + 1]])) for i in range(count)
-        ]
+    found = accelerators()
+    pins = hasattr(os, "sched_getaffinity")  # Linux alone
+    cores = sorted(os.sched_getaffinity(0)) if pins else []
+    most = len(found) or len(cores) or os.cpu_count() or 1
+    count = devices or (most if found else min(most, MAX_CPU_WORKERS))
     if not 1 <= count <= most:
         raise UserError(f"--devices: {devices} is outside 1..{most}, what there is on this machine")
-    return available[:count]
+    ends = [i * len(cores) // count for i in range(count + 1)]
+    shares = [tuple(cores[ends[i] : ends[i + 1]]) for i in range(count)]
+    return found[:count] or [Place(f"CPU {i}", {}, share) for i, share in enumerate(shares)]
 
 
 def accelerators() -> list[Place]:
@@ -202,67 +269,6 @@ def gpus() -> list[str]:
     return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
-class Worker:
-    """A worker process on its place. ``name``: its run; ``ready``: it has ever started one."""
-
-    def __init__(self, place: Place, out: Path, command: tuple[str, ...]):
-        self.place, self.name, self.ready = place, None, False
-        self.stderr = tempfile.TemporaryFile()  # what it says outside of runs
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        self.process = subprocess.Popen(
-            [*command, str(out), "-"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.stderr,
-            text=True,
-            errors="replace",
-            env=os.environ | place.env | {"PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C comes to the launcher alone
-        )
-        if place.cores:
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(self.process.pid, place.cores)
-
-    def serve(self, name: str, waiting: deque, signals: list, board: "Board") -> int:
-        """Does a run and then those that wait; returns the exit code, negative for a signal."""
-        self.name = name
-        with contextlib.suppress(BrokenPipeError):  # it died, as the end of its stdout says
-            print(name, file=self.process.stdin, flush=True)
-            for line in self.process.stdout:
-                word, run, rest = (*line.rstrip("\n").split(" ", 2), "", "")[:3]
-                if word not in STATES:
-                    continue
-                self.ready = True
-                board.event(word, run, rest)
-                if word in ("done", "failed"):
-                    self.name = None
-                    with contextlib.suppress(IndexError):
-                        self.name = None if signals else waiting.popleft()
-                    print(self.name or "", file=self.process.stdin, flush=True)
-            self.process.stdin.close()
-        code = self.process.wait()
-        self.kill()  # what it started, where that is left
-        self.process.stdout.close()
-        return code
-
-    def errors(self, lines: int) -> list[str]:
-        self.stderr.seek(0)
-        return self.stderr.read().decode(errors="replace").splitlines()[-lines:]
-
-    def kill(self) -> None:
-        """Ends it and the processes that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def save_failure(out: Path, worker: Worker, code: int) -> None:
-    """Writes failed.json of the run that a worker died in, with the last lines of output."""
-    lines = [f"worker {ending(code)}", *(tail(out / worker.name) or worker.errors(TAIL))]
-    (out / worker.name).mkdir(parents=True, exist_ok=True)
-    failure = {"name": worker.name, "exit": code, "error": "\n".join(lines)}
-    write_json(out / worker.name / "failed.json", failure)
-
-
 def ending(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
@@ -283,48 +289,49 @@ def tail(folder: Path) -> list[str]:
 
 
 def progress(folder: Path) -> dict[str, float]:
-    """The latest "step", "loss", "tokens_per_s", "step_tokens" of a run, those that are there."""
+    """The latest "step", "loss" and "tokens_per_s" of a run, those that are there."""
     latest: dict[str, float] = {}
     for line in last_lines(folder / "metrics.jsonl", 8192):
-        with contextlib.suppress(ValueError, AttributeError, KeyError):  # a line that is cut
-            row = json.loads(line)
-            keys = ("step", "loss", "tokens_per_s")
-            latest |= {key: row[key] for key in keys if row.get(key) is not None}
-            latest |= {"step_tokens": row["tokens"] / row["step"]} if "tokens" in row else {}
+        with contextlib.suppress(ValueError, AttributeError):  # a line that is cut
+            latest |= {key: value for key, value in json.loads(line).items() if value is not None}
     return latest
 
 
 class Board:
-    """Where each run stands, on stderr: a live table on a terminal, a few lines elsewhere."""
+    """Where the runs stand, on stderr: on a terminal a live table of those that run, elsewhere a
+    few lines. rich's progress bars count the steps, and so tell the time left.
+    """
 
     def __init__(self, out: Path, names: list[str], steps: dict[str, int]):
-        self.out, self.steps, self.states = out, steps, dict.fromkeys(names, "waiting")
-        self.began = self.printed = time.monotonic()
-        self.seen = {name: progress(out / name) for name in names}
-        self.before = sum(seen.get("step", 0) for seen in self.seen.values())
-        self.console = Console(stderr=True)
-        self.live = Live(console=self.console, auto_refresh=False)
-        self.terminal = self.console.is_terminal
-
-    def __enter__(self):
-        if self.terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *exc):
-        if self.terminal:
-            self.draw()
-            self.live.stop()
+        self.out, self.states, self.printed = out, dict.fromkeys(names, "waiting"), time.monotonic()
+        self.table = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            speed_estimate_period=600,
+        )
+        self.console, self.terminal = self.table.console, self.table.console.is_terminal
+        made = {name: progress(out / name).get("step", 0) for name in names}  # by an earlier start
+        add = partial(self.table.add_task, note="")
+        self.tasks = {
+            name: add(name, total=steps[name], completed=made[name], visible=False)
+            for name in names
+        }
+        whole = sum(steps[name] for name in names)
+        self.whole = add(self.summary(), total=whole, completed=sum(made.values()))
 
     def say(self, text: str) -> None:
-        if self.terminal:
-            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def event(self, word: str, name: str, rest: str) -> None:
         """``word``: start, done, failed or stopped, as workers print them."""
-        self.states[name], self.seen[name] = STATES[word], progress(self.out / name)
+        self.states[name], task = STATES[word], self.tasks[name]
+        self.table.update(task, visible=self.states[name] == "running")
+        if word == "done":
+            self.table.update(task, completed=self.table.tasks[task].total)
         if word == "failed":
             log = self.out / name / "log.txt"
             head = f"failed {name}: {rest}; the last lines of {log}:"
@@ -334,62 +341,21 @@ class Board:
             self.say(f"{word} {name}{after}")
 
     def tick(self) -> None:
-        """Shows what has changed, where it is time to."""
-        if self.terminal:
-            self.draw()
-        elif time.monotonic() - self.printed >= LOG_EVERY:
-            self.printed = time.monotonic()
-            self.look()
-            self.say(self.summary())
-
-    def look(self) -> None:
-        running = [name for name, state in self.states.items() if state == "running"]
-        self.seen |= {name: progress(self.out / name) for name in running}
-
-    def step(self, name: str) -> int:
-        return self.steps[name] if self.states[name] == "done" else self.seen[name].get("step", 0)
+        """Looks where the runs are; says so where there is no table and it is time."""
+        for name in [name for name, state in self.states.items() if state == "running"]:
+            seen = progress(self.out / name)
+            rate = f"{seen['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in seen else ""
+            note = f"loss {seen['loss']:.4f}  {rate}" if "loss" in seen else rate
+            self.table.update(self.tasks[name], completed=seen.get("step", 0), note=note)
+        whole = self.table.tasks[self.whole]
+        made = sum(self.table.tasks[task].completed for task in self.tasks.values())
+        self.table.update(self.whole, completed=made, description=self.summary())
+        if not self.terminal and time.monotonic() - self.printed >= LOG_EVERY:
+            self.printed, left = time.monotonic(), whole.time_remaining
+            self.say(whole.description + (f"; {eta(left)} left" if left else ""))
 
     def summary(self) -> str:
-        states, left = list(self.states.values()), self.left()
+        states = list(self.states.values())
         order = ("done", "failed", "running", "waiting")
         counts = ", ".join(f"{n} {state}" for state in order if (n := states.count(state)))
-        return f"{len(states)} runs: {counts}" + ("" if left is None else f"; {eta(left)} left")
-
-    def left(self) -> float | None:
-        """Seconds until all are done, at the rate of the steps since the start; None before the
-        first step and after the last.
-        """
-        going = [name for name, state in self.states.items() if state in ("running", "waiting")]
-        remaining = sum(self.steps[name] - self.step(name) for name in going)
-        trained = sum(map(self.step, self.states)) - self.before
-        if trained <= 0 or remaining <= 0:
-            return None
-        return remaining * (time.monotonic() - self.began) / trained
-
-    def rows(self, most: int) -> list[tuple[str, ...]]:
-        """(run, state, step, loss, rate, left) of at most so many runs: those that run and those
-        that failed first.
-        """
-        order = ("running", "failed", "waiting", "done")
-        rows = []
-        for name in sorted(self.states, key=lambda name: order.index(self.states[name]))[:most]:
-            seen, step, state = self.seen[name], self.step(name), self.states[name]
-            rate = seen.get("tokens_per_s") if state == "running" else None
-            left = ""
-            if rate and "step_tokens" in seen:
-                left = eta((self.steps[name] - step) * seen["step_tokens"] / rate)
-            loss = f"{seen['loss']:.4f}" if "loss" in seen else ""
-            speed = f"{rate:,.0f} tokens/s" if rate else ""
-            rows.append((name, state, f"{step:,}/{self.steps[name]:,}", loss, speed, left))
-        return rows
-
-    def draw(self) -> None:
-        self.look()
-        table = Table(box=None, pad_edge=False)
-        for column in ("run", "state", "step", "loss", "rate", "left"):
-            side = "left" if column in ("run", "state") else "right"
-            table.add_column(column, justify=side, no_wrap=True, overflow="ellipsis")
-        styles = {"failed": "red", "done": "dim", "waiting": "dim"}
-        for row in self.rows(max(1, self.console.height - 3)):
-            table.add_row(*map(Text, row), style=styles.get(row[1], ""))
-        self.live.update(Group(table, Text(self.summary())), refresh=True)
+        return f"{len(states)} runs: {counts}"

@@ -1,6 +1,7 @@
 """The report's page: results as one HTML file that needs nothing else, by report.html.j2."""
 
 import re
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,25 +20,14 @@ def render(results: dict) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": tables.count,
-        "size": tables.size,
-        "duration": tables.seconds,
-        "cell": tables.cell,
-        "slug": lambda name: re.sub(r"[^A-Za-z0-9_-]", "-", name),
-        "quote": quote,
-    }
-    environment.globals |= {
-        "tables": tables,
-        "summary": summary,
-        "styles": plots.STYLES,
-        "tones": TONES,
-        "heading": heading,
-        "figure": figure,
-        "curves": curves,
-        "states": states,
-        "told": told,
-    }
+    environment.filters.update(
+        count=tables.count, size=tables.size, duration=tables.seconds, cell=tables.cell
+    )
+    environment.filters.update(slug=partial(re.sub, r"[^A-Za-z0-9_-]", "-"), quote=quote)
+    environment.globals.update(tables=tables, summary=summary, styles=plots.STYLES, tones=TONES)
+    environment.globals.update(
+        heading=heading, figure=figure, curves=curves, states=states, told=told
+    )
     return environment.get_template("report.html.j2").render(r=results)
 
 

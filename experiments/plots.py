@@ -9,12 +9,12 @@ import math
 import re
 import textwrap
 import warnings
-from collections import Counter
+from collections.abc import Callable
 from urllib.parse import quote
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter
 
 from experiments.tables import count
 
@@ -34,13 +34,12 @@ PALETTE = "#2563b8 #b5500a #14774f #8a3ab0 #c0293b #0c7489 #6f6a0f #b8287f #7d50
 MARKERS = "os^DvPX<>hp*"
 DASHES = ("-", "--", ":", "-.")
 GREY = "#6b717b"
-FONT = "'DejaVu Sans', sans-serif"  # measured with; a reader without it has its own
-WIDTH = 4.8  # inches
+WIDTH, HEIGHT = 4.8, 3.0  # inches, the legend's lines not counted
 CLOUD = 300  # from so many points on they are dots, drawn as pixels
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flexmemory",  # equal inputs, equal bytes
-    "font.sans-serif": ["DejaVu Sans"],
+    "font.sans-serif": ["DejaVu Sans"],  # measured with; a reader without it has its own
     "font.size": 9.5,
     "text.parse_math": False,
     "legend.fontsize": 8.5,
@@ -72,27 +71,50 @@ def figure_svg(figure: dict) -> str:
 
 
 def curves_svg(curves: list[dict]) -> str:
-    """Loss curves of variants, see :func:`paint_curves`."""
-    return render(lambda ax: paint_curves(ax, curves))
+    """Training loss (faint) and validation loss of variants: [{"family", "label", "train": [(step,
+    loss)], "val": [(step, loss)]}].
+    """
+    kinds = {"train": "faint", "val": "line"}
+    series = [
+        {"label": c["label"], "family": c["family"], "style": style, "points": c[kind]}
+        for c in curves
+        for kind, style in kinds.items()
+        if c[kind]
+    ]
+    axes = {"x": "training step", "y": "loss, nat per token", "log_x": False, "log_y": False}
+
+    def draw(ax):
+        paint(ax, axes | {"ticks": (), "lines": (), "noise": None}, series)
+        # the first fifth of training, where the loss falls from the log of the vocabulary, is cut
+        late = [y for s in series for x, y in s["points"] if x >= 0.22 * s["points"][-1][0]]
+        margin = 0.05 * (max(late) - min(late) or 1)
+        ax.set_ylim(min(late) - margin, max(late) + margin)
+
+    return render(draw)
 
 
-def render(paint, height: float = 3.0) -> str:
-    """The SVG of axes that ``paint(ax)`` fills, above the legend of what it labelled."""
+def render(draw: Callable) -> str:
+    """The SVG of axes that ``draw(ax)`` fills, above the legend of what it labelled."""
     stream = io.StringIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # tokens of any script: the reader's fonts draw them
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         ax = figure.add_subplot()
-        paint(ax)
-        legend_below(figure, ax)
+        draw(ax)
+        handles, labels = ax.get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True))  # a label that comes twice is named once
+        if named:
+            labels = [textwrap.shorten(label, 60, placeholder=" …") for label in named]
+            columns = max(1, min(4, 70 // (max(map(len, labels)) + 6)))
+            figure.set_figheight(HEIGHT + 0.19 * math.ceil(len(labels) / columns))
+            figure.legend(named.values(), labels, loc="outside lower center", ncols=columns)
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata, dpi=96)
     svg = stream.getvalue()
     svg = re.sub(r"\s*\n\s*", " ", svg[svg.index("<svg") :])
-    svg = svg.replace(f"font-family: {FONT}; ", "").replace(
-        "*{", "*{font-family: DejaVu Sans, sans-serif;", 1
-    )
+    svg = re.sub("font-family: [^;]*; ", "", svg)  # once for all, in its style sheet
+    svg = svg.replace("*{", "*{font-family: DejaVu Sans, sans-serif;", 1)
     svg = re.sub('<g id="[^"]*"', "<g", svg)
     # a hundredth of a point is enough; numbers of texts, outside tags, keep their digits
     return re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
@@ -101,17 +123,6 @@ def render(paint, height: float = 3.0) -> str:
 def data_uri(svg: str) -> str:
     """The SVG for the src of an <img>, shorter than in base64."""
     return svg and "data:image/svg+xml," + quote(svg, safe=" /:;,=?@+$!*()")
-
-
-def legend_below(figure, ax) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))  # a label that comes twice is named once
-    if named:
-        labels = [textwrap.shorten(label, 60, placeholder=" …") for label in named]
-        columns = max(1, min(4, 70 // (max(map(len, labels)) + 6)))
-        lines = math.ceil(len(labels) / columns)
-        figure.set_size_inches(WIDTH, figure.get_figheight() + 0.19 * lines)
-        figure.legend(list(named.values()), labels, loc="outside lower center", ncols=columns)
 
 
 def printable(value):
@@ -138,64 +149,65 @@ def looks(series: list[dict]) -> list[dict]:
     and label look alike.
     """
     keys = [(s["family"], s["label"] or i) for i, s in enumerate(series)]
-    distinct = list(dict.fromkeys(keys))
-    families, before, known = Counter(family for family, _ in distinct), Counter(), {}
-    for i, (family, label) in enumerate(distinct):
-        n = before[family]
-        if families[family] > 4 or (family == "other" and families[family] > 1):
+    distinct, known = list(dict.fromkeys(keys)), {}
+    for i, key in enumerate(distinct):
+        family = key[0]
+        alike = [other for other in distinct if other[0] == family]
+        if len(alike) > 4 or (family == "other" and len(alike) > 1):
             look = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)], DASHES[0]
         else:
-            colour, marker = STYLES[family]
+            n, (colour, marker) = alike.index(key), STYLES[family]
             look = colour, MARKERS[(MARKERS.index(marker) + n) % len(MARKERS)], DASHES[n]
-        before[family] += 1
-        known[family, label] = dict(zip(("color", "marker", "linestyle"), look, strict=True))
-    return [
-        known[key] | ({"linestyle": "--"} if s.get("dashed") else {})
-        for key, s in zip(keys, series, strict=True)
-    ]
+        known[key] = dict(zip(("color", "marker", "linestyle"), look, strict=True))
+    dashed = [{"linestyle": "--"} if s.get("dashed") else {} for s in series]
+    return [known[key] | more for key, more in zip(keys, dashed, strict=True)]
 
 
 def paint(ax, figure: dict, series: list[dict]) -> None:
     """Fills the axes with the series of a figure."""
     ax.set_xscale("log" if figure["log_x"] else "linear")
     ax.set_yscale("log" if figure["log_y"] else "linear")
-    ticks = dict(figure["ticks"])
     dots = sum(len(s["points"]) for s in series if s["style"] == "points")
     for s, look in zip(series, looks(series), strict=True):
         look["label"] = s["label"] or "_"  # matplotlib leaves labels that begin with _ out
-        if s["style"] == "line":
-            marker = look["marker"] if len(s["points"]) <= 40 else ""
-            paint_points(ax, s["points"], look | {"marker": marker})
-        elif s["style"] == "points" and dots > CLOUD:
-            x, y = zip(*(p[:2] for p in s["points"]), strict=True)
-            ax.plot(x, y, **look | {"linestyle": "", "marker": "."}, ms=4, mew=0, rasterized=True)
+        if s["style"] == "faint":
+            look |= {"linewidth": 0.8, "alpha": 0.3, "marker": "", "linestyle": "-"}
+        elif s["style"] == "line" and len(s["points"]) > 40:
+            look |= {"marker": ""}
         elif s["style"] == "points":
-            paint_points(ax, s["points"], look | {"linestyle": ""})
-    paint_bars(ax, [s for s in series if s["style"] == "bars"], ticks)
+            look |= {"linestyle": ""}
+            if dots > CLOUD:
+                look |= {"marker": ".", "markersize": 4, "mew": 0, "rasterized": True}
+        if s["style"] != "bars":
+            paint_points(ax, s["points"], look)
+    paint_bars(ax, [s for s in series if s["style"] == "bars"], dict(figure["ticks"]))
+    at_side = {"transform": ax.get_yaxis_transform(), "color": GREY}
     for y, text in figure["lines"]:
         if y is not None and (y > 0 or not figure["log_y"]):
             ax.axhline(y, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-            place = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-            ax.text(0.99, y, text, color=GREY, fontsize=8, **place)
+            ax.text(0.99, y, text, fontsize=8, ha="right", va="bottom", **at_side)
     if noise := figure["noise"]:
         low, high = ax.get_ylim()
-        ends, label = [low, low + noise], f"noise between seeds, {noise:g}"
-        place = {"transform": ax.get_yaxis_transform(), "marker": "_", "ms": 6}
-        ax.plot([0.02, 0.02], ends, color=GREY, lw=2, label=label, **place)
+        label = f"noise between seeds, {noise:g}"
+        ax.plot([0.02, 0.02], [low, low + noise], lw=2, marker="_", label=label, **at_side)
         ax.set_ylim(low, high)
     ax.set_xlabel(textwrap.fill(figure["x"], 60))
     ax.set_ylabel(textwrap.fill(figure["y"], 36))
-    ticks_of(ax, ticks)
+    ticks_of(ax, dict(figure["ticks"]))
 
 
 def paint_points(ax, points: list, look: dict) -> None:
     """Points, joined or not; their spreads as bars up and down."""
     x, y = zip(*(p[:2] for p in points), strict=True)
-    spreads = [p[2] if len(p) > 2 and p[2] and math.isfinite(p[2]) else 0 for p in points]
+    spreads = spreads_of(points)
     if any(spreads):
         ax.errorbar(x, y, yerr=spreads, elinewidth=0.9, **look)
     else:
         ax.plot(x, y, **look)
+
+
+def spreads_of(points: list) -> list[float]:
+    return [p[2] if len(p) > 2 and p[2] and math.isfinite(p[2]) else 0 for p in points]
 
 
 def paint_bars(ax, series: list[dict], ticks: dict) -> None:
@@ -214,18 +226,14 @@ def paint_bars(ax, series: list[dict], ticks: dict) -> None:
     for i, (s, look) in enumerate(zip(series, looks(series), strict=True)):
         named = all(ticks.get(p[0]) == s["label"] for p in s["points"])
         label = "_" if named else s["label"] or "_"
-        points = [
-            (p[0] + (at[p[0]].index(i) - (len(at[p[0]]) - 1) / 2) * width, *p[1:])
-            for p in s["points"]
-        ]
+        x = [p[0] + (at[p[0]].index(i) - (len(at[p[0]]) - 1) / 2) * width for p in s["points"]]
         if alike:
+            points = [(px, *p[1:]) for px, p in zip(x, s["points"], strict=True)]
             paint_points(ax, points, look | {"linestyle": "", "label": label})
         else:
-            x, y = zip(*(p[:2] for p in points), strict=True)
-            ax.bar(x, y, 0.9 * width, color=look["color"], label=label)
-            spread = [(px, py, *more) for px, py, *more in points if more and more[0]]
-            if spread:
-                paint_points(ax, spread, {"color": "#22262b", "linestyle": "", "label": "_"})
+            y, spreads = [p[1] for p in s["points"]], spreads_of(s["points"])
+            whiskers = {"yerr": spreads, "error_kw": {"elinewidth": 0.9}} if any(spreads) else {}
+            ax.bar(x, y, 0.9 * width, color=look["color"], label=label, **whiskers)
     ax.set_xlim(places[0] - 0.6 * step, places[-1] + 0.6 * step)
 
 
@@ -234,10 +242,9 @@ def ticks_of(ax, ticks: dict) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         low, high = sorted(axis.get_view_interval())
         if axis.get_scale() == "log" and high > 4 * low:
-            subs = (1, 2, 5) if high < 200 * low else (1,)
-            axis.set_major_locator(LogLocator(subs=subs))
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         else:
-            axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+            axis.set_major_locator(AutoLocator())
         axis.set_major_formatter(FuncFormatter(plain))
         axis.set_minor_formatter(NullFormatter())
     if ticks:
@@ -254,33 +261,6 @@ def plain(value: float, _=None) -> str:
     """A tick's number: 0.25, 1,000, 20k, 3M."""
     big = 1e4 <= abs(value) < 1e12
     return (count(value, "") if big else f"{round(value, 10):,.6g}").replace("-", "−")
-
-
-def paint_curves(ax, curves: list[dict]) -> None:
-    """Training loss (faint) and validation loss of every variant, named from worst to best.
-
-    curves: [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}].
-    """
-    pairs = list(zip(curves, looks(curves), strict=True))
-    tops, lows = [], []
-    for curve, look in sorted(pairs, key=lambda pair: -(pair[0]["val"] or pair[0]["train"])[-1][1]):
-        label = curve["label"]
-        for points, more in (
-            (curve["train"], {"linewidth": 0.8, "alpha": 0.3, "marker": "", "linestyle": "-"}),
-            (curve["val"], {"markersize": 4}),
-        ):
-            if points:
-                steps, losses = zip(*points, strict=True)
-                only = "_" if points is curve["train"] and curve["val"] else label
-                ax.plot(steps, losses, **look | more, label=only)
-                late = [y for x, y in points if x >= 0.22 * steps[-1]]
-                tops.append(late[0])
-                lows.append(min(losses))
-    span = max(tops) - min(lows) or 1
-    ax.set_ylim(min(lows) - 0.05 * span, max(tops) + 0.05 * span)
-    ax.set_xlabel("training step")
-    ax.set_ylabel("loss, nat per token")
-    ticks_of(ax, {})
 
 
 def describe(figure: dict, most: int = 8) -> str:

@@ -9,12 +9,14 @@ works while runs are still going and says what is missing. Equal inputs give equ
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,10 +25,11 @@ from scipy.ndimage import uniform_filter1d
 
 from experiments import catalogue, page, summary, tables
 from experiments import runs as run_list
-from experiments.chart import compute_share, family_of
+from experiments.chart import compute_share, family_of, mean_of
 from experiments.plots import STYLES
+from experiments.runs import read_json
 from experiments.sweeps import variant_of
-from experiments.verdicts import VERDICTS, mean_spread, number
+from experiments.verdicts import VERDICTS, Claim, number
 from flexmemory.cli.main import piped
 from flexmemory.errors import UserError
 from flexmemory.files import write_text
@@ -39,59 +42,94 @@ ACCOUNT = (
     *("pattern", "total", "active", "total_all", "flops_per_token", "row_bytes_per_token"),
     *("row_dtype", "table_over_ffn"),
 )
+MEASURED = {
+    "tokens": "result.tokens",
+    "val_loss": "result.val_loss",
+    "bits_per_byte": "result.val_bits_per_byte",
+    "recall": "result.recall_acc",
+    "reasoning": "result.reasoning_acc",
+    "train_tokens_per_s": "result.train_tokens_per_s",
+    "decode_resident_tokens_per_s": "measures.decode.resident",
+    "decode_disk_tokens_per_s": "measures.decode.offloaded",
+}
 CURVE_POINTS = 120
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # what no page may hold
 
 
-def collect(out: Path, modules: dict[str, ModuleType] | None = None) -> dict:
-    """Everything the report says (docs/formats.md has the keys), from the files of a folder; of
-    folders only names are kept.
+def collect(*folders: Path, modules: dict[str, ModuleType] | None = None) -> dict:
+    """Everything the report says (docs/formats.md has the keys), from the files of folders of runs;
+    of folders only names are kept. The report lies in the first: runs of the others are named by
+    where they are from there, their experiments after their folder.
 
-    modules: experiment name -> module, instead of the catalogue's. Raises UserError when ``out`` is
-    no folder of runs.
+    modules: experiment name -> module, instead of the catalogue's. Raises UserError for what is no
+    folder of runs.
     """
-    out, listed = Path(out), run_list.read(out)
+    parts = [of_folder(Path(folder), Path(folders[0]), modules) for folder in folders]
+    every = lambda key: [item for part in parts for item in part[key]]
+    claims = [claim.verdict for entry in every("experiments") for claim in entry["claims"]]
+    results = {
+        "scale": ", ".join(dict.fromkeys(part["scale"] for part in parts)),
+        "experiments": every("experiments"),
+        "variants": every("variants"),
+        "expected": len(every("runs")),
+        "finished": len(every("done")),
+        "verdicts": {verdict: claims.count(verdict) for verdict in VERDICTS},
+        "steps": sorted(set(every("steps"))),
+        "environment": environment(every("environments")),
+        "seconds": seconds(every("done")),
+        "failed": every("failed"),
+        "missing": every("missing"),
+        "runs": dict(every("runs")),
+    }
+    return clean(results)
+
+
+def of_folder(out: Path, report: Path, modules: dict[str, ModuleType] | None) -> dict:
+    """The lists of one folder that :func:`collect` joins, as told in a report in another."""
+    listed = run_list.read(out)
+    place = Path(os.path.relpath(out, report)).as_posix()
+    at, label = ("", "") if place == "." else (f"{place}/", f" in {out.name}")
     names = [*listed.experiments, *(e for run in listed.runs.values() for e in run["experiments"])]
     known = {name: load(name, modules) for name in dict.fromkeys(names)}
-    steps, done, failed, missing = run_list.steps(listed), {}, {}, {}
-    for name, run in listed.runs.items():
-        failure = read(out / name / "failed.json")
+    done, failed, missing = {}, {}, {}
+    for name, steps in run_list.steps(listed).items():
+        run = listed.runs[name]
+        failure = read_json(out / name / "failed.json")
         if result := finished(out, run, [known[e] for e in run["experiments"]]):
             done[name] = result
         elif isinstance(failure, dict):
             error = str(failure.get("error") or "no message")
-            failed[name] = {"name": name, "exit": failure.get("exit"), "error": error}
+            failed[name] = {"name": at + name, "exit": failure.get("exit"), "error": error}
         else:
             step = max((row["step"] for row in read_metrics(out / name)), default=None)
             begun = (out / name / "log.txt").exists()
-            missing[name] = {"name": name, "step": step, "steps": steps[name], "begun": begun}
+            missing[name] = {"name": at + name, "step": step, "steps": steps, "begun": begun}
     scale = listed.scale + (f", equal {listed.budget}" if listed.budget else "")
     experiments, seen = [], {}
     for name in listed.experiments:
-        entry = experiment(out, name, known[name], listed, failed, missing) | {"scale": scale}
-        runs = [run for run in listed.runs.values() if name in run["experiments"]]
-        key = tuple(run["name"] for run in runs)
-        entry["curves"] = seen[key] if key in seen else curves(out, runs)
-        seen |= {key: name} if key not in seen and runs else {}
+        runs = {n: run for n, run in listed.runs.items() if name in run["experiments"]}
+        entry = experiment(out, known[name], runs, failed) | {"name": name + label, "scale": scale}
+        entry["missing"] = [n for n in runs if n in missing and n not in entry["finished"]]
+        for key in ("finished", "failed", "missing"):
+            entry[key] = [at + n for n in entry[key]]
+        entry["curves"] = seen.get(tuple(runs)) or curves(out, list(runs.values()))
+        if runs:
+            seen.setdefault(tuple(runs), entry["name"])
         experiments.append(entry)
-    claims = [claim["verdict"] for entry in experiments for claim in entry["claims"]]
-    results = {
+    return {
         "scale": scale,
         "experiments": experiments,
         "variants": variants(list(done.values())),
-        "expected": len(listed.runs),
-        "finished": len(done),
-        "verdicts": {verdict: claims.count(verdict) for verdict in VERDICTS},
-        "steps": sorted(set(steps.values())),
-        "environment": environment(out, list(listed.runs)),
-        "seconds": seconds(list(done.values())),
+        "done": list(done.values()),
+        "steps": list(run_list.steps(listed).values()),
+        "environments": [read_json(out / name / "run.json") or {} for name in listed.runs],
         "failed": list(failed.values()),
         "missing": list(missing.values()),
-        "runs": {
-            name: [file for file in LINKED if (out / name / file).exists()] for name in listed.runs
-        },
+        "runs": [
+            (at + name, [file for file in LINKED if (out / name / file).exists()])
+            for name in listed.runs
+        ],
     }
-    return clean(results)
 
 
 def load(name: str, modules: dict[str, ModuleType] | None) -> ModuleType | str:
@@ -108,17 +146,20 @@ def finished(out: Path, run: dict, modules: list[ModuleType | str]) -> dict | No
     """As ``run_list.finished`` with the measures of these experiments, also where one cannot be
     loaded; numbers that are not finite are None.
     """
-    functions = [f for module in modules for f in getattr(module, "MEASURES", ())]
-    result = run_list.finished(out, run, {function.__name__ for function in functions})
+    measures = [f.__name__ for module in modules for f in getattr(module, "MEASURES", ())]
+    result = run_list.finished(out, run, dict.fromkeys(measures))
     return result and clean(result)
 
 
-def experiment(out: Path, name: str, module: ModuleType | str, listed, failed, missing) -> dict:
-    """What the report says of one experiment. ``module`` as :func:`load` returns it."""
-    names = [run["name"] for run in listed.runs.values() if name in run["experiments"]]
+def experiment(out: Path, module: ModuleType | str, listed: dict[str, dict], failed: dict) -> dict:
+    """What the report says of one experiment with these runs. ``module`` as :func:`load` returns
+    it.
+    """
     # another experiment's measures may be missing
-    runs = [run for n in names if (run := finished(out, listed.runs[n], [module]))]
+    runs = [found for run in listed.values() if (found := finished(out, run, [module]))]
     done, errors = [run["name"] for run in runs], {}
+    lost = [name for name in listed if name in failed and name not in done]
+    planned = {run_list.seed_of(run["overrides"]) for run in listed.values()}
 
     def guarded(what: str, work: Callable, default):
         try:
@@ -127,38 +168,29 @@ def experiment(out: Path, name: str, module: ModuleType | str, listed, failed, m
             errors[what] = described(error)
             return default
 
-    def analyse():
-        analysed = module.analyse(runs) if runs or not names else {}
-        figures = [figure.to_dict() for figure in analysed.get("figures", ())]
-        return analysed | {"rows": list(analysed.get("rows", ())), "figures": figures}
+    def whole(claim: Claim) -> Claim:
+        """Names the seeds that are missing in the statistics: diverged, or not done."""
+        if not 0 < claim.seeds < len(planned):
+            return claim
+        few = f"{claim.seeds} of {len(planned)} planned seeds"
+        few += f" ({len(lost)} runs failed)" if lost else ""
+        return dataclasses.replace(claim, detail="; ".join(filter(None, [claim.detail, few])))
 
     analysed, claims = {}, []
     if isinstance(module, str):
         errors["file"] = module
     else:
-        analysed = guarded("analyse", analyse, {})
-        claims = guarded("claims", lambda: [c.to_dict() for c in module.claims(runs)], [])
-    lost = [n for n in names if n in failed and n not in done]
-    planned = {run_list.seed_of(listed.runs[n]["overrides"]) for n in names}
-    for claim in claims:
-        # a seed that diverged or is not done is missing in the statistics
-        if 0 < claim["seeds"] < len(planned):
-            few = f"{claim['seeds']} of {len(planned)} planned seeds"
-            few += f" ({len(lost)} runs failed)" if lost else ""
-            claim["detail"] = "; ".join(filter(None, [claim["detail"], few]))
+        if runs or not listed:
+            analysed = guarded("analyse", lambda: module.analyse(runs), {})
+        claims = guarded("claims", lambda: list(map(whole, module.claims(runs))), [])
     return {
-        "name": name,
         "ids": list(getattr(module, "IDS", ())),
         "source": getattr(module, "SOURCE", ""),
         "question": "" if errors.get("file") else (module.__doc__ or "").strip().split("\n")[0],
-        "expected": len(names),
+        "expected": len(listed),
         "finished": done,
         "failed": lost,
-        "missing": [n for n in names if n in missing and n not in done],
-        "rows": analysed.get("rows", []),
-        "figures": analysed.get("figures", []),
-        "continuations": analysed.get("continuations", []),
-        "tokens": analysed.get("tokens", []),
+        **{key: analysed.get(key, []) for key in ("rows", "figures", "continuations", "tokens")},
         "claims": claims,
         "seeds": sorted({run["seed"] for run in runs}),
         "errors": errors,
@@ -171,11 +203,11 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {tables.last_line(str(error))}"
 
 
-def environment(out: Path, names: list[str]) -> dict:
+def environment(runs: list[dict]) -> dict:
     """What the runs' run.json say, field by field; a list of values where the runs differ."""
     seen: dict[str, list] = {}
-    for name in names:
-        for key, value in (read(out / name / "run.json") or {}).items():
+    for run in runs:
+        for key, value in run.items():
             if value not in seen.setdefault(key, []):
                 seen[key].append(value)
     return {key: values[0] if len(values) == 1 else values for key, values in sorted(seen.items())}
@@ -183,11 +215,10 @@ def environment(out: Path, names: list[str]) -> dict:
 
 def seconds(runs: list[dict]) -> dict[str, float]:
     """{"train" or a measure: its seconds, summed over the runs}"""
-    total: dict[str, float] = {}
+    total = Counter()
     for run in runs:
-        for what, value in (run.get("seconds") or {}).items():
-            total[what] = total.get(what, 0.0) + value
-    return total
+        total.update(run.get("seconds") or {})
+    return dict(total)
 
 
 def variants(runs: list[dict]) -> list[dict]:
@@ -206,74 +237,56 @@ def variant(runs: list[dict]) -> dict:
     """One entry of :func:`variants`."""
     first = runs[0]
     account, budget = first.get("account") or {}, first.get("budget")
-
-    def mean(path: str) -> float | None:
-        values = [number(run, path) for run in runs]
-        return mean_spread([v for v in values if isinstance(v, int | float)])[0]
-
     proofs = [ok for run in runs if (ok := number(run, "measures.fold.ok")) is not None]
     told = ("mode", "knob", "chosen", "target", "got", "residual")
-    times = [sum((run.get("seconds") or {}).values()) or None for run in runs]
-    share = account.get("ffn_widths") and compute_share(first)
     return {
         "name": first["variant"],
         "family": family_of(account["pattern"]) if account.get("pattern") else "other",
         "runs": len(runs),
         **{key: account.get(key) for key in ACCOUNT},
-        "compute_share": share,
+        "compute_share": account.get("ffn_widths") and compute_share(first),
         "table_bytes": (account.get("table_bytes") or {}).get(account.get("row_dtype")),
         "budget": {key: budget.get(key) for key in told} if budget else None,
-        "tokens": mean("result.tokens"),
-        "val_loss": mean("result.val_loss"),
-        "bits_per_byte": mean("result.val_bits_per_byte"),
-        "recall": mean("result.recall_acc"),
-        "reasoning": mean("result.reasoning_acc"),
-        "train_tokens_per_s": mean("result.train_tokens_per_s"),
-        "decode_resident_tokens_per_s": mean("measures.decode.resident"),
-        "decode_disk_tokens_per_s": mean("measures.decode.offloaded"),
+        **{key: mean_of(runs, path)[0] for key, path in MEASURED.items()},
         "equal": all(proofs) if proofs else None,
-        "seconds": mean_spread(times)[0],
+        "seconds": mean_of(runs, lambda run: sum((run.get("seconds") or {}).values()) or None)[0],
     }
 
 
 def curves(out: Path, runs: list[dict]) -> list[dict]:
-    """The loss curves of an experiment's runs, also of those that are still going."""
-    result = []
+    """The loss curves of the variants of these runs, also of those that are still going: {"family",
+    "label", "train", "val"} in the order of the families; a run without a loss has none.
+    """
+    groups: dict[tuple, list] = {}
     for run in runs:
         if metrics := read_metrics(out / run["name"]):
             # config.json is what a run writes first
-            model = (read(out / run["name"] / "config.json") or {}).get("model") or {}
+            model = (read_json(out / run["name"] / "config.json") or {}).get("model") or {}
             pattern = run["overrides"].get("model.pattern") or model.get("pattern")
-            family = family_of(pattern) if pattern else "other"
-            result.append((variant_of(run["name"]), family, metrics))
-    return mean_curves(result)
+            place = FAMILIES.index(family_of(pattern) if pattern else "other")
+            groups.setdefault((place, variant_of(run["name"])), []).append(metrics)
+    made = [
+        {"family": FAMILIES[place], "label": label} | mean_curve(seeds)
+        for (place, label), seeds in sorted(groups.items())
+    ]
+    return [curve for curve in made if curve["train"] or curve["val"]]
 
 
-def mean_curves(runs: list[tuple[str, str, list[dict]]]) -> list[dict]:
-    """One loss curve per variant from (variant, family, metrics) of runs: the mean over those seeds
-    that have come furthest; of the training loss a running mean.
-
-    Returns [{"family", "label", "train": [(step, loss)], "val": [(step, loss)]}] in the order of
-    the families; a run without a loss has none.
+def mean_curve(seeds: list[list[dict]]) -> dict:
+    """{"train", "val"}, lists of (step, loss), of the metrics of a variant's runs: the mean over
+    those seeds that have come furthest; of the training loss a running mean.
     """
-    groups: dict[tuple, list] = {}
-    for name, family, metrics in runs:
-        groups.setdefault((FAMILIES.index(family), name), []).append(metrics)
-    result = []
-    for (place, label), members in sorted(groups.items(), key=lambda item: item[0]):
-        furthest = max(metrics[-1]["step"] for metrics in members)
-        rows = [row for m in members if m[-1]["step"] == furthest for row in m]
-        curve = {"family": FAMILIES[place], "label": label}
-        for name, key in (("train", "loss"), ("val", "val_loss")):
-            losses: dict[int, list[float]] = {}
-            for row in rows:
-                if isinstance(row.get(key), int | float) and math.isfinite(row[key]):
-                    losses.setdefault(row["step"], []).append(row[key])
-            curve[name] = [(step, statistics.fmean(ys)) for step, ys in sorted(losses.items())]
-        curve["train"] = smooth(curve["train"])
-        if curve["train"] or curve["val"]:
-            result.append(curve)
-    return result
+    furthest = max(metrics[-1]["step"] for metrics in seeds)
+    rows = [row for metrics in seeds if metrics[-1]["step"] == furthest for row in metrics]
+
+    def mean(key: str) -> list[tuple[int, float]]:
+        losses: dict[int, list[float]] = {}
+        for row in rows:
+            if isinstance(row.get(key), int | float) and math.isfinite(row[key]):
+                losses.setdefault(row["step"], []).append(row[key])
+        return [(step, statistics.fmean(values)) for step, values in sorted(losses.items())]
+
+    return {"train": smooth(mean("loss")), "val": mean("val_loss")}
 
 
 def smooth(points: list, share: float = 0.08) -> list[tuple[int, float]]:
@@ -298,10 +311,7 @@ def write(
     others: further folders, of another scale for example, whose experiments come after those of
     ``out``; the report is written to ``out``. seconds: of the launcher, see summary.times.
     """
-    out = Path(out)
-    results = collect(out, modules)
-    for folder in map(Path, others):
-        join(results, moved(collect(folder, modules), os.path.relpath(folder, out), folder.name))
+    out, results = Path(out), collect(out, *others, modules=modules)
     results["seconds"] |= seconds or {}
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(out / "results.json", text + "\n")
@@ -312,50 +322,12 @@ def write(
     return results
 
 
-def moved(results: dict, place: str, label: str) -> dict:
-    """Results whose runs are named by where they lie as seen from another folder, and whose
-    experiments are named after their own.
-    """
-    at = lambda name: f"{Path(place).as_posix()}/{name}"
-    for e in results["experiments"]:
-        e["name"] += f" in {label}"
-        e |= {key: list(map(at, e[key])) for key in ("finished", "failed", "missing")}
-        if isinstance(e["curves"], str):
-            e["curves"] += f" in {label}"
-    for run in results["failed"] + results["missing"]:
-        run["name"] = at(run["name"])
-    return results | {"runs": {at(name): files for name, files in results["runs"].items()}}
-
-
-def join(results: dict, more: dict) -> None:
-    """Adds results to others, in place."""
-    for key in ("experiments", "variants", "failed", "missing", "expected", "finished"):
-        results[key] += more[key]
-    results["scale"] = ", ".join(dict.fromkeys([results["scale"], more["scale"]]))
-    results["steps"] = sorted({*results["steps"], *more["steps"]})
-    results["runs"] |= more["runs"]
-    for key in ("verdicts", "seconds"):
-        sums, terms = results[key], more[key]
-        results[key] = {name: sums.get(name, 0) + terms.get(name, 0) for name in sums | terms}
-    for key, value in more["environment"].items():
-        known = results["environment"].setdefault(key, value)
-        if known != value:
-            known, value = (item if isinstance(item, list) else [item] for item in (known, value))
-            results["environment"][key] = known + [item for item in value if item not in known]
-
-
-def read(path: Path):
-    """The JSON of a file; None when it is absent or cut short."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-
-
 def clean(value):
-    """Strict JSON without the machine: NaN and infinities become None, tuples lists, numpy's
-    numbers Python's, absolute paths their last part, control characters U+FFFD.
+    """Strict JSON without the machine: NaN and infinities become None, tuples lists, dataclasses
+    dicts, numpy's numbers Python's, absolute paths their last part, control characters U+FFFD.
     """
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
         return {clean(str(key)): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

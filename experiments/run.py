@@ -5,7 +5,6 @@ Experiments that need the same run share it. Finished runs are kept, broken ones
 one is shown and the others go on. The same command again continues, and ends with the report.
 """
 
-import json
 import shlex
 import sys
 import time
@@ -17,59 +16,28 @@ from flexmemory.cli.flags import Parser, for_user
 from flexmemory.cli.main import piped
 from flexmemory.errors import UserError, nearest
 from flexmemory.files import write_text
-from flexmemory.run_folder import read_metrics
-
-LAUNCHERS = ("local", "slurm", "here")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m experiments.run", __doc__)
-    parser.add_argument(
-        "experiments", nargs="*", help="names or ids; python -m experiments.list shows them"
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="every experiment of the catalogue that has the scale"
-    )
-    parser.add_argument(
-        "--scale", required=True, help="smoke, cpu, gpu or paper; cm_ratio also quickstart"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("experiments", nargs="*", help="names or ids; python -m experiments.list shows them")
+    add("--all", action="store_true", help="every experiment of the catalogue that has the scale")
+    add("--scale", required=True, help="smoke, cpu, gpu or paper; cm_ratio also quickstart")
+    add(
         "--out", type=Path, help="folder of the runs, continued where it exists; default runs/SCALE"
     )
-    parser.add_argument("--source", help="other text than the scale's, as for flexmemory prepare")
-    parser.add_argument("--seeds", help="in place of the scale's, e.g. 0 or 0,1,2,3,4,5")
-    parser.add_argument(
-        "--budget",
-        help="make every variant cost what the first one does: total, active, flops or bytes",
-    )
-    parser.add_argument(
-        "--launcher",
-        default="local",
-        help=(
-            "local (one process per device), slurm, or here (this process; on every host of a slice"
-            " with --distributed)"
-        ),
-    )
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help=(
-            "with --launcher=here: one of several processes that a TPU pod, SLURM or Kubernetes"
-            " started; trains only"
-        ),
-    )
-    parser.add_argument(
-        "--devices",
-        type=int,
-        help=(
-            "with --launcher=local: processes at a time; default one per accelerator, on a CPU one"
-            " per core up to 8"
-        ),
-    )
-    parser.add_argument(
-        "--status", action="store_true", help="print where every run stands, and stop"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="print what would start and stop")
+    add("--source", help="other text than the scale's, as for flexmemory prepare")
+    add("--seeds", help="in place of the scale's, e.g. 0 or 0,1,2,3,4,5")
+    add("--budget", help="what every variant is to cost alike: total, active, flops or bytes")
+    launchers = "local (one process per device), slurm, or here (this process)"
+    add("--launcher", default="local", choices=("local", "slurm", "here"), help=launchers)
+    several = "one of several processes that a TPU pod, SLURM or Kubernetes started; trains only"
+    add("--distributed", action="store_true", help=f"with --launcher=here: {several}")
+    devices = "default one per accelerator, on a CPU one per core up to 8"
+    add("--devices", type=int, help=f"with --launcher=local: processes at a time; {devices}")
+    add("--status", action="store_true", help="print where every run stands, and stop")
+    add("--dry_run", action="store_true", help="print what would start, and stop")
     try:
         args, rest = parser.parse_known_args(argv)
         return run(args, rest)
@@ -83,18 +51,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args, rest: list[str]) -> int:
     check(args, rest)
-    out = args.out or Path("runs") / args.scale
+    out, seeds = args.out or Path("runs") / args.scale, seeds_of(args.seeds)
     listed = run_list.make(
-        chosen(args), args.scale, source=args.source, seeds=seeds_of(args.seeds), budget=args.budget
+        chosen(args), args.scale, source=args.source, seeds=seeds, budget=args.budget
     )
-    if args.dry_run:
-        print(dry_run(out, run_list.merged(out, listed), args, rest))
-        return 0
-    if args.status:
-        print(status(out, run_list.merged(out, listed), args))
+    if args.dry_run or args.status:
+        listed = run_list.merged(out, listed)
+        print(dry_run(out, listed, args, rest) if args.dry_run else status(out, listed, args))
         return 0
     if args.launcher == "here":
-        return here(out, listed, args)
+        return here(out, listed, args.distributed)
     run_list.merged(out, listed)  # raises before anything is written
     with run_list.locked(out):
         return launched(out, run_list.claim(out, listed), args, rest)
@@ -102,21 +68,18 @@ def run(args, rest: list[str]) -> int:
 
 def launched(out: Path, listed: run_list.RunList, args, rest: list[str]) -> int:
     began = time.perf_counter()
-    for folder, arguments in texts(out, listed).items():
-        from flexmemory.data.prepare import prepare
-
-        prepare(out=folder, **arguments)
+    prepare_texts(out, listed)
     seconds = {"text": time.perf_counter() - began}
-    todo = run_list.unfinished(out, listed)
+    todo, steps = run_list.unfinished(out, listed), run_list.steps(listed)
     if args.launcher == "slurm":
         from experiments import slurm
 
-        print(slurm.launch(out, todo, slurm.options_of(rest)))
+        print(slurm.launch(out, todo, steps, slurm.options_of(rest)))
         return report(out, [])
     from experiments.local import run_local
 
     began = time.perf_counter()
-    failed = run_local(out, todo, run_list.steps(listed), args.devices)
+    failed = run_local(out, todo, steps, args.devices)
     return report(out, failed, seconds | {"runs": time.perf_counter() - began})
 
 
@@ -138,8 +101,6 @@ def report(out: Path, failed: list[str], seconds: dict[str, float] | None = None
 
 def check(args, rest: list[str]) -> None:
     """Raises UserError on words that do not go together."""
-    if args.launcher not in LAUNCHERS:
-        raise UserError(f"--launcher {args.launcher!r}: {nearest(args.launcher, LAUNCHERS)}")
     if rest and args.launcher != "slurm":
         raise UserError(
             f"argument {rest[0]!r}: not understood; see python -m experiments.run --help"
@@ -153,15 +114,10 @@ def check(args, rest: list[str]) -> None:
 def chosen(args) -> list[str]:
     if not args.all:
         return args.experiments
-    known = [
-        name
-        for name in catalogue.names()
-        if args.scale in catalogue.scales_of(catalogue.load(name))
-    ]
-    if not known:
-        scales = {s for n in catalogue.names() for s in catalogue.scales_of(catalogue.load(n))}
-        raise UserError(f"--scale {args.scale!r}: {nearest(args.scale, sorted(scales))}")
-    return known
+    scales = {name: catalogue.scales_of(catalogue.load(name)) for name in catalogue.names()}
+    if known := [name for name, have in scales.items() if args.scale in have]:
+        return known
+    raise UserError(f"--scale {args.scale!r}: {nearest(args.scale, set().union(*scales.values()))}")
 
 
 def seeds_of(text: str | None) -> list[int] | None:
@@ -175,23 +131,23 @@ def seeds_of(text: str | None) -> list[int] | None:
 
 def texts(out: Path, listed: run_list.RunList) -> dict[Path, dict]:
     """{data folder: arguments of prepare}, each text once."""
-    return {
-        run_list.data_folder(out, run): run_list.prepare_arguments(run)
-        for run in listed.runs.values()
-    }
+    runs = listed.runs.values()
+    return {run_list.data_folder(out, run): run_list.prepare_arguments(run) for run in runs}
+
+
+def prepare_texts(out: Path, listed: run_list.RunList) -> None:
+    from flexmemory.data.prepare import prepare
+
+    for folder, arguments in texts(out, listed).items():
+        prepare(out=folder, **arguments)
 
 
 def dry_run(out: Path, listed: run_list.RunList, args, rest: list[str]) -> str:
     """The commands that would start, in their order."""
-    lines = [
-        command(
-            "flexmemory.cli.main",
-            "prepare",
-            *(f"--{key}={value}" for key, value in arguments.items()),
-            f"--out={folder}",
-        )
-        for folder, arguments in texts(out, listed).items()
-    ]
+    lines = []
+    for folder, arguments in texts(out, listed).items():
+        words = (f"--{key}={value}" for key, value in arguments.items())
+        lines.append(command("flexmemory.cli.main", "prepare", *words, f"--out={folder}"))
     todo = run_list.unfinished(out, listed)
     if args.launcher == "slurm":
         from experiments import slurm
@@ -200,74 +156,56 @@ def dry_run(out: Path, listed: run_list.RunList, args, rest: list[str]) -> str:
     return "\n".join([*lines, *(command("experiments.worker", str(out), name) for name in todo)])
 
 
-def status(out: Path, listed: run_list.RunList, args) -> str:
-    """A line per run: finished, failed with its last line, how far it is, or not started; with
-    --launcher=slurm what SLURM says of the unfinished.
-    """
-    todo, steps = run_list.unfinished(out, listed), run_list.steps(listed)
-    states = {name: ("finished", "") for name in listed.runs if name not in todo}
-    if args.launcher == "slurm":
-        from experiments import slurm
-
-        states |= slurm.states(out, todo)
-    for name in todo:
-        if name in states:
-            continue
-        failed, metrics = out / name / "failed.json", read_metrics(out / name)
-        if failed.exists():
-            states[name] = "failed", json.loads(failed.read_text())["error"]
-        else:
-            states[name] = (
-                ("step", f"{metrics[-1]['step']} of {steps[name]}")
-                if metrics
-                else ("not started", "")
-            )
-    width = max(map(len, listed.runs), default=0)
-    lines = [
-        f"{name:<{width}}  {state} {(more.strip().splitlines() or [''])[-1]}".rstrip()
-        for name in listed.runs
-        for state, more in [states[name]]
-    ]
-    return "\n".join([*lines, f"{len(listed.runs) - len(todo)} of {len(listed.runs)} finished"])
-
-
 def command(module: str, *rest: str) -> str:
     return shlex.join(["python", "-m", module, *rest])
 
 
-def here(out: Path, listed: run_list.RunList, args) -> int:
+def status(out: Path, listed: run_list.RunList, args) -> str:
+    """A line per run: finished, failed with its last line, how far it is, or not started; with
+    --launcher=slurm what SLURM says of the unfinished.
+    """
+    from experiments.local import progress
+
+    todo, steps = run_list.unfinished(out, listed), run_list.steps(listed)
+    states = dict.fromkeys(listed.runs, ("finished", ""))
+    for name in todo:
+        step = progress(out / name).get("step")
+        states[name] = ("step", f"{step} of {steps[name]}") if step else ("not started", "")
+        if failed := run_list.read_json(out / name / "failed.json"):
+            states[name] = "failed", failed["error"]
+    if args.launcher == "slurm":
+        from experiments import slurm
+
+        states |= slurm.states(out, todo)
+    width = max(map(len, states), default=0)
+    lines = [
+        f"{name:<{width}}  {state} {(more.strip().splitlines() or [''])[-1]}".rstrip()
+        for name, (state, more) in states.items()
+    ]
+    return "\n".join([*lines, f"{len(states) - len(todo)} of {len(states)} finished"])
+
+
+def here(out: Path, listed: run_list.RunList, distributed: bool) -> int:
     """Does the runs in this process, one after another; of several processes each calls this, and
     all train each run together.
     """
     from experiments.worker import work
     from flexmemory import cluster
 
-    if args.distributed:
+    if distributed:
         cluster.start()
-
-    def first() -> run_list.RunList:
-        from flexmemory.data.prepare import prepare
-
-        claimed = run_list.claim(out, listed)
-        for folder, arguments in texts(out, claimed).items():
-            prepare(out=folder, **arguments)
-        return claimed
-
-    cluster.together(first, first_only=True)
+    cluster.together(lambda: prepare_texts(out, run_list.claim(out, listed)), first_only=True)
     listed = run_list.read(out)
     todo = run_list.unfinished(out, listed)
     cluster.agree({f"out: the runs to do in {out} (is it on a file system that all see?)": todo})
-    code = work(out, listed, iter(todo), together=args.distributed)
+    code = work(out, listed, iter(todo), together=distributed)
     if code == 130:
         return code
-    if args.distributed:
-        if cluster.is_first():
-            print(
-                "trained; the same command without --distributed, on one host, measures and writes"
-                " the report"
-            )
-        return code
-    return report(out, ["a run"] if code else [])
+    if not distributed:
+        return report(out, ["a run"] if code else [])
+    if cluster.is_first():
+        print("trained; the same without --distributed, on one host, measures and reports")
+    return code
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from experiments import budgets, catalogue
+from experiments import catalogue
 from experiments.sweeps import PREPARE, differing, variant_of
 from flexmemory.config import Config
 from flexmemory.errors import UserError, nearest
@@ -50,37 +50,26 @@ def make(
     for name, module in modules.items():
         rows = catalogue.sweep_of(module, scale)
         if budget:
-            rows = budgets.equalise(rows, budget)
+            from experiments.budgets import equalise  # late: imports jax
+
+            rows = equalise(rows, budget)
         if source and len({row.get("prepare.source") for row in rows}) > 1:
             raise UserError(f"--source: {name} compares texts of its own; leave it out")
         rows = [row | {"prepare.source": source} for row in rows] if source else rows
-        rows = reseeded(rows, seeds) if seeds is not None else rows
-        for row in rows:
-            add(
-                runs,
-                {
-                    "name": row["name"],
-                    "overrides": {key: value for key, value in row.items() if key != "name"},
-                    "experiments": [name],
-                },
-            )
-    return RunList(
-        scale,
-        tuple(modules),
-        dict(sorted(runs.items(), key=lambda item: seed_of(item[1]["overrides"]))),
-        budget,
-    )
+        for row in rows if seeds is None else reseeded(rows, seeds):
+            overrides = {key: value for key, value in row.items() if key != "name"}
+            add(runs, {"name": row["name"], "overrides": overrides, "experiments": [name]})
+    by_seed = sorted(runs.items(), key=lambda item: seed_of(item[1]["overrides"]))
+    return RunList(scale, tuple(modules), dict(by_seed), budget)
 
 
 def reseeded(rows: list[dict], seeds: list[int]) -> list[dict]:
     """The sweep with these seeds in place of its own."""
-    if not rows:
-        return rows
-    first = seed_of(rows[0])
-    variants = [row for row in rows if seed_of(row) == first]
     return [
-        row | {"name": f"{row['name'].removesuffix(f'-s{first}')}-s{seed}", "train.seed": seed}
-        for row in variants
+        row
+        | {"name": f"{row['name'].removesuffix(f'-s{seed_of(row)}')}-s{seed}", "train.seed": seed}
+        for row in rows
+        if seed_of(row) == seed_of(rows[0])
         for seed in seeds
     ]
 
@@ -102,9 +91,7 @@ def add(runs: dict[str, dict], run: dict) -> None:
             f" {', '.join(run['experiments'])}; give one another name, or each experiment its own"
             " --out"
         )
-    known["experiments"] += [
-        name for name in run["experiments"] if name not in known["experiments"]
-    ]
+    known["experiments"] = list(dict.fromkeys([*known["experiments"], *run["experiments"]]))
 
 
 def merged(out: Path, listed: RunList) -> RunList:
@@ -119,10 +106,8 @@ def merged(out: Path, listed: RunList) -> RunList:
             raise UserError(f"--out {out}: not empty and not a folder of runs; give a new one")
         return listed
     old = read(out)
-    for name, mine, theirs in (
-        ("scale", listed.scale, old.scale),
-        ("budget", listed.budget, old.budget),
-    ):
+    for name in ("scale", "budget"):
+        mine, theirs = getattr(listed, name), getattr(old, name)
         if mine != theirs:
             raise UserError(
                 f"--out {out}: holds runs of {name} {theirs!r}, not {mine!r}; give a new folder"
@@ -136,16 +121,13 @@ def merged(out: Path, listed: RunList) -> RunList:
     }
     runs: dict[str, dict] = {}
     for name, run in old.runs.items():
-        needed = [
-            other for other in run["experiments"] if variant_of(name) in variants.get(other, ())
-        ]
+        needed = [e for e in run["experiments"] if variant_of(name) in variants.get(e, ())]
         if needed:
             runs[name] = run | {"experiments": needed}
     for run in listed.runs.values():
         add(runs, run)
-    return RunList(
-        listed.scale, tuple(dict.fromkeys((*variants, *listed.experiments))), runs, listed.budget
-    )
+    experiments = dict.fromkeys((*variants, *listed.experiments))
+    return RunList(listed.scale, tuple(experiments), runs, listed.budget)
 
 
 def claim(out: Path, listed: RunList) -> RunList:
@@ -154,15 +136,7 @@ def claim(out: Path, listed: RunList) -> RunList:
     """
     listed = merged(out, listed)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        out / FILE,
-        {
-            "scale": listed.scale,
-            "budget": listed.budget,
-            "experiments": list(listed.experiments),
-            "runs": list(listed.runs.values()),
-        },
-    )
+    write_json(out / FILE, vars(listed) | {"runs": list(listed.runs.values())})
     return listed
 
 
@@ -187,12 +161,8 @@ def read(out: Path) -> RunList:
     """The list of a folder. Raises UserError where there is none or it cannot be read."""
     try:
         values = json.loads((Path(out) / FILE).read_text())
-        return RunList(
-            values["scale"],
-            tuple(values["experiments"]),
-            {run["name"]: run for run in values["runs"]},
-            values.get("budget"),
-        )
+        runs = {run["name"]: run for run in values["runs"]}
+        return RunList(**values | {"experiments": tuple(values["experiments"]), "runs": runs})
     except FileNotFoundError:
         raise UserError(
             f"{out}: no {FILE}; give the --out of `python -m experiments.run`"
@@ -213,20 +183,13 @@ def run_of(listed: RunList, name: str) -> dict:
 
 def data_folder(out: Path, run: dict) -> Path:
     """Where the run's text is: runs with equal arguments of `prepare` share it."""
-    arguments = prepare_arguments(run)
-    return (
-        out
-        / "data"
-        / hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
-    )
+    arguments = json.dumps(prepare_arguments(run), sort_keys=True)
+    return out / "data" / hashlib.sha256(arguments.encode()).hexdigest()[:8]
 
 
 def prepare_arguments(run: dict) -> dict:
-    return {
-        name: run["overrides"][f"prepare.{name}"]
-        for name in PREPARE
-        if f"prepare.{name}" in run["overrides"]
-    }
+    given = {name: run["overrides"].get(f"prepare.{name}") for name in PREPARE}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def finished(out: Path, run: dict, measures: set[str] | None = None) -> dict | None:
@@ -236,24 +199,20 @@ def finished(out: Path, run: dict, measures: set[str] | None = None) -> dict | N
     measures: the names of those that it must have, by default those of all experiments that need
     it.
     """
-    folder = out / run["name"]
+    folder, known = out / run["name"], {}
     try:
         trained = json.loads((folder / "trained.json").read_text())
         if trained["overrides"] != run["overrides"]:
             return None
-        known = {}
-        for name in set(measures_of(run)) if measures is None else measures:
+        for name in measures_of(run) if measures is None else measures:
             measure = json.loads((folder / "measures" / f"{name}.json").read_text())
             if measure["of"] != identity(trained["result"]):
                 return None
             known[name], trained["seconds"][name] = measure["result"], measure["seconds"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return trained | {
-        "measures": known,
-        "variant": variant_of(run["name"]),
-        "seed": seed_of(run["overrides"]),
-    }
+    names = {"variant": variant_of(run["name"]), "seed": seed_of(run["overrides"])}
+    return trained | {"measures": known} | names
 
 
 def identity(result: dict) -> list:
@@ -279,7 +238,25 @@ def unfinished(out: Path, listed: RunList) -> list[str]:
 
 def steps(listed: RunList) -> dict[str, int]:
     """{run: its training steps}"""
-    return {
-        name: run["overrides"].get("train.steps", Config().train.steps)
-        for name, run in listed.runs.items()
-    }
+    default = Config().train.steps
+    return {name: run["overrides"].get("train.steps", default) for name, run in listed.runs.items()}
+
+
+def read_json(path: Path):
+    """The JSON of a file; None where it is absent or cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def forget(folder: Path) -> None:
+    """A run's end, where it is to be done again."""
+    for name in ("failed.json", "done.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def save_failure(folder: Path, code: int, error: str) -> None:
+    """Writes a run's failed.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "failed.json", {"name": folder.name, "exit": code, "error": error})

@@ -18,8 +18,6 @@ import dataclasses
 import importlib
 import io
 import json
-import math
-import os
 import re
 import shlex
 import shutil
@@ -28,13 +26,14 @@ import subprocess
 from pathlib import Path
 from types import ModuleType
 
-from experiments.local import ROOT, WORKER, accelerators, run_local, tail
+from experiments.local import WORKER, accelerators, python_path, run_local, tail
+from experiments.runs import forget, read_json
 from flexmemory.errors import UserError
 from flexmemory.files import write_json
 
 TIME = "4:00:00"
 NO_SLURM = "--launcher=slurm: no {} on this machine; run on a login node, or use --launcher=local"
-TIMEOUTS = 100  # time limits after which a task is given up
+RESTARTS = 1000  # after which a task is given up
 OURS = set("array error nodes ntasks ntasks_per_node open_mode output requeue signal".split())
 QUEUED = set("PENDING REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT".split())
 RUNNING = set(
@@ -76,20 +75,21 @@ def options_of(words: list[str]) -> Options:
             raise UserError(f"{name}: the launcher sets it; leave it out")
         else:
             sbatch[key] = value
-    minutes(sbatch.get("time", TIME))
     return Options(sbatch, **numbers)
 
 
-def launch(out: Path, names: list[str], options: Options, worker: tuple[str, ...] = WORKER) -> str:
+def launch(
+    out: Path,
+    names: list[str],
+    steps: dict[str, int],
+    options: Options,
+    worker: tuple[str, ...] = WORKER,
+) -> str:
     """Submits what is missing of the runs, and says what that was and where the others are."""
-    from experiments import runs as run_list
-
-    lines = [
-        f"failed before: {name}: {(more.splitlines() or [''])[-1]}"
-        for name, (state, more) in states(out, names).items()
-        if state == "failed"
-    ]
-    if job := submit(out, names, run_list.steps(run_list.read(out)), options, worker):
+    before = states(out, names).items()
+    failed = {name: more.splitlines() for name, (state, more) in before if state == "failed"}
+    lines = [f"failed before: {name}: {(said or [''])[-1]}" for name, said in failed.items()]
+    if job := submit(out, names, steps, options, worker):
         count = sum(task.partition("_")[0] == job for task in submitted(out).values())
         lines.append(f"job {job}: {count} runs submitted; its logs are in {out / 'slurm'}")
     now = [state for state, _ in states(out, names).values()]
@@ -119,16 +119,14 @@ def submit(
     names = missing(out, names)
     if not names:
         return None
-    for name in names:  # of an earlier try, or of other settings, or the run would not be asked for
-        (out / name / "failed.json").unlink(missing_ok=True)
-        (out / name / "done.json").unlink(missing_ok=True)
+    for name in names:
+        forget(out / name)  # an earlier try, or other settings: the run would not be asked for
     tasks, folder = tasks_of(names, options), out.absolute() / "slurm"
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=TIMEOUTS)
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=RESTARTS)
     executor.update_parameters(**parameters(out, options, len(tasks)))
-    steps = {name: steps.get(name, 0) for name in names}
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
-            jobs = executor.map_array(Task(str(out.absolute()), steps, worker), tasks)
+            jobs = executor.map_array(Task(out.absolute(), steps, worker), tasks)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise UserError(f"sbatch: {one_line(str(error))}") from None
     job = jobs[0].job_id.partition("_")[0]
@@ -145,8 +143,7 @@ def dry(out: Path, names: list[str], options: Options, worker: tuple[str, ...] =
     tasks = tasks_of(names, options)
     fields = parameters(out, options, len(tasks))
     array = f"0-{len(tasks) - 1}%{fields['array_parallelism']}"
-    words = {"job-name": fields["job_name"], "time": fields["time"], "array": array}
-    words |= fields["additional_parameters"]
+    words = {"job-name": fields["job_name"], "array": array} | fields["additional_parameters"]
     flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in words.items()]
     lines = [f"sbatch {shlex.join(flag.replace('_', '-') for flag in flags)}"]
     commands = (shlex.join([*worker, str(out.absolute()), *task]) for task in tasks)
@@ -163,25 +160,22 @@ def states(out: Path, names: list[str]) -> dict[str, tuple[str, str]]:
         known = queue({tasks[name] for name in names if name in tasks})
     except UserError as error:
         trouble = str(error)
-    busy: set[str] = set()
 
     def state_of(name: str) -> tuple[str, str]:
-        task, failed = tasks.get(name), read_failed(out / name)
+        task, folder = tasks.get(name), out / name
         state = known.get(task, "")
-        if (out / name / "done.json").exists():
+        if (folder / "done.json").exists():
             return "finished", ""
         if state in QUEUED:
             return "queued", task
-        if failed is not None:
-            return "failed", failed
-        if state in RUNNING:  # of a task's runs the first that is open, and those that have begun
-            waits = task in busy and not (out / name / "log.txt").exists()
-            busy.add(task)
-            return "queued" if waits else "running", task
+        if failed := read_json(folder / "failed.json"):
+            return "failed", failed["error"]
+        if state in RUNNING:  # of a task's runs those that have begun
+            return "running" if (folder / "log.txt").exists() else "queued", task
         if task is None:
             return "not submitted", ""
         if state and state != "COMPLETED":
-            return "failed", "\n".join([f"task {task}: {state}", *tail(out / name)])
+            return "failed", "\n".join([f"task {task}: {state}", *tail(folder)])
         gone = f"task {task} is no longer in the queue, and SLURM keeps no account of it"
         return "unknown", trouble or gone
 
@@ -201,16 +195,15 @@ def missing(out: Path, names: list[str]) -> list[str]:
 class Task:
     """What a task of the array does with its runs; pickled by submitit."""
 
-    out: str
+    out: Path
     steps: dict[str, int]
     worker: tuple[str, ...]
 
     def __call__(self, names: list[str]) -> list[str]:
         """Does the runs that are not done; returns those that failed."""
-        out = Path(self.out)
-        todo = [name for name in names if not (out / name / "done.json").exists()]
+        todo = [name for name in names if not (self.out / name / "done.json").exists()]
         try:
-            return run_local(out, todo, self.steps, None if accelerators() else 1, self.worker)
+            return run_local(self.out, todo, self.steps, None if accelerators() else 1, self.worker)
         except KeyboardInterrupt:
             job = load_submitit().JobEnvironment().job_id
             state = ask("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip()
@@ -230,37 +223,17 @@ def tasks_of(names: list[str], options: Options) -> list[list[str]]:
 
 def parameters(out: Path, options: Options, tasks: int) -> dict:
     """Arguments of submitit's sbatch file."""
-    more = {key: value or True for key, value in options.sbatch.items() if key != "time"}
+    more = {key: value or True for key, value in options.sbatch.items()}
     # since 22.05 a step no longer inherits the job's number of cores
     step = [f"--cpus-per-task={more['cpus_per_task']}"] if "cpus_per_task" in more else []
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {
         "job_name": out.absolute().name,
-        "time": minutes(options.sbatch.get("time", TIME)),
         "array_parallelism": options.max_parallel or tasks,
-        "setup": [f"export PYTHONPATH={shlex.quote(path)}"],
+        "setup": [f"export PYTHONPATH={shlex.quote(python_path())}"],
         "srun_args": step,
         "wckey": None,
-        "additional_parameters": {"requeue": True, **more},
+        "additional_parameters": {"requeue": True, "time": TIME, **more},
     }
-
-
-def minutes(text: str) -> int:
-    """Of a time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises UserError on
-    anything else.
-    """
-    days, dash, rest = text.rpartition("-")
-    parts = rest.split(":")
-    if not all(part.isdecimal() for part in [*parts, days or "0"]) or len(parts) > 3:
-        raise UserError(
-            f"--slurm.time: {text!r} is not a time; write minutes, H:MM:SS, or D-HH:MM:SS"
-        )
-    numbers = [int(part) for part in parts]
-    if dash or len(numbers) == 3:
-        hours, mins, seconds = [*numbers, 0, 0][:3]
-    else:
-        hours, (mins, seconds) = 0, [*numbers, 0][:2]
-    return max(1, math.ceil(int(days or 0) * 1440 + hours * 60 + mins + seconds / 60))
 
 
 def submitted(out: Path) -> dict[str, str]:
@@ -311,12 +284,6 @@ def one_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     lines = [re.sub(r"^\w+(: | error: )(error: )?", "", line) for line in lines]
     return "; ".join(lines) or "no message"
-
-
-def read_failed(folder: Path) -> str | None:
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads((folder / "failed.json").read_text())["error"]
-    return None
 
 
 def load_submitit() -> ModuleType:

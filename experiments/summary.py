@@ -57,31 +57,31 @@ def table(variants: list[dict]) -> str:
     """
     rows = [line.split("|") for line in HEAD] + [cells(v) for v in variants]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<", *">" * (len(widths) - 1)]
     lines = [
-        " ".join(
-            text.ljust(wide) if i == 0 else text.rjust(wide)
-            for i, (text, wide) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        " ".join(f"{text:{side}{wide}}" for text, side, wide in zip(row, sides, widths)).rstrip()
         for row in rows
     ]
     return "\n".join([*lines[:2], "─" * max(map(len, lines)), *lines[2:]])
 
 
 def cells(v: dict) -> list[str]:
-    def number(value, form):
-        return DASH if value is None else format(value, form)
+    def told(value, form):
+        return DASH if value is None else form.format(value)
 
     share = v["compute_share"]
     return [
         v["name"],
         DASH if share is None else f"{100 * share:.0f}/{100 - round(100 * share)}",
-        *(count(v[key], "") for key in ("total", "active")),
-        number(v["val_loss"], ".3f"),
-        number(v["bits_per_byte"], ".3f"),
-        number(v["recall"], ".1%"),
+        count(v["total"], ""),
+        count(v["active"], ""),
+        told(v["val_loss"], "{:.3f}"),
+        told(v["bits_per_byte"], "{:.3f}"),
+        told(v["recall"], "{:.1%}"),
         count(v["train_tokens_per_s"], ""),
         size(v["table_bytes"]).replace(" ", ""),
-        *(count(v[f"decode_{k}_tokens_per_s"], "") for k in ("resident", "disk")),
+        count(v["decode_resident_tokens_per_s"], ""),
+        count(v["decode_disk_tokens_per_s"], ""),
         {True: "yes", False: "NO", None: DASH}[v["equal"]],
     ]
 
@@ -123,10 +123,10 @@ def claims(results: dict) -> str:
     """Every claim with its verdict, source and numbers."""
     lines = []
     for experiment, claim in verdicts(results):
-        name = (experiment["ids"] or [experiment["name"]])[0]
+        name, verdict = (experiment["ids"] or [experiment["name"]])[0], claim["verdict"]
         ours = f": {claim['ours']}" if claim["ours"] else ""
-        verdict = f"{MARKS[claim['verdict']]} {claim['verdict']:<12}  "
-        lines.append(wrapped(verdict, f"{name}  {claim['text']}{ours}"))
+        head = f"{MARKS[verdict]} {verdict:<12}  "
+        lines.append(wrapped(head, f"{name}  {claim['text']}{ours}"))
     return "\n".join(lines)
 
 
@@ -142,11 +142,9 @@ def state(results: dict) -> list[str]:
         lines += [f"ERROR    {e['name']} ({what}): {text}" for what, text in e["errors"].items()]
     for run in results["failed"]:
         lines.append(f"FAILED   {run['name']} (exit {run['exit']}): {last_line(run['error'])}")
-    waiting = [run["name"] for run in results["missing"] if progress(run) == WAITING]
-    for run in results["missing"]:
-        if run["name"] not in waiting:
-            lines.append(f"missing  {run['name']}: {progress(run)}")
-    if waiting:
+    progresses = {run["name"]: progress(run) for run in results["missing"]}
+    lines += [f"missing  {n}: {at}" for n, at in progresses.items() if at != WAITING]
+    if waiting := [name for name, at in progresses.items() if at == WAITING]:
         lines.append(f"missing  {len(waiting)} {WAITING}: {', '.join(waiting)}")
     return [wrapped("", line) for line in lines]
 

@@ -9,7 +9,6 @@ MESSAGE", to stdout. A run that fails does not end the others.
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -24,12 +23,17 @@ from experiments import runs as run_list
 from experiments.budgets import solve
 from experiments.local import runs_from_launcher
 from experiments.sweeps import with_fields
+from flexmemory.analysis.trained import load
 from flexmemory.cli.flags import Parser, for_user
+from flexmemory.cli.main import start_process
 from flexmemory.cli.train import asked_to_stop
+from flexmemory.cluster import is_first
 from flexmemory.config import Config
 from flexmemory.data.shards import read_index
 from flexmemory.errors import UserError
 from flexmemory.files import write_json
+from flexmemory.models.accounting import account
+from flexmemory.train import loop
 from flexmemory.train.loop import TrainingInterrupted
 
 
@@ -57,16 +61,10 @@ def work(out: Path, listed: run_list.RunList, names: Iterator[str], together: bo
     together: of several processes that share the devices; the runs are only trained, over all of
     them, and measured another time by one process.
     """
-    from flexmemory.cli.main import start_process
-    from flexmemory.cluster import is_first
-
     start_process()
-    if (
-        listed.scale == "smoke"
-    ):  # models that run for milliseconds are not worth the compiler's care
-        os.environ["XLA_FLAGS"] = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-        )
+    if listed.scale == "smoke":  # its models run for milliseconds: little care of the compiler's
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     launcher, failed = os.fdopen(os.dup(1), "w", buffering=1), False
     for name in names:
@@ -75,23 +73,16 @@ def work(out: Path, listed: run_list.RunList, names: Iterator[str], together: bo
         try:
             run = run_list.run_of(listed, name)
             with logged(out / name):
-                if together:
-                    trained_run(out, run, plan="fsdp")
-                else:
-                    do(out, run)
+                trained_run(out, run, plan="fsdp") if together else do(out, run)
             print(f"done {name} {time.perf_counter() - began:.1f}", file=launcher)
         except (KeyboardInterrupt, TrainingInterrupted):
             print(f"stopped {name}", file=launcher)
             return 130
         except Exception as error:  # whatever a run dies of, the others go on
-            failed, message = (
-                True,
-                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
-            )
+            failed, kind = True, "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             if is_first():
-                (out / name).mkdir(parents=True, exist_ok=True)
-                write_json(out / name / "failed.json", {"name": name, "exit": 1, "error": message})
-            print(f"failed {name} {message.partition('\n')[0]}", file=launcher)
+                run_list.save_failure(out / name, 1, f"{kind}{error}")
+            print(f"failed {name} {kind}{error}".partition("\n")[0], file=launcher)
     return int(failed)
 
 
@@ -100,12 +91,9 @@ def logged(folder: Path):
     """Sends stdout and stderr, also of C++ code, to the folder's log.txt; of processes after the
     first to log.<process>.txt.
     """
-    from flexmemory.cluster import is_first
-
     folder.mkdir(parents=True, exist_ok=True)
     if is_first():
-        for stale in ("failed.json", "done.json"):
-            (folder / stale).unlink(missing_ok=True)
+        run_list.forget(folder)
     kept = os.dup(1), os.dup(2)
     sys.stdout.flush(), sys.stderr.flush()
     with open(folder / ("log.txt" if is_first() else f"log.{jax.process_index()}.txt"), "a") as log:
@@ -119,19 +107,17 @@ def logged(folder: Path):
         raise
     finally:
         sys.stdout.flush(), sys.stderr.flush()
-        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
-        os.close(kept[0]), os.close(kept[1])
+        for descriptor, place in zip(kept, (1, 2), strict=True):
+            os.dup2(descriptor, place)
+            os.close(descriptor)
 
 
 def do(out: Path, run: dict) -> None:
     """One run from text over trained.json and its measures to done.json; what was finished before
     is kept.
     """
-    from flexmemory.analysis.trained import load
-    from flexmemory.models.accounting import account
-
-    folder = out / run["name"]
-    cfg, budget, final, seconds = trained_run(out, run)
+    folder, measures = out / run["name"], run_list.measures_of(run)
+    cfg, budget, final = trained_run(out, run)
     trained = {
         "name": run["name"],
         "overrides": run["overrides"],
@@ -139,57 +125,46 @@ def do(out: Path, run: dict) -> None:
         "account": account(cfg.model, cfg.data.seq_len),
         "budget": budget,
         "result": final,
-        "seconds": {"train": seconds},
-        "data_fingerprint": json.loads((folder / "run.json").read_text())["data_fingerprint"],
+        "seconds": {"train": final["seconds"]["total"]},
+        "data_fingerprint": run_list.read_json(folder / "run.json")["data_fingerprint"],
     }
     write_json(folder / "trained.json", trained)
     model, identity = None, run_list.identity(final)
-    for name, function in run_list.measures_of(run).items():
+    for name, function in measures.items():
         path = folder / "measures" / f"{name}.json"
-        if path.exists() and json.loads(path.read_text()).get("of") == identity:
+        if (run_list.read_json(path) or {}).get("of") == identity:
             continue
         print(f"measure {name}", file=sys.stderr, flush=True)
         model = model or load(folder)  # once for all, for what it keeps
         began, result = time.perf_counter(), function(model)
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"seconds": time.perf_counter() - began, "of": identity, "result": result})
-    write_json(
-        folder / "done.json", {"name": run["name"], "measures": sorted(run_list.measures_of(run))}
-    )
+    write_json(folder / "done.json", {"name": run["name"], "measures": sorted(measures)})
 
 
-def trained_run(
-    out: Path, run: dict, plan: str | None = None
-) -> tuple[Config, dict | None, dict, float]:
-    """(config, what the budget chose, final_result, seconds of training) of one run, trained or
-    found trained. plan: of sharding, in place of the config's, for several processes that share the
-    run.
+def trained_run(out: Path, run: dict, plan: str | None = None) -> tuple[Config, dict | None, dict]:
+    """(config, what the budget chose, final_result) of one run, trained or found trained. plan: of
+    sharding, in place of the config's, for several processes that share the run: there JAX hears
+    SIGTERM, for all of them.
     """
-    from flexmemory.train.loop import train
-
     cfg, budget = config_of(out, run)
     if plan:
         cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, plan=plan))
-    with asked_to_stop(
-        () if plan else (signal.SIGINT, signal.SIGTERM)
-    ) as asked:  # of several processes JAX hears SIGTERM, for all of them
-        final = train(cfg, out / run["name"], stop=lambda: bool(asked))
+    with asked_to_stop(() if plan else (signal.SIGINT, signal.SIGTERM)) as asked:
+        final = loop.train(cfg, out / run["name"], stop=lambda: bool(asked))
     if asked:  # in the last evaluation, which training finishes
         raise KeyboardInterrupt
-    return cfg, budget, final, final["seconds"]["total"]
+    return cfg, budget, final
 
 
 def config_of(out: Path, run: dict) -> tuple[Config, dict | None]:
     """The run's config with the data's vocabulary, and its budget solved. Raises UserError where
     `prepare` has not made the data.
     """
-    data = run_list.data_folder(out, run)
-    fields = {
-        "data.path": str(data.absolute()),
-        "model.vocab_size": read_index(data)["vocab_size"],
-    } | run["overrides"]
-    cfg = with_fields(Config(), fields)
-    return solve(cfg, run["overrides"]["budget"]) if "budget" in run["overrides"] else (cfg, None)
+    data, overrides = run_list.data_folder(out, run), run["overrides"]
+    found = {"data.path": str(data.absolute()), "model.vocab_size": read_index(data)["vocab_size"]}
+    cfg = with_fields(Config(), found | overrides)
+    return solve(cfg, overrides["budget"]) if "budget" in overrides else (cfg, None)
 
 
 if __name__ == "__main__":

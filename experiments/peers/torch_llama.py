@@ -17,9 +17,8 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault(
-    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-)  # PyTorch needs room on the same GPU
+# PyTorch needs room on the same GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
@@ -65,52 +64,35 @@ def llama(cfg: Config, params: dict, device: str) -> transformers.LlamaForCausal
     if not m.tied_head:
         weights["lm_head.weight"] = params["head"].T
     for i, layer in enumerate(per_layer(params, layer_specs(m))):
-        at, attn = f"model.layers.{i}.", layer["attn"]
-        weights |= {
-            at + f"self_attn.{name}_proj.weight": np.reshape(attn[name], (m.d_model, -1)).T
-            for name in "qkv"
-        }
-        weights |= {
-            at + f"mlp.{name}_proj.weight": layer["ffn"][name].T for name in ("gate", "up", "down")
-        }
-        weights |= {
-            at + "self_attn.o_proj.weight": np.reshape(attn["o"], (-1, m.d_model)).T,
-            at + "input_layernorm.weight": layer["attn_norm"]["scale"],
-            at + "post_attention_layernorm.weight": layer["ffn_norm"]["scale"],
-        }
-    missing = model.load_state_dict(
-        {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}, strict=False
-    )
+        attn, ffn = layer["attn"], layer["ffn"]
+        of_layer = {f"self_attn.{n}_proj": np.reshape(attn[n], (m.d_model, -1)).T for n in "qkv"}
+        of_layer |= {"self_attn.o_proj": np.reshape(attn["o"], (-1, m.d_model)).T}
+        of_layer |= {f"mlp.{n}_proj": ffn[n].T for n in ("gate", "up", "down")}
+        of_layer |= {"input_layernorm": layer["attn_norm"]["scale"]}
+        of_layer |= {"post_attention_layernorm": layer["ffn_norm"]["scale"]}
+        weights |= {f"model.layers.{i}.{name}.weight": value for name, value in of_layer.items()}
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
+    missing = model.load_state_dict(tensors, strict=False)
     # a tied head has no weights of its own; anything else that is missing would be a model of
     # another shape
-    assert not missing.unexpected_keys and set(missing.missing_keys) <= (
-        {"lm_head.weight"} if m.tied_head else set()
-    ), missing
+    tied = {"lm_head.weight"} if m.tied_head else set()
+    assert not missing.unexpected_keys and set(missing.missing_keys) <= tied, missing
     return model.to(device)
 
 
 def torch_step(cfg: Config, model, device: str):
     """``step(batch) -> loss`` of flexmemory's own optimiser settings at the peak learning rate."""
     o, gpu = cfg.optimizer, device == "cuda"
-    norms = [p for p in model.parameters() if p.ndim == 1]
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    adamw = torch.optim.AdamW(
-        [{"params": matrices}, {"params": norms, "weight_decay": 0.0}],
-        lr=o.lr,
-        betas=(o.b1, o.b2),
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        fused=True,
-    )
-    amp = torch.autocast(
-        "cuda", torch.bfloat16, enabled=gpu and cfg.model.compute_dtype == "bfloat16"
-    )
+    matrices = {"params": [p for p in model.parameters() if p.ndim > 1]}
+    norms = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
+    settings = {"lr": o.lr, "betas": (o.b1, o.b2), "eps": o.eps, "weight_decay": o.weight_decay}
+    adamw = torch.optim.AdamW([matrices, norms], **settings, fused=True)
+    low = gpu and cfg.model.compute_dtype == "bfloat16"
+    amp = torch.autocast("cuda", torch.bfloat16, enabled=low)
 
     def forward(ids_BT, targets_BT):
-        logits_BTV = model(input_ids=ids_BT).logits
-        return torch.nn.functional.cross_entropy(
-            logits_BTV.float().flatten(0, 1), targets_BT.flatten()
-        )
+        logits_NV = model(input_ids=ids_BT).logits.float().flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits_NV, targets_BT.flatten())
 
     forward = torch.compile(forward) if gpu else forward
 
@@ -131,47 +113,47 @@ def torch_step(cfg: Config, model, device: str):
 
 def measure(scale: str, rounds: int) -> dict:
     cfg, batch, ids = prepare(CONFIGS[scale], None)
-    each, tokens, device = (
-        ROUNDS[scale]["steps"],
-        batch["ids"].size,
-        "cuda" if torch.cuda.is_available() else "cpu",
-    )
+    each, tokens = ROUNDS[scale]["steps"], batch["ids"].size
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     state = init_state(cfg)
     model = llama(cfg, join(state["params"]), device)
     counts = {
         "flexmemory": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
         "torch": sum(p.numel() for p in model.parameters()),
     }
-    step_torch, inputs = (
-        torch_step(cfg, model, device),
-        [torch.from_numpy(batch[name]).long().to(device) for name in ("ids", "targets")],
-    )
+    torch_inputs = [torch.from_numpy(batch[n]).long().to(device) for n in ("ids", "targets")]
+    step_torch, on_device = torch_step(cfg, model, device), jax.device_put(batch)
     with no_compilation_cache():
-        step, _ = compile_step(make_train_step(cfg), state, on_device := jax.device_put(batch))
-    state, metrics = step(state, on_device)  # neither first step is timed: compilation, page faults
-    losses = {"flexmemory": float(metrics["loss"]), "torch": float(step_torch(*inputs))}
-    seconds = {"flexmemory": [], "torch": []}
-    for _ in range(rounds):
-        began = time.perf_counter()
-        for _ in range(each):
+        step, _ = compile_step(make_train_step(cfg), state, on_device)
+
+    def ours(steps: int) -> float:
+        """The last loss of so many steps."""
+        nonlocal state
+        for _ in range(steps):
             state, metrics = step(state, on_device)
         jax.block_until_ready((state, metrics))
-        seconds["flexmemory"].append((time.perf_counter() - began) / each)
-        began = time.perf_counter()
-        for _ in range(each):
-            loss = step_torch(*inputs)
-        loss.item()
+        return float(metrics["loss"])
+
+    def theirs(steps: int) -> float:
+        for _ in range(steps):
+            loss = step_torch(*torch_inputs)
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds["torch"].append((time.perf_counter() - began) / each)
-    ratio = [
-        theirs / ours for ours, theirs in zip(seconds["flexmemory"], seconds["torch"], strict=True)
-    ]
+        return loss.item()
+
+    sides = {"flexmemory": ours, "torch": theirs}
+    # neither first step is timed: compilation, page faults
+    losses = {name: train(1) for name, train in sides.items()}
+    seconds = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, train in sides.items():
+            began = time.perf_counter()
+            train(each)
+            seconds[name].append((time.perf_counter() - began) / each)
+    ratio = [b / a for a, b in zip(seconds["flexmemory"], seconds["torch"], strict=True)]
+    how = "torch.compile, bfloat16 autocast" if device == "cuda" else "eager"
     return {
-        "peer": (
-            "transformers.LlamaForCausalLM, SDPA"
-            + (", torch.compile, bfloat16 autocast" if device == "cuda" else ", eager")
-        ),
+        "peer": f"transformers.LlamaForCausalLM, SDPA, {how}",
         "scale": scale,
         "ids": ids,
         "device": jax.devices()[0].device_kind,
@@ -188,9 +170,7 @@ def measure(scale: str, rounds: int) -> dict:
         "tokens_per_step": tokens,
         "first_loss": losses,
         "step_seconds": seconds,
-        "tokens_per_s": {
-            name: tokens / statistics.median(times) for name, times in seconds.items()
-        },
+        "tokens_per_s": {name: tokens / statistics.median(s) for name, s in seconds.items()},
         "flexmemory_over_torch": {
             "measured": statistics.median(ratio),
             "rounds": ratio,

@@ -106,7 +106,7 @@ def test_workers_run_side_by_side_each_on_its_cores(launch, tmp_path):
         a["pid"] != b["pid"] and a["cores"] and b["cores"] and not set(a["cores"]) & set(b["cores"])
     )
     assert launch(["ok-alone"], devices=2) == []
-    assert where(tmp_path / "out", "ok-alone")["cores"] == a["cores"], (
+    assert where(tmp_path / "out", "ok-alone")["cores"] in (a["cores"], b["cores"]), (
         "a run alone has no more cores than one among others"
     )
 
@@ -242,36 +242,30 @@ def test_no_worker_outlives_a_killed_launcher(tmp_path, worker):
     ).read_text() == f"begins\ncheckpoint after signal {signal.SIGINT}\n"
 
 
-def board(tmp_path, states, steps=100):
-    made = local.Board(tmp_path, list(states), dict.fromkeys(states, steps))
-    made.states.update(states)
-    return made
-
-
-def test_the_table_shows_running_and_failed_runs_first_and_no_more_than_fit(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "metrics.jsonl").write_text(
-        '{"step": 40, "loss": 3.25, "tokens": 4000, "tokens_per_s": 200.0}\n{"step": 50,'
-        ' "val_loss": 3.5}\n{"st'
+def test_the_table_has_the_running_runs_and_the_time_left_of_the_steps_made_since(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 50, "loss": 3.5}\n')
+    made = local.Board(tmp_path, ["a", "b", "c"], {"a": 100, "b": 100, "c": 10})
+    made.states["a"] = "done"
+    made.event("start", "b", "")
+    whole = made.table.tasks[made.whole]
+    assert whole.time_remaining is None, (
+        "the 100 steps of an earlier start say nothing of the time a step takes"
     )
-    made = board(tmp_path, {"a": "waiting", "b": "running", "c": "done", "d": "failed"})
-    assert made.rows(2) == [
-        ("b", "running", "50/100", "3.2500", "200 tokens/s", "0:25"),
-        ("d", "failed", "0/100", "", "", ""),
+    for step in (60, 75):
+        (tmp_path / "b" / "metrics.jsonl").write_text(
+            f'{{"step": {step}, "loss": 3.25, "tokens_per_s": 200.0}}\n{{"st'
+        )
+        made.tick()
+        time.sleep(0.01)
+    assert [task.description for task in made.table.tasks if task.visible] == [
+        "b",
+        "3 runs: 1 done, 1 running, 1 waiting",
     ]
-    assert [row[0] for row in made.rows(9)] == ["b", "d", "a", "c"]
-    assert made.summary().startswith("4 runs: 1 done, 1 failed, 1 running, 1 waiting")
-
-
-def test_the_time_left_counts_the_steps_made_since_the_start(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 50, "loss": 1.0}\n')
-    made = board(tmp_path, {"a": "waiting", "b": "running"})
-    assert made.left() is None, (
-        "the 50 steps of an earlier start say nothing of the time a step takes"
-    )
-    made.seen["b"], made.began = {"step": 75}, time.monotonic() - 10
-    assert made.left() == pytest.approx(10 * 125 / 25, rel=0.01)
+    b = made.table.tasks[made.tasks["b"]]
+    assert (b.completed, b.fields["note"]) == (75, "loss 3.2500  200 tokens/s")
+    assert (whole.completed, whole.total) == (125, 210) and whole.time_remaining >= 0
 
 
 def test_a_terminal_gets_a_live_table(tmp_path, worker):
@@ -295,8 +289,7 @@ def test_a_terminal_gets_a_live_table(tmp_path, worker):
             said += more
     os.close(host)
     assert process.wait(20) == 0
-    last = said.decode().rpartition("run ")[2]
-    assert "ok-a" in last and "10/10" in last and "2 runs: 1 done, 1 failed" in last
+    assert "2 runs: 1 done, 1 failed" in said.decode().replace("\x1b[0m", "")
     assert "    a last word" in said.decode()
 
 

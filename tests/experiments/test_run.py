@@ -36,7 +36,7 @@ KNOWN = (
         (["e1", "--all", "--scale=cpu"], "give names of experiments or --all"),
         (["e1", "--scale=cpu", "--seeds=one"], "--seeds 'one': give whole numbers"),
         (["e1", "--scale=cpu", "--budget=activ"], "--budget 'activ': did you mean 'active'?"),
-        (["e1", "--scale=cpu", "--launcher=slrm"], "--launcher 'slrm': did you mean 'slurm'?"),
+        (["e1", "--scale=cpu", "--launcher=slrm"], "--launcher: invalid choice: 'slrm'"),
         (
             ["e1", "--scale=cpu", "--distributed"],
             "--distributed: several processes share one run only with --launcher=here",
